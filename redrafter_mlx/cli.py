@@ -1,0 +1,66 @@
+"""What all commands share: error lines, exit codes, Ctrl-C, log messages."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+
+from redrafter_mlx.config import NOT_HONOURED
+from redrafter_mlx.errors import UserError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints say what to do instead.
+
+    Every command gets --debug. Abbreviated flags are not accepted: a new flag must not change
+    what an old command line means.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+        self.add_argument("--debug", action="store_true", help="show tracebacks and log details")
+
+    def parse_args(self, args=None, namespace=None):
+        flags, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            name = word.removeprefix("--").split("=")[0]
+            if reason := NOT_HONOURED.get(name.replace("-", "_")):
+                self.error(f"--{name} cannot be honoured: {reason}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}; see --help")
+        return flags
+
+    def error(self, message: str):
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message}\n")
+
+
+def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) -> int:
+    """Parse, set up logging, call `main`; the exit code.
+
+    A UserError is one line on stderr and code 2, Ctrl-C code 130; with --debug both come with a
+    traceback.
+    """
+    flags = parser.parse_args(args)
+    logging.basicConfig(
+        format="%(message)s", level=logging.DEBUG if flags.debug else logging.WARNING
+    )
+    logging.getLogger("redrafter_mlx").setLevel(logging.DEBUG if flags.debug else logging.INFO)
+    try:
+        return main(flags)
+    except UserError as error:
+        if flags.debug:
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        if flags.debug:
+            raise
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,192 @@
+"""Every option of the package with its only default, its help text and its allowed range.
+
+Python keywords and command-line flags are both made from these dataclasses, so they cannot
+disagree. Names are mlx_lm.generate's wherever the same thing is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from redrafter_mlx.errors import UserError
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, *, low=-math.inf, high=math.inf, type=None, **flag) -> Any:
+    """A dataclass field that knows its help text, its closed range and how its flag is parsed."""
+    type = type or default.__class__
+    meta = {"help": help, "low": low, "high": high, "type": type, "flag": flag}
+    return field(default=default, metadata=meta)
+
+
+def _check_ranges(config: Any) -> None:
+    for f in dataclasses.fields(config):
+        given = getattr(config, f.name)
+        if f.metadata["type"] in (int, float) and given is not None:
+            for value in given if isinstance(f.default, tuple) else (given,):
+                _check_number(flag_name(f), value, f.metadata)
+
+
+def _check_number(flag: str, value: Any, meta: Mapping[str, Any]) -> None:
+    kind, low, high = meta["type"], meta["low"], meta["high"]
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        kind_name = "whole number" if kind is int else "number"
+        raise UserError(f"{flag} must be a {kind_name}, not {value!r}")
+    if not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"{low} to {high}"
+        raise UserError(f"{flag} {value} is outside its range: {allowed}")
+
+
+def flag_name(f: dataclasses.Field) -> str:
+    return "--" + f.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of the option groups: values are checked when the group is made."""
+
+    def __post_init__(self):
+        _check_ranges(self)
+
+
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """How the next token is chosen from the target's logits; mlx-lm's meanings and order."""
+
+    temp: float = option(0.0, "sampling temperature; 0 takes the likeliest token", low=0.0)
+    top_p: float = option(
+        1.0, "sample from the smallest set with this much probability (0 or 1: off)", low=0.0, high=1.0
+    )
+    min_p: float = option(
+        0.0, "drop tokens less likely than this share of the likeliest", low=0.0, high=1.0
+    )
+    min_tokens_to_keep: int = option(1, "fewest tokens that --min-p leaves", low=1)
+    top_k: int = option(0, "sample from the K likeliest tokens (0: off)", low=0)
+    xtc_probability: float = option(
+        0.0, "how often XTC removes the likeliest tokens", low=0.0, high=1.0
+    )
+    xtc_threshold: float = option(
+        0.1, "probability above which a token counts as a candidate of XTC", low=0.0, high=0.5
+    )
+    xtc_special_tokens: tuple[int, ...] = option(
+        (), "token ids that XTC never removes", type=int, nargs="*", metavar="ID"
+    )
+    logit_bias: dict[int, float] | None = option(
+        None, "JSON object of token id to added logit", type=dict, metavar="JSON"
+    )
+    repetition_penalty: float | None = option(
+        None, "divide the logits of recent tokens by this (negative logits: multiply)",
+        low=0.0, type=float,
+    )
+    repetition_context_size: int = option(20, "recent tokens for --repetition-penalty", low=1)
+    presence_penalty: float | None = option(
+        None, "subtract this from the logits of recent tokens", type=float
+    )
+    presence_context_size: int = option(20, "recent tokens for --presence-penalty", low=1)
+    frequency_penalty: float | None = option(
+        None, "subtract this from a logit for each recent occurrence", type=float
+    )
+    frequency_context_size: int = option(20, "recent tokens for --frequency-penalty", low=1)
+    seed: int | None = option(
+        None, "same seed, same text, with any drafter or none (default: a fresh one)",
+        low=0, high=2**64 - 1, type=int,
+    )
+
+
+@dataclass(frozen=True)
+class DraftOptions(Options):
+    """How much is drafted each round."""
+
+    beam_width: int = option(4, "beams that the drafter keeps", low=1, high=64)
+    beam_length: int = option(5, "tokens of a beam, the pending token included", low=2, high=64)
+    budget: int = option(
+        16, "most nodes of the verified tree, the pending token included; "
+        "0 verifies all beams and nothing else (the paper's setting)", low=0, high=1024,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationOptions(Options):
+    """When to stop, and how the prompt is read."""
+
+    max_tokens: int = option(256, "most tokens to generate (-1: no limit)", low=-1)
+    prefill_step_size: int = option(512, "prompt tokens processed at a time", low=1)
+    stop: tuple[str, ...] = option(
+        (), "end before any of these strings", type=str, nargs="+", metavar="TEXT"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_tokens == 0:
+            raise UserError("--max-tokens 0 generates nothing; use -1 for no limit")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if "" in self.stop:
+            raise UserError("--stop '' would end every text at once; give a non-empty string")
+
+
+GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)
+
+NOT_HONOURED = {
+    "sampler": "a sampler draws its own randomness, so the text would depend on the draft; "
+    "pass temp=, top_p=, top_k=, min_p=, xtc_* and seed= instead",
+    "draft_model": "use drafter=; a smaller model as the drafter is not supported yet",
+    "num_draft_tokens": "use beam_length= and budget=",
+    "max_kv_size": "a rotating KV cache cannot be rolled back; leave it out",
+    "kv_bits": "a quantised KV cache cannot hold a tree yet; leave it out",
+    "kv_group_size": "a quantised KV cache cannot hold a tree yet; leave it out",
+    "quantized_kv_start": "a quantised KV cache cannot hold a tree yet; leave it out",
+    "prompt_cache": "a cache from elsewhere cannot hold a tree; leave it out",
+    "prompt_cache_file": "a cache from elsewhere cannot hold a tree; leave it out",
+    "input_embeddings": "only token prompts are supported",
+    "image": "only text prompts are supported",
+    "quantize_activations": "not supported; leave it out",
+}
+"""Options of mlx_lm.generate that a path through a tree cannot honour, and what to do instead."""
+
+
+def parse_keywords(keywords: dict[str, Any], *groups: type) -> list[Any]:
+    """Sort keyword arguments into option groups; an unknown one is an error, never dropped."""
+    fields = {f.name: group for group in groups for f in dataclasses.fields(group)}
+    for name in keywords:
+        if name in NOT_HONOURED:
+            raise UserError(f"{name}= cannot be honoured: {NOT_HONOURED[name]}")
+        if name not in fields:
+            raise UserError(f"unknown option {name}=; known: {', '.join(sorted(fields))}")
+    return [
+        group(**{name: value for name, value in keywords.items() if fields[name] is group})
+        for group in groups
+    ]
+
+
+def add_flags(parser: ArgumentParser, *groups: type) -> None:
+    """Give `parser` one flag for each option of the groups."""
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__.split(".")[0].split(";")[0].lower())
+        for f in dataclasses.fields(group):
+            shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+            section.add_argument(
+                flag_name(f),
+                type=_parse_json if f.metadata["type"] is dict else f.metadata["type"],
+                default=f.default,
+                help=(f.metadata["help"] + shown).replace("%", "%%"),
+                **f.metadata["flag"],
+            )
+
+
+def _parse_json(text: str) -> dict[int, float]:
+    import json
+
+    return {int(token): float(bias) for token, bias in json.loads(text).items()}
+
+
+def from_flags(group: type[T], flags: Namespace) -> T:
+    """The option group that the parsed flags describe."""
+    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(group)}
+    return group(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -1,0 +1,60 @@
+"""The loop: propose, verify, judge, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from redrafter_mlx.budget import Budget
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.round import Context, Outcome, Step, Verdict
+from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.tree import TokenTree
+
+Rule = Callable[[TokenTree, Outcome, Context], Verdict]
+
+
+def decode(
+    target: Target, drafter: Drafter, rule: Rule, budget: Budget, context: Context
+) -> Iterator[Step]:
+    """Rounds without end; the caller stops asking when the text is finished.
+
+    Plain decoding is the empty draft: a tree of the pending token alone.
+    """
+    while True:
+        began = time.perf_counter()
+        tree = drafter.propose(context, budget)
+        drafted = time.perf_counter()
+        outcome = target.verify(context, tree)
+        verdict = rule(tree, outcome, context)
+        verified = time.perf_counter()
+        context = target.commit(context, tree, outcome, verdict)
+        step = Step(
+            accepted=tree.tokens[verdict.path[1:]].tolist(),
+            pending=verdict.pending,
+            logits=outcome.logits[verdict.path],
+            nodes=len(tree),
+            draft_seconds=drafted - began,
+            verify_seconds=verified - drafted,
+            known=verdict.known,
+        )
+        drafter.observe(step)
+        yield step
+
+
+def overlap(steps: Iterable[Step]) -> Iterator[Step]:
+    """Hand on each step as soon as it can be read without waiting.
+
+    A step that the device is still computing is held back until the next round is under way, so
+    that the host builds the next pass meanwhile.
+    """
+    held = None
+    for step in steps:
+        if held is not None:
+            yield held
+        held = None if step.known else step
+        if step.known:
+            yield step
+    if held is not None:
+        yield held

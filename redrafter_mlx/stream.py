@@ -1,0 +1,251 @@
+"""From a prompt to token events: what mlx_lm.stream_generate and mlx_lm.generate are, with drafts.
+
+Three levels: `Generation` (ids and rounds), `stream_generate` (text events), `generate` (string).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import TextStateMachine, wired_limit
+from mlx_lm.sample_utils import LogitsProcessor
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.config import (
+    DraftOptions,
+    GenerationOptions,
+    SamplingOptions,
+    parse_keywords,
+)
+from redrafter_mlx.decoding import decode, overlap
+from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.round import Step
+from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.stats import Stats
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.verification import Match
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One generated token: mlx_lm's fields, and the run's statistics so far.
+
+    text               newly decoded text; may be empty
+    token              token id
+    from_draft         whether the drafter had proposed it
+    prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory (GB)
+    finish_reason      None, "stop" (end-of-text token or stop string) or "length"
+    end_of_round       no further token of the same round follows: a good moment to flush
+    stats              the run's Stats, still counting
+    """
+
+    text: str
+    token: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None
+    end_of_round: bool
+    stats: Stats = field(repr=False)
+    _logits: mx.array = field(repr=False)
+
+    @property
+    def logprobs(self) -> mx.array:
+        """(V,) log-probabilities of the target at this token, before penalties; made when read."""
+        logits = self._logits.astype(mx.float32)
+        return logits - mx.logsumexp(logits)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a run, and the logits (V,) it was chosen from."""
+
+    id: int
+    from_draft: bool
+    finish_reason: str | None
+    end_of_round: bool
+    logits: mx.array
+
+
+class Generation:
+    """One run over one prompt: iterate to get its tokens, an end-of-text token included.
+
+    stats  counts while it runs
+    seed   of the sampling; drawn here if none was given, None at temperature 0
+
+    Raises UserError for an empty prompt, and for a model that cannot verify trees when there is a
+    drafter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompt: Sequence[int],
+        drafter: Drafter | None = None,
+        *,
+        generation: GenerationOptions,
+        sampling: SamplingOptions,
+        draft: DraftOptions,
+        eos_token_ids: Collection[int] = (),
+        logits_processors: Sequence[LogitsProcessor] = (),
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        if len(prompt) == 0:
+            raise UserError("the prompt is empty: it must hold at least one token")
+        if sampling.seed is None and sampling.temp > 0:
+            sampling = replace(sampling, seed=secrets.randbits(64))
+        self.model, self.prompt, self.options = model, prompt, generation
+        self.seed = sampling.seed if sampling.temp > 0 else None
+        self.stats = Stats(prompt_tokens=len(prompt))
+        self.sampler = Sampler(sampling, logits_processors)
+        self._target = adapt(model, branching=drafter is not None)
+        self._drafter = drafter or NoDrafter()
+        self._budget = FixedBudget.from_options(draft)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[Token]:
+        try:
+            for step in overlap(self._steps()):
+                tokens = self.stats.read(step)
+                for place, token in enumerate(tokens):
+                    drafted = place < len(step.accepted)
+                    self.stats.count(drafted, place)
+                    reason = self._finish_reason(token)
+                    last = reason is not None or place == len(tokens) - 1
+                    yield Token(token, drafted, reason, last, step.logits[place])
+                    if reason is not None:
+                        return
+        finally:
+            self._target.reset()
+
+    def _steps(self) -> Iterator[Step]:
+        self._drafter.reset()
+        context = self._target.prefill(
+            self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
+        )
+        self.stats.start_decoding()
+        rule = Match(self.sampler)
+        return decode(self._target, self._drafter, rule, self._budget, context)
+
+    def _finish_reason(self, token: int) -> str | None:
+        if token in self._eos_token_ids:
+            return "stop"
+        return "length" if self.stats.tokens == self.options.max_tokens else None
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | Sequence[int],
+    max_tokens: int = GenerationOptions.max_tokens,
+    drafter: Drafter | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """Generate text from a prompt, token by token, like mlx_lm.stream_generate.
+
+    model, tokenizer  as `load` returns them
+    prompt            text or token ids
+    drafter           from `load_drafter`; None decodes plainly. The text is the same either way
+    logits_processors callables (tokens, logits (1, V)) -> logits, applied along the path; each
+                      costs a synchronisation per token
+    options           the fields of config.GenerationOptions, SamplingOptions and DraftOptions
+
+    Raises UserError for an option that is unknown, out of range or cannot be honoured, for an
+    empty prompt, and for a model that cannot verify trees when there is a drafter.
+    """
+    generation, sampling, draft = parse_keywords(
+        {"max_tokens": max_tokens, **options}, GenerationOptions, SamplingOptions, DraftOptions
+    )
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    run = Generation(
+        model,
+        encode(tokenizer, prompt),
+        drafter,
+        generation=generation,
+        sampling=sampling,
+        draft=draft,
+        eos_token_ids=tokenizer.eos_token_ids,
+        logits_processors=logits_processors or (),
+        progress=prompt_progress_callback or (lambda done, total: None),
+    )
+    return text_events(run, tokenizer)
+
+
+def text_events(run: Generation, tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:
+    """Decode a run's tokens into events; a stop string ends it and is not part of its text."""
+    detokenizer = tokenizer.detokenizer
+    stops = TextStateMachine({"normal": [(stop, None) for stop in run.options.stop]})
+    state = stops.make_state()
+    with wired_limit(run.model):
+        for token in run:
+            reason = token.finish_reason
+            if reason != "stop":
+                detokenizer.add_token(token.id)
+            if reason:
+                detokenizer.finalize()
+            state, text, name = stops.step(state, detokenizer.last_segment)
+            if name is None:
+                reason = "stop"
+            elif reason:
+                text += stops.flush(state)[1]
+            yield _response(run.stats, token, text, reason)
+            if reason:
+                return
+
+
+def _response(stats: Stats, token: Token, text: str, reason: str | None) -> GenerationResponse:
+    return GenerationResponse(
+        text=text,
+        token=token.id,
+        from_draft=token.from_draft,
+        prompt_tokens=stats.prompt_tokens,
+        prompt_tps=stats.prompt_tps,
+        generation_tokens=stats.tokens,
+        generation_tps=stats.generation_tps,
+        peak_memory=stats.peak_memory,
+        finish_reason=reason,
+        end_of_round=token.end_of_round or reason is not None,
+        stats=stats,
+        _logits=token.logits,
+    )
+
+
+def generate(
+    model: nn.Module, tokenizer: Any, prompt: str | Sequence[int], verbose: bool = False, **options
+) -> str:
+    """Generate the whole answer as a string, like mlx_lm.generate; see `stream_generate`.
+
+    verbose  print the text as it comes, and the statistics after it
+    """
+    text = ""
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=response.end_of_round)
+    if verbose:
+        print(f"\n{'=' * 10}\n{response.stats.report()}")
+    return text
+
+
+def encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | Sequence[int]) -> list[int]:
+    """Token ids of a prompt; text gets the special tokens that it does not start with already."""
+    if isinstance(prompt, mx.array):
+        return prompt.tolist()
+    if not isinstance(prompt, str):
+        return list(prompt)
+    starts_special = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return tokenizer.encode(prompt, add_special_tokens=not starts_special)

@@ -1,0 +1,155 @@
+"""Makes an mlx-lm model answer prefill, verify and commit.
+
+Shape letters: N nodes, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.round import Context, Outcome, Transcript, Verdict
+from redrafter_mlx.sampling import Noise
+from redrafter_mlx.target.cache import Branches, TreeCache
+from redrafter_mlx.target.probe import probe_parity
+from redrafter_mlx.target.rope import accept_row_offsets, takes_offset
+from redrafter_mlx.target.tape import Tape, recording
+from redrafter_mlx.tree import TokenTree
+
+
+class Target:
+    """An mlx-lm model whose next tokens are verified in trees.
+
+    model      any mlx-lm model whose layers all keep keys and values; its rope modules are
+               changed to accept one position for each row, everything else is left alone
+    branching  whether trees will be verified; without it any model works, one token at a time
+
+    Raises UserError with the reason when the model cannot verify a tree.
+    """
+
+    def __init__(self, model: nn.Module, branching: bool = True):
+        self.model = model
+        self.branching = branching
+        self._find_ends()
+        if branching:
+            for module in filter(takes_offset, model.modules()):
+                accept_row_offsets(module)
+            probe_parity(self)
+        self.reset()
+
+    def _find_ends(self) -> None:
+        """Trace one token (nothing is evaluated) to learn which modules embed and make logits."""
+        with recording(self.model.modules()) as tape:
+            logits = self.model(mx.array([[0]]), cache=make_prompt_cache(self.model))
+        self.vocab_size = logits.shape[-1]
+        heads = [call for call in tape.linear if call.width == self.vocab_size]
+        if not heads or tape.embedding is None:
+            missing = "head" if tape.embedding else "embedding"
+            raise UserError(
+                f"{self.name} cannot be a target: its {missing} is not a Linear or Embedding "
+                "module, so what a drafter needs of it cannot be captured"
+            )
+        self._head = heads[-1].module
+        self.hidden_size, self.dtype = heads[-1].given.shape[-1], heads[-1].given.dtype
+        self.embed: Callable[[mx.array], mx.array] = tape.embedding
+
+    @property
+    def name(self) -> str:
+        """The model type, for messages."""
+        return getattr(self.model, "model_type", None) or type(self.model).__module__
+
+    def reset(self) -> None:
+        """Forget all text."""
+        caches = make_prompt_cache(self.model)
+        self.caches = tree_caches(caches, self.name) if self.branching else caches
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        chunk: int,
+        noise: Noise | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Context:
+        """Process all prompt tokens but the last, which becomes the pending token.
+
+        The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
+        """
+        self.reset()
+        hidden = mx.zeros((1, self.hidden_size), self.dtype)
+        last = len(tokens) - 1
+        progress(0, len(tokens))
+        for start in range(0, last, chunk):
+            ids = mx.array(tokens[start : min(start + chunk, last)])
+            self._begin(len(ids))
+            hidden = self._forward(ids).hidden[-1:]
+            self._keep(range(len(ids)))
+            mx.eval(hidden, [cache.state for cache in self.caches])
+            progress(start + len(ids), len(tokens))
+            mx.clear_cache()
+        return Context(mx.array(tokens[last:]), hidden, last, Transcript(tokens), noise)
+
+    def verify(self, context: Context, tree: TokenTree) -> Outcome:
+        """One forward pass over all N nodes, the root at the pending token's position."""
+        self._begin(len(tree), None if tree.is_chain else Branches(tree, context.position))
+        ids = context.pending
+        if len(tree) > 1:
+            ids = mx.concatenate([ids, mx.array(tree.tokens[1:], dtype=ids.dtype)])
+        return self._forward(ids)
+
+    def commit(
+        self, context: Context, tree: TokenTree, outcome: Outcome, verdict: Verdict
+    ) -> Context:
+        """Keep the verdict's path in the KV cache; the Context after it."""
+        path = list(verdict.path)
+        self._keep(path)
+        context.transcript.extend(tree.tokens[path[1:]].tolist(), verdict.pending)
+        return replace(
+            context,
+            pending=verdict.pending,
+            hidden=outcome.hidden[path[-1] : path[-1] + 1],
+            position=context.position + len(path),
+        )
+
+    def _begin(self, rows: int, branches: Branches | None = None) -> None:
+        if self.branching:
+            for cache in self.caches:
+                cache.begin(rows, branches)
+
+    def _keep(self, path: Sequence[int]) -> None:
+        if self.branching:
+            for cache in self.caches:
+                cache.commit(path)
+
+    def _forward(self, ids: mx.array) -> Outcome:
+        with recording([self._head]) as tape:
+            logits = self.model(ids[None], cache=self.caches)
+        return Outcome(logits[0], tape.linear[-1].given.reshape(len(ids), -1))
+
+
+def adapt(model: nn.Module, branching: bool = True) -> Target:
+    """The model's Target, made (and probed) once and kept with the model."""
+    target = getattr(model, "_redrafter_target", None)
+    if target is None or (branching and not target.branching):
+        target = model._redrafter_target = Target(model, branching)
+    return target
+
+
+def tree_caches(caches: Sequence[object], name: str) -> list[TreeCache]:
+    """One TreeCache in place of each of mlx-lm's caches; UserError names those that cannot branch."""
+    replacements = []
+    for layer, cache in enumerate(caches):
+        if type(cache) is KVCache:
+            replacements.append(TreeCache())
+        elif type(cache) is RotatingKVCache and cache.keep == 0:
+            replacements.append(TreeCache(window=cache.max_size))
+        else:
+            raise UserError(
+                f"{name} cannot verify a tree: layer {layer} keeps its past in a "
+                f"{type(cache).__name__}, which cannot branch; generate with --no-draft"
+            )
+    return replacements

@@ -1,0 +1,77 @@
+"""Is a tree's verification by this model the same as decoding each of its paths alone?
+
+Some models take positions or masks from places no adapter sees and would be silently wrong.
+Only trying tells: a 5-node tree against each of its paths, on the loaded weights.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx import device
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.target.rope import takes_offset
+from redrafter_mlx.tree import TokenTree
+
+if TYPE_CHECKING:
+    from redrafter_mlx.target.adapter import Target
+
+TOLERANCE = {mx.float32: 1e-3}
+"""Largest accepted |logit difference|, in standard deviations of the logits, by compute dtype."""
+LOW_PRECISION_TOLERANCE = 0.1
+
+
+def probe_parity(target: Target) -> float:
+    """Compare a 5-node tree with its paths; the largest difference, in deviations of the logits.
+
+    Raises UserError when it is more than rounding explains.
+    """
+    try:
+        difference = tree_difference(target)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model file raises when it meets a tree
+        raise _refusal(target, f"a tree made it fail: {type(error).__name__}: {error}") from error
+    allowed = TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
+    if not difference <= allowed:
+        measured = f"its tree logits differ from one-path logits by {difference:.2g} deviations"
+        raise _refusal(target, f"{measured} (allowed: {allowed:g})")
+    return difference
+
+
+def tree_difference(target: Target, prefix: int = 8) -> float:
+    """Largest |tree logit - path logit| over a 5-node tree after `prefix` tokens.
+
+    Measured in standard deviations of the path logits. NaN when logits are not finite.
+    """
+    ids = np.random.default_rng(0).permutation(target.vocab_size)[: prefix + 5]
+    prompt, (root, *nodes) = ids[:prefix].tolist() + [int(ids[prefix])], ids[prefix:].tolist()
+    tree = TokenTree.best(root, nodes, [-1, -1, 0, 0], [-1.0, -2.0, -3.0, -4.0], budget=5)
+    together = _logits(target, prompt, tree)
+    worst = 0.0
+    for path in tree.paths():
+        tokens = tree.tokens[path]
+        alone = _logits(target, prompt, TokenTree.from_beams(tokens[None]))
+        worst = np.maximum(worst, np.abs(together[path] - alone).max() / alone.std())
+    return float(worst)  # np.maximum passes a NaN on
+
+
+def _logits(target: Target, prompt: list[int], tree: TokenTree) -> np.ndarray:
+    context = target.prefill(prompt, chunk=len(prompt))
+    return device.read(target.verify(context, tree).logits.astype(mx.float32))[0]
+
+
+def _refusal(target: Target, reason: str) -> UserError:
+    layers = getattr(target.model, "layers", None) or []
+    bare = [i for i, layer in enumerate(layers) if not _rotates(layer)]
+    where = f"; layers without a rope module that takes an offset: {bare}" if bare else ""
+    return UserError(
+        f"{target.name} cannot verify a tree: {reason}{where}; generate with --no-draft"
+    )
+
+
+def _rotates(layer) -> bool:
+    return any(takes_offset(module) for module in layer.modules())

@@ -1,0 +1,72 @@
+"""Records what flows through a model's embedding and head in its own forward pass.
+
+The watched modules get a subclass of their own class while a block runs and are put back after
+it, so no model file is copied and nothing of the model is left changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+_EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """A linear map that was applied: the module, its input and the width of its output."""
+
+    module: nn.Module
+    given: mx.array
+    width: int
+
+
+@dataclass
+class Tape:
+    """What was recorded, in the order of the calls."""
+
+    embedding: nn.Module | None = None
+    linear: list[LinearCall] = field(default_factory=list)
+
+
+@contextmanager
+def recording(modules: Iterable[nn.Module]) -> Iterator[Tape]:
+    """Record the calls of the embeddings and linear layers among `modules` while the block runs."""
+    tape = Tape()
+    watched = [module for module in modules if isinstance(module, _LINEAR + _EMBEDDING)]
+    try:
+        for module in watched:
+            module._tape = tape
+            module.__class__ = _watched(type(module))
+        yield tape
+    finally:
+        for module in watched:
+            module.__class__ = type(module).__bases__[0]
+            del module._tape
+
+
+@lru_cache(maxsize=None)
+def _watched(cls: type) -> type:
+    looks_up = issubclass(cls, _EMBEDDING)
+
+    class Watched(cls):
+        def __call__(self, x):
+            out = super().__call__(x)
+            if not looks_up:
+                self._tape.linear.append(LinearCall(self, x, out.shape[-1]))
+            elif self._tape.embedding is None:
+                self._tape.embedding = self
+            return out
+
+        def as_linear(self, x):
+            out = super().as_linear(x)
+            self._tape.linear.append(LinearCall(self, x, out.shape[-1]))
+            return out
+
+    return Watched

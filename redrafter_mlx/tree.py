@@ -1,0 +1,209 @@
+"""The token tree: what a drafter proposes and the target verifies in one pass.
+
+Shape letters: N nodes, W beam width, L beam length (the root included), M scored candidates.
+Pure numpy: no model, no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+PENDING = -1
+"""Token id of a root whose value only the device knows yet: the target's pending token."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """Candidate continuations that share their prefixes, rooted at the pending token.
+
+    tokens    (N,) int32    token ids; tokens[0] is the pending token or `PENDING`
+    parents   (N,) int32    parents[i] < i; parents[0] = -1; siblings carry distinct tokens
+    logprobs  (N,) float32  the drafter's cumulative log-probability of the path to each node
+
+    Rows are in depth-first order, the likeliest child first, so that the likeliest path is
+    rows 0, 1, 2, ... and committing it moves nothing in the KV cache.
+
+    Example: root 7 with children 3 (likelier) and 5, where 3 has the child 9:
+    tokens [7, 3, 9, 5], parents [-1, 0, 1, 0], depths [0, 1, 2, 1].
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    logprobs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def root(cls, token: int = PENDING) -> TokenTree:
+        """The empty draft: nothing but the pending token."""
+        return cls(np.array([token], np.int32), np.array([-1], np.int32), np.zeros(1, np.float32))
+
+    @classmethod
+    def best(cls, root: int, tokens, parents, logprobs, budget: int) -> TokenTree:
+        """The likeliest nodes of all that were scored on the way (EAGLE-2, arXiv 2406.16858 §4).
+
+        root             token id of the pending token
+        tokens    (M,)   candidate ids
+        parents   (M,)   index of the parent among the candidates, -1 for children of the root
+        logprobs  (M,)   cumulative log-probabilities; a child's is never above its parent's
+        budget           most nodes of the tree, the root included
+
+        Ancestors of a kept node are always kept: scores only fall with depth, and a parent comes
+        before its children among the candidates.
+        """
+        likeliest = np.argsort(-np.asarray(logprobs), kind="stable")
+        kept = np.sort(likeliest[: max(budget - 1, 0)])
+        new_index = np.full(len(likeliest) + 1, -1)
+        new_index[kept] = np.arange(1, len(kept) + 1)
+        new_index[-1] = 0  # index -1 is the root
+        return cls._depth_first(
+            np.concatenate([[root], np.asarray(tokens)[kept]]),
+            np.concatenate([[-1], new_index[np.asarray(parents)[kept]]]),
+            np.concatenate([[0.0], np.asarray(logprobs)[kept]]),
+        )
+
+    @classmethod
+    def from_beams(cls, beams, logprobs=None) -> TokenTree:
+        """The prefix tree of some beams (the paper's dynamic tree attention, arXiv 2403.09919 §3.3).
+
+        beams     (W, L)  token ids; every beam starts with the same pending token
+        logprobs  (W, L)  cumulative log-probability of each prefix; without it a node scores by
+                          the rank of the best beam through it
+        """
+        beams = np.asarray(beams)
+        if logprobs is None:
+            logprobs = np.broadcast_to(-np.arange(len(beams), dtype=float)[:, None], beams.shape)
+        union = _Union(int(beams[0, 0]))
+        for beam, scores in zip(beams.tolist(), np.asarray(logprobs).tolist(), strict=True):
+            assert beam[0] == union.tokens[0], "beams must start with the same pending token"
+            node = 0
+            for token, score in zip(beam[1:], scores[1:], strict=True):
+                node = union.add(node, token, score)
+        return cls._depth_first(union.tokens, union.parents, union.logprobs)
+
+    def merge(self, other: TokenTree) -> TokenTree:
+        """The union of two trees with the same root; a node in both keeps the higher score."""
+        union = _Union(int(self.tokens[0]))
+        for tree in (self, other):
+            place = [0]  # where each of the tree's rows lies in the union
+            rows = zip(tree.parents[1:], tree.tokens[1:].tolist(), tree.logprobs[1:].tolist())
+            for parent, token, score in rows:
+                place.append(union.add(place[parent], token, score))
+        return self._depth_first(union.tokens, union.parents, union.logprobs)
+
+    @classmethod
+    def _depth_first(cls, tokens, parents, logprobs) -> TokenTree:
+        """Put nodes, given in any order with parents first, into depth-first, likeliest-first rows."""
+        children: list[list[int]] = [[] for _ in tokens]
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                children[parent].append(node)
+        order: list[int] = []
+        stack = [0]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(sorted(children[node], key=lambda child: logprobs[child]))
+        row = np.empty(len(order), np.int32)
+        row[order] = np.arange(len(order))
+        parents = np.asarray(parents)[order]
+        return cls(
+            np.asarray(tokens)[order].astype(np.int32),
+            np.where(parents < 0, -1, row[parents]).astype(np.int32),
+            np.asarray(logprobs)[order].astype(np.float32),
+        )
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """(N,) int32: distance from the root."""
+        depths = np.zeros(len(self), np.int32)
+        for i in range(1, len(self)):
+            depths[i] = depths[self.parents[i]] + 1
+        return depths
+
+    @cached_property
+    def children(self) -> list[dict[int, int]]:
+        """For each node: token id -> row of the child that carries it."""
+        children: list[dict[int, int]] = [{} for _ in range(len(self))]
+        for row in range(1, len(self)):
+            children[self.parents[row]][int(self.tokens[row])] = row
+        return children
+
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether every node has at most one child: rows then are plain consecutive positions."""
+        return bool((self.parents == np.arange(-1, len(self) - 1)).all())
+
+    def mask(self) -> np.ndarray:
+        """(N, N) bool: row i may attend to row j: j is i itself or one of its ancestors."""
+        mask = np.eye(len(self), dtype=bool)
+        for i in range(1, len(self)):
+            mask[i] |= mask[self.parents[i]]
+        return mask
+
+    def path(self, node: int) -> list[int]:
+        """Rows from the root to `node`, both included."""
+        rows = []
+        while node >= 0:
+            rows.append(int(node))
+            node = self.parents[node]
+        return rows[::-1]
+
+    def paths(self) -> Iterator[list[int]]:
+        """The path to every leaf."""
+        for row, children in enumerate(self.children):
+            if not children:
+                yield self.path(row)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Everything a search scored under one root.
+
+    root              token id of the pending token
+    tokens    (M,)    token ids
+    parents   (M,)    index of the parent among the candidates, -1 for children of the root
+    logprobs  (M,)    cumulative log-probabilities
+    beams     (W,)    the last node of each finished beam, the likeliest first
+    """
+
+    root: int
+    tokens: np.ndarray
+    parents: np.ndarray
+    logprobs: np.ndarray
+    beams: np.ndarray
+
+    def beam_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(W, L) token ids of the beams, the root first, and (W, L) their cumulative logprobs."""
+        columns, nodes = [], self.beams
+        while nodes[0] >= 0:
+            columns.append(nodes)
+            nodes = self.parents[nodes]
+        rows = np.stack(columns[::-1], axis=1)
+        roots = np.full((len(rows), 1), self.root)
+        return (
+            np.concatenate([roots, self.tokens[rows]], axis=1),
+            np.concatenate([np.zeros(roots.shape), self.logprobs[rows]], axis=1),
+        )
+
+
+class _Union:
+    """Nodes under one root, each (parent, token) once, with the highest score it was given."""
+
+    def __init__(self, root: int):
+        self.tokens, self.parents, self.logprobs = [root], [-1], [0.0]
+        self._index: dict[tuple[int, int], int] = {}
+
+    def add(self, parent: int, token: int, logprob: float) -> int:
+        node = self._index.setdefault((parent, token), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.logprobs.append(logprob)
+        self.logprobs[node] = max(self.logprobs[node], logprob)
+        return node

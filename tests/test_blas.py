@@ -1,0 +1,154 @@
+"""The BLAS preload: which library is taken, and what the user is told when none is."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from redrafter_mlx import blas
+
+OPENBLAS = "libopenblas.so.0"
+
+
+class Linker:
+    """Stands in for the dynamic linker: knows some libraries and records what was loaded."""
+
+    def __init__(self, **symbols: str):
+        self.symbols = symbols
+        self.asked: list[str] = []
+
+    def __call__(self, name: str, mode: int) -> SimpleNamespace:
+        self.asked.append(name)
+        assert mode == ctypes.RTLD_GLOBAL
+        key = name.replace(".", "_")
+        if key not in self.symbols:
+            raise OSError(name)
+        return SimpleNamespace(**{self.symbols[key]: None})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A Linux machine without CUDA where nothing is loaded yet; set(...) installs libraries."""
+    monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(blas, "_is_installed", lambda name: False)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    monkeypatch.delenv(blas.VARIABLE, raising=False)
+
+    def install(**symbols: str) -> Linker:
+        linker = Linker(**symbols)
+        monkeypatch.setattr(ctypes, "CDLL", linker)
+        return linker
+
+    blas.preload.cache_clear()
+    yield install
+    blas.preload.cache_clear()
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="redrafter_mlx")
+    return caplog
+
+
+def warnings(log) -> list[str]:
+    return [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
+
+
+def test_openblas_is_loaded_once_and_named(machine, log):
+    linker = machine(libopenblas_so_0="cblas_sgemm")
+    assert blas.preload() == OPENBLAS
+    assert blas.preload() == OPENBLAS
+    assert linker.asked.count(OPENBLAS) == 1
+    assert [record.getMessage() for record in log.records] == [
+        f"BLAS for MLX on the CPU: {OPENBLAS}"
+    ]
+
+
+def test_a_threaded_build_comes_first(machine):
+    machine(libopenblasp_so_0="cblas_sgemm", libopenblas_so_0="cblas_sgemm")
+    assert blas.preload() == "libopenblasp.so.0"
+
+
+def test_the_system_search_comes_last(machine, monkeypatch):
+    machine(libopenblas64_so="cblas_sgemm")
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: "libopenblas64.so")
+    assert blas.preload() == "libopenblas64.so"
+
+
+def test_a_library_without_cblas_is_passed_over(machine, log):
+    machine(libopenblas_so_0="sgemm_")
+    assert blas.preload() is None
+    assert "apt install libopenblas0" in warnings(log)[0]
+
+
+def test_no_library_is_a_warning_with_the_remedy(machine, log):
+    machine()
+    assert blas.preload() is None
+    (message,) = warnings(log)
+    assert "apt install libopenblas0" in message
+    assert "\n" not in message
+
+
+def test_the_variable_names_the_library(machine, monkeypatch):
+    linker = machine(libopenblas_so_0="cblas_sgemm", libmkl_rt_so="cblas_sgemm")
+    monkeypatch.setenv(blas.VARIABLE, "libmkl_rt.so")
+    assert blas.preload() == "libmkl_rt.so"
+    assert linker.asked == ["libmkl_rt.so"]
+
+
+def test_a_wrong_name_in_the_variable_is_a_warning_that_names_it(machine, monkeypatch, log):
+    machine(libopenblas_so_0="cblas_sgemm")
+    monkeypatch.setenv(blas.VARIABLE, "/nowhere/libx.so")
+    assert blas.preload() is None
+    assert f"{blas.VARIABLE}=/nowhere/libx.so" in warnings(log)[0]
+
+
+@pytest.mark.parametrize("case", ["off", "macos", "cuda"])
+def test_where_nothing_is_to_be_done_nothing_is(machine, monkeypatch, log, case):
+    linker = machine(libopenblas_so_0="cblas_sgemm")
+    if case == "off":
+        monkeypatch.setenv(blas.VARIABLE, "off")
+    elif case == "macos":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    else:
+        monkeypatch.setattr(blas, "_is_installed", lambda name: name == "mlx-cuda-13")
+    assert blas.preload() is None
+    assert linker.asked == []
+    assert not log.records
+
+
+def test_too_late_is_a_warning(machine, monkeypatch, log):
+    linker = machine(libopenblas_so_0="cblas_sgemm")
+    monkeypatch.setitem(sys.modules, "mlx.core", SimpleNamespace())
+    assert blas.preload() is None
+    assert linker.asked == []
+    assert "before redrafter_mlx" in warnings(log)[0]
+
+
+def test_an_installed_distribution_is_seen():
+    assert blas._is_installed("mlx")
+    assert not blas._is_installed("mlx-cuda-nope")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads a BLAS")
+def test_the_package_puts_a_fast_blas_before_the_reference_one():
+    """In a fresh process, the global cblas_sgemm is the preloaded library's own."""
+    if blas._load_first(blas._candidates()) is None:
+        pytest.skip("no OpenBLAS on this machine")
+    program = """if True:
+        import ctypes
+        from redrafter_mlx import blas
+        import mlx.core
+        loaded = blas.preload()
+        assert loaded, "the package imported mlx.core before the BLAS"
+        address = lambda library: ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
+        assert address(ctypes.CDLL(None)) == address(ctypes.CDLL(loaded))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
