@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
+from redrafter_mlx import blas
 from redrafter_mlx.config import NOT_HONOURED
 from redrafter_mlx.errors import UserError
 
@@ -22,9 +25,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
-        )
+        super().__init__(allow_abbrev=False, **kwargs)
         self.add_argument("--debug", action="store_true", help="show tracebacks and log details")
 
     def parse_args(self, args=None, namespace=None):
@@ -52,6 +53,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
         format="%(message)s", level=logging.DEBUG if flags.debug else logging.WARNING
     )
     logging.getLogger("redrafter_mlx").setLevel(logging.DEBUG if flags.debug else logging.INFO)
+    logging.getLogger("redrafter_mlx").debug("BLAS: %s", blas.preload())
     try:
         return main(flags)
     except UserError as error:
@@ -64,3 +66,22 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
             raise
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A flag's type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as {{}}")
+    return value
+
+
+def true_or_false(text: str) -> bool:
+    """A flag's type: True or False, as mlx_lm.generate writes it."""
+    try:
+        return {"true": True, "t": True, "false": False, "f": False}[text.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False") from None

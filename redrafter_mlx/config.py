@@ -7,8 +7,9 @@ disagree. Names are mlx_lm.generate's wherever the same thing is meant.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -173,17 +174,20 @@ def add_flags(parser: ArgumentParser, *groups: type) -> None:
             shown = "" if f.default in (None, ()) else f" (default: {f.default})"
             section.add_argument(
                 flag_name(f),
-                type=_parse_json if f.metadata["type"] is dict else f.metadata["type"],
+                type=_token_biases if f.metadata["type"] is dict else f.metadata["type"],
                 default=f.default,
                 help=(f.metadata["help"] + shown).replace("%", "%%"),
                 **f.metadata["flag"],
             )
 
 
-def _parse_json(text: str) -> dict[int, float]:
-    import json
-
-    return {int(token): float(bias) for token, bias in json.loads(text).items()}
+def _token_biases(text: str) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArgumentTypeError(
+            f"{text!r} is not a JSON object of token ids and numbers such as {{\"42\": -1.5}}"
+        ) from error
 
 
 def from_flags(group: type[T], flags: Namespace) -> T:

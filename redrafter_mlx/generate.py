@@ -1,0 +1,224 @@
+"""Generate text from a prompt: python -m redrafter_mlx.generate --prompt "...".
+
+The text goes to standard output; progress, notes and statistics go to standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from redrafter_mlx import cli
+from redrafter_mlx.config import (
+    DraftOptions,
+    GenerationOptions,
+    SamplingOptions,
+    add_flags,
+    from_flags,
+)
+from redrafter_mlx.errors import UserError
+
+if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
+    from redrafter_mlx.check import Comparison
+    from redrafter_mlx.stream import Generation, GenerationResponse
+
+DEMO = "demo"
+_log = logging.getLogger("redrafter_mlx")
+
+
+def make_parser() -> cli.Parser:
+    """The command's flags; those of the option groups come from config.py."""
+    parser = cli.Parser(
+        prog="redrafter_mlx.generate",
+        description="Generate text: faster with a drafter, and with the same words as without.",
+    )
+    flag = parser.add_argument
+    flag("--model", default=DEMO, help="demo, a model directory, .gguf file or Hugging Face repo")
+    flag("--drafter", help="demo, a drafter directory or Hugging Face repo (default: the demo "
+         "target's own; none for other models)")
+    flag("--no-draft", action="store_true", help="plain decoding")
+    flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
+    flag("--system-prompt", help="system message for the chat template")
+    flag("--prefill-response", help="how the answer begins")
+    flag("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
+    flag("--chat-template-config", type=cli.json_object, default={}, metavar="JSON",
+         help="more arguments for the chat template")
+    flag("--extra-eos-token", nargs="+", default=[], metavar="TOKEN",
+         help="more tokens that end the text")
+    flag("--adapter-path", help="a LoRA adapter for the target")
+    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
+    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
+    flag("--check", action="store_true", help="replay with plain decoding and compare")
+    flag("--json", action="store_true", help="print one JSON object: text, tokens, statistics")
+    flag("--verbose", type=cli.true_or_false, nargs="?", const=True, metavar="BOOL",
+         help="True: all statistics, False: none (default: one line)")
+    add_flags(parser, GenerationOptions, SamplingOptions, DraftOptions)
+    return parser
+
+
+def command(flags: Namespace) -> int:
+    """Run one generation as the flags say; the exit code."""
+    options = {
+        "generation": from_flags(GenerationOptions, flags),
+        "sampling": from_flags(SamplingOptions, flags),
+        "draft": from_flags(DraftOptions, flags),
+    }
+    if flags.no_draft and flags.drafter:
+        raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
+    message = _read_message(flags.prompt)
+
+    from redrafter_mlx import check, hub, stream
+
+    model, tokenizer = hub.load(
+        flags.model,
+        adapter_path=flags.adapter_path,
+        revision=flags.revision,
+        tokenizer_config={"trust_remote_code": flags.trust_remote_code},
+        trust_remote_code=flags.trust_remote_code,
+    )
+    prompt = _encode(tokenizer, message, flags)
+    drafter_name = _drafter_name(flags)
+    drafter = hub.load_drafter(drafter_name, model) if drafter_name else None
+    options["eos_token_ids"] = tokenizer.eos_token_ids
+    run = stream.Generation(model, prompt, drafter, progress=_PromptProgress(), **options)
+    printed = _Printed(quiet=flags.json)
+    interrupted = printed.consume(stream.text_events(run, tokenizer))
+    comparison = None
+    if flags.check and not interrupted:
+        options["sampling"] = dataclasses.replace(options["sampling"], seed=run.seed)
+        plain = stream.Generation(model, prompt, None, **options)
+        comparison = check.compare_with_plain(printed.tokens, plain)
+    if flags.json:
+        print(json.dumps(_as_json(flags, run, printed, comparison), ensure_ascii=False))
+    else:
+        _report(flags.verbose, run, comparison)
+    return cli.INTERRUPTED if interrupted else 0
+
+
+def _read_message(prompt: str) -> str:
+    if prompt != "-":
+        return prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx_lm.generate does
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt -: standard input is not UTF-8 (byte {error.start} is "
+            f"0x{data[error.start]:02x}); convert it, for example with iconv -t UTF-8"
+        ) from error
+
+
+def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
+    """Token ids of the message in the tokenizer's chat template, if it has one and may use it."""
+    for token in flags.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    if flags.ignore_chat_template or not tokenizer.has_chat_template:
+        for name in ("system_prompt", "prefill_response", "chat_template_config"):
+            if getattr(flags, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} needs a chat template: "
+                    "drop --ignore-chat-template or take a model that has one"
+                )
+        return tokenizer.encode(message)
+    messages = [{"role": "system", "content": flags.system_prompt}] if flags.system_prompt else []
+    messages.append({"role": "user", "content": message})
+    begun = flags.prefill_response is not None
+    if begun:
+        messages.append({"role": "assistant", "content": flags.prefill_response})
+    text = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        continue_final_message=begun,
+        add_generation_prompt=not begun,
+        **flags.chat_template_config,
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _drafter_name(flags: Namespace) -> str | None:
+    if flags.no_draft:
+        return None
+    if flags.drafter or flags.model == DEMO:
+        return flags.drafter or DEMO
+    _log.info("no --drafter given for %s: plain decoding", flags.model)
+    return None
+
+
+class _PromptProgress:
+    """A bar on the terminal while a long prompt is processed."""
+
+    def __init__(self):
+        self._bar = None
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            hidden = not sys.stderr.isatty() or total < 1024
+            self._bar = tqdm(total=total, desc="prompt", unit="tok", leave=False, disable=hidden)
+        self._bar.update(done - self._bar.n)
+        if done >= total - 1:
+            self._bar.close()
+
+
+class _Printed:
+    """The text and tokens of a run as they come; printed round by round unless quiet."""
+
+    def __init__(self, quiet: bool):
+        self._quiet = quiet
+        self.text = ""
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    def consume(self, events: Iterable[GenerationResponse]) -> bool:
+        """Take all events; whether Ctrl-C ended it early."""
+        try:
+            for event in events:
+                self.text += event.text
+                self.tokens.append(event.token)
+                self.finish_reason = event.finish_reason
+                if not self._quiet:
+                    print(event.text, end="", flush=event.end_of_round)
+        except KeyboardInterrupt:
+            self.finish_reason = "interrupted"
+        if not self._quiet:
+            print(flush=True)
+        return self.finish_reason == "interrupted"
+
+
+def _report(verbose: bool | None, run: Generation, comparison: Comparison | None) -> None:
+    if verbose is not False:
+        report = run.stats.report() if verbose else run.stats.summary()
+        seed = "" if run.seed is None else f", seed {run.seed}"
+        print(f"{'=' * 10}\n{report}{seed}", file=sys.stderr)
+    if comparison is not None:
+        print(f"check: {comparison}", file=sys.stderr)
+
+
+def _as_json(
+    flags: Namespace, run: Generation, printed: _Printed, comparison: Comparison | None
+) -> dict[str, Any]:
+    return {
+        "model": flags.model,
+        "drafter": _drafter_name(flags),
+        "text": printed.text,
+        "tokens": printed.tokens,
+        "finish_reason": printed.finish_reason,
+        "seed": run.seed,
+        **run.stats.as_dict(),
+        **({} if comparison is None else {"check": dataclasses.asdict(comparison)}),
+    }
+
+
+def main(args: list[str] | None = None) -> int:
+    """Entry point of the command."""
+    return cli.run(command, make_parser(), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
