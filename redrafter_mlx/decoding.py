@@ -32,12 +32,11 @@ def decode(
         context = target.commit(context, tree, outcome, verdict)
         step = Step(
             accepted=tree.tokens[verdict.path[1:]].tolist(),
-            pending=verdict.pending,
+            verdict=verdict,
             logits=outcome.logits[verdict.path],
             nodes=len(tree),
             draft_seconds=drafted - began,
             verify_seconds=verified - drafted,
-            known=verdict.known,
         )
         drafter.observe(step)
         yield step
@@ -53,8 +52,8 @@ def overlap(steps: Iterable[Step]) -> Iterator[Step]:
     for step in steps:
         if held is not None:
             yield held
-        held = None if step.known else step
-        if step.known:
+        held = None if step.is_known else step
+        if step.is_known:
             yield step
     if held is not None:
         yield held

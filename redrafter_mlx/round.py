@@ -22,8 +22,8 @@ class Transcript:
         self._tokens: list[int | mx.array] = [int(token) for token in tokens]
         self._read = len(self._tokens)
 
-    def extend(self, tokens: Sequence[int], pending: mx.array) -> None:
-        """Append the tokens of a path and the pending token (1,) after them."""
+    def extend(self, tokens: Sequence[int], pending: int | mx.array) -> None:
+        """Append the tokens of a path and the pending token, an id or (1,), after them."""
         self._tokens += [*tokens, pending]
 
     @property
@@ -67,12 +67,12 @@ class Outcome:
 class Verdict:
     """The path that stands, as rows of the tree from the root on, and the next pending token (1,).
 
-    known  whether the host has read the pending token already
+    token  the pending token's id; None while only the device knows it
     """
 
     path: Sequence[int]
     pending: mx.array
-    known: bool
+    token: int | None
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,28 @@ class Step:
     """One finished round: the tokens it added to the text, and where its time went.
 
     accepted  drafted tokens of the path; they come first, the next pending token last
+    verdict   that the round ended with
     logits    (len(accepted) + 1, V) the target's, row i for the i-th added token
     nodes     size of the tree that was verified
     draft_seconds, verify_seconds  of the round's wall time
-    known     whether reading the tokens waits for nothing
     """
 
     accepted: Sequence[int]
-    pending: mx.array
+    verdict: Verdict
     logits: mx.array
     nodes: int
     draft_seconds: float
     verify_seconds: float
-    known: bool
+
+    @property
+    def is_known(self) -> bool:
+        """Whether reading the tokens waits for nothing."""
+        return self.verdict.token is not None
 
     @cached_property
     def tokens(self) -> list[int]:
         """The added tokens."""
-        return [*self.accepted, int(device.read(self.pending)[0][0])]
+        token = self.verdict.token
+        if token is None:
+            token = int(device.read(self.verdict.pending)[0][0])
+        return [*self.accepted, token]

@@ -25,7 +25,7 @@ class Match:
         prepared = self.sampler.prepare(outcome.logits)
         if len(tree) == 1 and self.sampler.is_argmax:  # one path, nothing to compare: do not wait
             mx.async_eval(prepared)
-            return Verdict([0], prepared, known=False)
+            return Verdict([0], prepared, token=None)
         rows, _ = device.read(prepared, outcome.hidden)
         history = list(context.transcript.tokens)
         path = [0]
@@ -33,7 +33,6 @@ class Match:
             token = self.sampler.choose(rows[path[-1]], context.position + len(path), history)
             child = tree.children[path[-1]].get(token)
             if child is None:
-                pending = mx.array([token], dtype=context.pending.dtype)
-                return Verdict(path, pending, known=True)
+                return Verdict(path, mx.array([token], dtype=context.pending.dtype), token)
             path.append(child)
             history.append(token)

@@ -119,7 +119,8 @@ def _value(value: object) -> bytes:
 # A tiny Llama as GGUF.
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOKENS = [*SPECIAL, "<think>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "ll", "hell"]
+PARTS = ["he", "ll", "hell", "12", "e!"]
+TOKENS = [*SPECIAL, "<think>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *PARTS]
 TYPES = [3, 3, 3, 4] + [1] * (len(TOKENS) - 4)
 
 
@@ -139,7 +140,7 @@ def tiny_metadata() -> dict:
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": TOKENS,
         "tokenizer.ggml.token_type": TYPES,
-        "tokenizer.ggml.merges": ["h e", "l l", "he ll"],
+        "tokenizer.ggml.merges": ["h e", "l l", "he ll", "1 2", "e !"],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
@@ -453,6 +454,13 @@ def test_chat_template(demo_tokenizer, messages, system):
 def test_a_file_without_chat_template_gets_none(tmp_path):
     destination = imported(tmp_path, Gguf(tiny_metadata(), tiny_tensors()))
     assert AutoTokenizer.from_pretrained(destination).chat_template is None
+
+
+def test_digits_and_words_are_split_before_the_merges(tmp_path):
+    destination = imported(tmp_path, Gguf(tiny_metadata(), tiny_tensors()))
+    tokenizer = AutoTokenizer.from_pretrained(destination)
+    assert tokenizer.tokenize("hell12 ٣٣") == ["hell", "1", "2", "Ġ", "Ù", "£", "Ù", "£"]
+    assert tokenizer.tokenize("e! he") == ["e", "!", "Ġ", "he"]
 
 
 def test_control_and_user_defined_tokens_are_never_split(tmp_path):

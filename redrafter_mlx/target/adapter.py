@@ -17,7 +17,7 @@ from redrafter_mlx.round import Context, Outcome, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.target.cache import Branches, TreeCache
 from redrafter_mlx.target.probe import probe_parity
-from redrafter_mlx.target.rope import accept_row_offsets, takes_offset
+from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
 from redrafter_mlx.target.tape import Tape, recording
 from redrafter_mlx.tree import TokenTree
 
@@ -39,14 +39,21 @@ class Target:
         if branching:
             for module in filter(takes_offset, model.modules()):
                 accept_row_offsets(module)
+            accept_row_scales(model)
             probe_parity(self)
         self.reset()
 
     def _find_ends(self) -> None:
         """Trace one token (nothing is evaluated) to learn which modules embed and make logits."""
-        with recording(self.model.modules()) as tape:
-            logits = self.model(mx.array([[0]]), cache=make_prompt_cache(self.model))
-        self.vocab_size = logits.shape[-1]
+        try:
+            with recording(self.model.modules()) as tape:
+                logits = self.model(mx.array([[0]]), cache=make_prompt_cache(self.model))
+            self.vocab_size = logits.shape[-1]
+        except Exception as error:  # whatever a model file raises
+            raise UserError(
+                f"{self.name} cannot be a target: it fails on one token with mlx-lm's own cache: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         heads = [call for call in tape.linear if call.width == self.vocab_size]
         if not heads or tape.embedding is None:
             missing = "head" if tape.embedding else "embedding"
@@ -107,7 +114,8 @@ class Target:
         """Keep the verdict's path in the KV cache; the Context after it."""
         path = list(verdict.path)
         self._keep(path)
-        context.transcript.extend(tree.tokens[path[1:]].tolist(), verdict.pending)
+        pending = verdict.pending if verdict.token is None else verdict.token
+        context.transcript.extend(tree.tokens[path[1:]].tolist(), pending)
         return replace(
             context,
             pending=verdict.pending,

@@ -6,6 +6,7 @@ Only trying tells: a 5-node tree against each of its paths, on the loaded weight
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -37,8 +38,13 @@ def probe_parity(target: Target) -> float:
         raise _refusal(target, f"a tree made it fail: {type(error).__name__}: {error}") from error
     allowed = TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
     if not difference <= allowed:
-        measured = f"its tree logits differ from one-path logits by {difference:.2g} deviations"
-        raise _refusal(target, f"{measured} (allowed: {allowed:g})")
+        raise _refusal(
+            target,
+            "its logits are not finite"
+            if math.isnan(difference)
+            else f"its tree logits differ from one-path logits by {difference:.2g} deviations "
+            f"(allowed: {allowed:g})",
+        )
     return difference
 
 

@@ -7,7 +7,9 @@ folded into the batch: (1, H, T, D) becomes (T, H, 1, D), each with its own offs
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import mlx.core as mx
@@ -49,11 +51,43 @@ def _folding(cls: type) -> type:
         def __call__(self, x: mx.array, offset: Any = 0, *args, **kwargs):
             if not _one_per_row(x, offset):
                 return super().__call__(x, offset, *args, **kwargs)
+            rotate = partial(super().__call__, *args, **kwargs)
             rows = x.swapaxes(0, -2)  # (T, H, 1, D)
-            return super().__call__(rows, offset, *args, **kwargs).swapaxes(0, -2)
+            try:
+                rows = rotate(rows, offset=offset)
+            except (TypeError, ValueError):  # computes with the offset as a Python number
+                rows = mx.concatenate(
+                    [rotate(rows[i : i + 1], offset=at) for i, at in enumerate(offset.tolist())]
+                )
+            return rows.swapaxes(0, -2)
 
     Folding.__name__ = Folding.__qualname__ = cls.__name__
     return Folding
+
+
+def accept_row_scales(model: nn.Module) -> None:
+    """The same for mlx-lm's one other use of positions: Mistral's attention scale.
+
+    Its function builds (B, 1, T, 1) factors from one offset for each batch entry. Asked for one
+    row at each of T positions it gives (T, 1, 1, 1), which is turned into (1, 1, T, 1).
+    """
+    for file in {sys.modules[type(module).__module__] for module in model.modules()}:
+        scale = getattr(file, _SCALE, None)
+        if scale is not None and not hasattr(scale, "__wrapped__"):
+            setattr(file, _SCALE, _one_scale_per_row(scale))
+
+
+_SCALE = "_get_llama_4_attn_scale"
+
+
+def _one_scale_per_row(scale: Callable) -> Callable:
+    @wraps(scale)
+    def wrapper(size: int, offset: Any, *args, **kwargs):
+        if isinstance(offset, mx.array) and offset.size == size > 1:
+            return scale(1, offset, *args, **kwargs).swapaxes(0, 2)
+        return scale(size, offset, *args, **kwargs)
+
+    return wrapper
 
 
 def _one_per_row(x: mx.array, offset: Any) -> bool:

@@ -59,14 +59,18 @@ def _watched(cls: type) -> type:
         def __call__(self, x):
             out = super().__call__(x)
             if not looks_up:
-                self._tape.linear.append(LinearCall(self, x, out.shape[-1]))
+                self._record(x, out)
             elif self._tape.embedding is None:
                 self._tape.embedding = self
             return out
 
         def as_linear(self, x):
             out = super().as_linear(x)
-            self._tape.linear.append(LinearCall(self, x, out.shape[-1]))
+            self._record(x, out)
             return out
+
+        def _record(self, x, out):
+            if isinstance(out, mx.array):  # fused layers give several
+                self._tape.linear.append(LinearCall(self, x, out.shape[-1]))
 
     return Watched

@@ -1,0 +1,126 @@
+"""Scripted drafters, tiny targets and wrong rules for tests of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
+from redrafter_mlx.round import Context, Outcome, Step, Verdict
+from redrafter_mlx.stream import Generation
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.tree import TokenTree
+
+BUDGET = FixedBudget(width=4, length=5, nodes=16)
+
+
+class ScriptedDrafter:
+    """Knows the text that plain decoding gives, and proposes `right` tokens of it each round.
+
+    text   prompt and answer
+    right  how many tokens of the draft are the target's own; `wrong` ones come after them
+    decoys put a wrong sibling before every right token, so that the path is not the first rows
+    """
+
+    def __init__(self, text: Sequence[int], right: int, wrong: int = 0, decoys: bool = False):
+        self.text, self.right, self.wrong, self.decoys = list(text), right, wrong, decoys
+        self.steps: list[Step] = []
+
+    def propose(self, context: Context, budget: FixedBudget) -> TokenTree:
+        at = context.position
+        chain = self.text[at + 1 : at + 1 + self.right]
+        chain += [self._other(at + 1 + len(chain) + i) for i in range(self.wrong)]
+        tokens, parents, scores, parent = [], [], [], -1
+        for depth, token in enumerate(chain, start=1):
+            if self.decoys:
+                tokens.append(self._other(at + depth, token))
+                parents.append(parent)
+                scores.append(-depth)
+            tokens.append(token)
+            parents.append(parent)
+            scores.append(-depth - 0.5)
+            parent = len(tokens) - 1
+        return TokenTree.best(self.text[at], tokens, parents, scores, budget=len(tokens) + 1)
+
+    def _other(self, at: int, token: int = 0) -> int:
+        """A token that is neither the true one at this place nor `token`."""
+        true = self.text[at] if at < len(self.text) else 0
+        return next(t for t in range(5) if t not in (true, token))
+
+    def observe(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def reset(self) -> None:
+        self.steps.clear()
+
+
+def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
+    """A recurrent drafter with random weights for a target."""
+    target = adapt(model)
+    draft_vocab_size = target.vocab_size if d2t is None else len(d2t)
+    config = HeadConfig(
+        **{
+            "vocab_size": target.vocab_size,
+            "hidden_size": target.hidden_size,
+            "exit_dim": 2 * target.hidden_size,
+            "num_blocks": 1,
+            "rnn": True,
+            "draft_vocab_size": draft_vocab_size,
+        }
+        | shape
+    )
+    mx.random.seed(seed)
+    head = RecurrentHead(config)
+    ids = mx.arange(draft_vocab_size, dtype=mx.int32) if d2t is None else mx.array(d2t)
+    return RecurrentDrafter(head, ids, target.embed)
+
+
+def generation(model, prompt, drafter=None, max_tokens=40, eos=(), draft=None, **sampling):
+    """A run of the loop; iterate it for Tokens."""
+    return Generation(
+        model,
+        prompt,
+        drafter,
+        generation=GenerationOptions(max_tokens=max_tokens),
+        sampling=SamplingOptions(**sampling),
+        draft=draft or DraftOptions(),
+        eos_token_ids=eos,
+    )
+
+
+def ids(run: Generation) -> list[int]:
+    return [token.id for token in run]
+
+
+def tiny_prompt(n: int = 12, seed: int = 0, vocab: int = 97) -> list[int]:
+    return np.random.default_rng(seed).integers(0, vocab, n).tolist()
+
+
+def accept_everything(rule):
+    """A wrong rule: takes the likeliest drafted path whatever the target says."""
+
+    def wrong(tree: TokenTree, outcome: Outcome, context: Context) -> Verdict:
+        path = [0]
+        while children := tree.children[path[-1]]:
+            path.append(min(children.values()))
+        pending = mx.argmax(outcome.logits[path[-1]])[None]
+        return Verdict(path, pending, token=pending.item())
+
+    return wrong
+
+
+def stop_one_short(rule):
+    """A wrong rule: emits a draft's last accepted token but forgets to descend into it."""
+
+    def wrong(tree: TokenTree, outcome: Outcome, context: Context) -> Verdict:
+        verdict = rule(tree, outcome, context)
+        if len(verdict.path) == 1:
+            return verdict
+        return replace(verdict, path=list(verdict.path)[:-1])
+
+    return wrong
+
