@@ -62,7 +62,10 @@ class SamplingOptions(Options):
 
     temp: float = option(0.0, "sampling temperature; 0 takes the likeliest token", low=0.0)
     top_p: float = option(
-        1.0, "sample from the smallest set with this much probability (0 or 1: off)", low=0.0, high=1.0
+        1.0,
+        "sample from the likeliest tokens up to this probability (0, 1: off)",
+        low=0.0,
+        high=1.0,
     )
     min_p: float = option(
         0.0, "drop tokens less likely than this share of the likeliest", low=0.0, high=1.0
@@ -82,8 +85,10 @@ class SamplingOptions(Options):
         None, "JSON object of token id to added logit", type=dict, metavar="JSON"
     )
     repetition_penalty: float | None = option(
-        None, "divide the logits of recent tokens by this (negative logits: multiply)",
-        low=0.0, type=float,
+        None,
+        "divide the logits of recent tokens by this (negative logits: multiply)",
+        low=0.0,
+        type=float,
     )
     repetition_context_size: int = option(20, "recent tokens for --repetition-penalty", low=1)
     presence_penalty: float | None = option(
@@ -95,8 +100,11 @@ class SamplingOptions(Options):
     )
     frequency_context_size: int = option(20, "recent tokens for --frequency-penalty", low=1)
     seed: int | None = option(
-        None, "same seed, same text, with any drafter or none (default: a fresh one)",
-        low=0, high=2**64 - 1, type=int,
+        None,
+        "same seed, same text, with any drafter or none (default: a fresh one)",
+        low=0,
+        high=2**64 - 1,
+        type=int,
     )
 
 
@@ -107,8 +115,11 @@ class DraftOptions(Options):
     beam_width: int = option(4, "beams that the drafter keeps", low=1, high=64)
     beam_length: int = option(5, "tokens of a beam, the pending token included", low=2, high=64)
     budget: int = option(
-        16, "most nodes of the verified tree, the pending token included; "
-        "0 verifies all beams and nothing else (the paper's setting)", low=0, high=1024,
+        16,
+        "most nodes of the verified tree, the pending token included; "
+        "0 verifies all beams and nothing else (the paper's setting)",
+        low=0,
+        high=1024,
     )
 
 
@@ -186,7 +197,7 @@ def _token_biases(text: str) -> dict[int, float]:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ArgumentTypeError(
-            f"{text!r} is not a JSON object of token ids and numbers such as {{\"42\": -1.5}}"
+            f'{text!r} is not a JSON object of token ids and numbers such as {{"42": -1.5}}'
         ) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Drafter

@@ -39,24 +39,43 @@ def make_parser() -> cli.Parser:
     )
     flag = parser.add_argument
     flag("--model", default=DEMO, help="demo, a model directory, .gguf file or Hugging Face repo")
-    flag("--drafter", help="demo, a drafter directory or Hugging Face repo (default: the demo "
-         "target's own; none for other models)")
+    flag(
+        "--drafter",
+        help="demo, a drafter directory or Hugging Face repo (default: the demo "
+        "target's own; none for other models)",
+    )
     flag("--no-draft", action="store_true", help="plain decoding")
     flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
     flag("--system-prompt", help="system message for the chat template")
     flag("--prefill-response", help="how the answer begins")
     flag("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
-    flag("--chat-template-config", type=cli.json_object, default={}, metavar="JSON",
-         help="more arguments for the chat template")
-    flag("--extra-eos-token", nargs="+", default=[], metavar="TOKEN",
-         help="more tokens that end the text")
+    flag(
+        "--chat-template-config",
+        type=cli.json_object,
+        default={},
+        metavar="JSON",
+        help="more arguments for the chat template",
+    )
+    flag(
+        "--extra-eos-token",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="more tokens that end the text",
+    )
     flag("--adapter-path", help="a LoRA adapter for the target")
     flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
     flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     flag("--check", action="store_true", help="replay with plain decoding and compare")
     flag("--json", action="store_true", help="print one JSON object: text, tokens, statistics")
-    flag("--verbose", type=cli.true_or_false, nargs="?", const=True, metavar="BOOL",
-         help="True: all statistics, False: none (default: one line)")
+    flag(
+        "--verbose",
+        type=cli.true_or_false,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="True: all statistics, False: none (default: one line)",
+    )
     add_flags(parser, GenerationOptions, SamplingOptions, DraftOptions)
     return parser
 

@@ -32,7 +32,7 @@ def threefry(key, counter, xp: ModuleType = np):
     key, counter  pairs of uint32 arrays of `xp` (numpy or mlx.core) that broadcast
     Returns a pair of uint32 arrays.
     """
-    word = lambda value: xp.array(value, dtype=xp.uint32)  # noqa: E731
+    word = lambda value: xp.array(value, dtype=xp.uint32)
     keys = (*key, key[0] ^ key[1] ^ word(_PARITY))
     x, y = counter[0] + keys[0], counter[1] + keys[1]
     for r in range(13):

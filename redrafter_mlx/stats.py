@@ -46,7 +46,7 @@ class Stats:
         return tokens
 
     def count(self, drafted: bool, place: int) -> None:
-        """One token went into the text: the `place`-th of its round, drafted or the target's own."""
+        """One more token of the text: the `place`-th of its round, drafted or the target's own."""
         self.tokens += 1
         self.decode_seconds = time.perf_counter() - self._began
         if drafted:

@@ -69,7 +69,7 @@ class TokenTree:
 
     @classmethod
     def from_beams(cls, beams, logprobs=None) -> TokenTree:
-        """The prefix tree of some beams (the paper's dynamic tree attention, arXiv 2403.09919 §3.3).
+        """The prefix tree of some beams: the paper's dynamic tree attention (arXiv 2403.09919).
 
         beams     (W, L)  token ids; every beam starts with the same pending token
         logprobs  (W, L)  cumulative log-probability of each prefix; without it a node scores by
@@ -91,14 +91,14 @@ class TokenTree:
         union = _Union(int(self.tokens[0]))
         for tree in (self, other):
             place = [0]  # where each of the tree's rows lies in the union
-            rows = zip(tree.parents[1:], tree.tokens[1:].tolist(), tree.logprobs[1:].tolist())
-            for parent, token, score in rows:
-                place.append(union.add(place[parent], token, score))
+            for row in range(1, len(tree)):
+                parent, token = place[tree.parents[row]], int(tree.tokens[row])
+                place.append(union.add(parent, token, float(tree.logprobs[row])))
         return self._depth_first(union.tokens, union.parents, union.logprobs)
 
     @classmethod
     def _depth_first(cls, tokens, parents, logprobs) -> TokenTree:
-        """Put nodes, given in any order with parents first, into depth-first, likeliest-first rows."""
+        """Bring nodes, parents first but else in any order, into the order of rows."""
         children: list[list[int]] = [[] for _ in tokens]
         for node, parent in enumerate(parents):
             if parent >= 0:

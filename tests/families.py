@@ -634,6 +634,7 @@ CONFIGS: dict[str, dict] = {
     "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 4},
     "phi3": {},
     "phi3:longrope": {"rope_scaling": LONG_ROPE, "original_max_position_embeddings": 64},
+    # Not causal in mlx-lm: its block-sparse layers add the boolean mask to the scores.
     "phi3small": {
         "vocab_size": 100352,
         "dense_attention_every_n_layers": 2,
@@ -664,6 +665,7 @@ CONFIGS: dict[str, dict] = {
         "mamba_num_heads": 4,
         "tie_word_embeddings": True,
     },
+    # Past its window mlx-lm attends to one token more in a chunk than in single steps.
     "plamo3": {"num_hidden_layers": 2, "sliding_window_pattern": 2, "rope_local_theta": 1000.0},
     "prism_hadamard_qwen35": {
         **text(**{**QWEN35, "hidden_size": 128, "intermediate_size": 512}),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
@@ -123,4 +124,3 @@ def stop_one_short(rule):
         return replace(verdict, path=list(verdict.path)[:-1])
 
     return wrong
-

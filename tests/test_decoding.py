@@ -5,8 +5,15 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import build
 from mlx_lm.generate import generate_step
+
+from families import build
+from redrafter_mlx import decoding, device, stream
+from redrafter_mlx.config import SamplingOptions
+from redrafter_mlx.drafters.protocol import NoDrafter
+from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.verification import Match
 from support import (
     BUDGET,
     ScriptedDrafter,
@@ -17,13 +24,6 @@ from support import (
     stop_one_short,
     tiny_prompt,
 )
-
-from redrafter_mlx import decoding, device, stream
-from redrafter_mlx.config import SamplingOptions
-from redrafter_mlx.drafters.protocol import NoDrafter
-from redrafter_mlx.sampling import Sampler
-from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.verification import Match
 
 N = 40
 

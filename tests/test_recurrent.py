@@ -74,7 +74,7 @@ def test_candidates_equal_brute_force(width):
     rng = np.random.default_rng(width)
     tables = rng.normal(size=(4, 6, 6)).astype(np.float32)
     tables -= np.log(np.exp(tables).sum(-1, keepdims=True))
-    last = lambda state: state[:, 0].astype(mx.int32)  # noqa: E731  the state is the last token
+    last = lambda state: state[:, 0].astype(mx.int32)
     found = beam_search(
         advance=lambda state, tokens: tokens[:, None],
         score=lambda state, depth: mx.array(tables[depth - 1])[last(state)],

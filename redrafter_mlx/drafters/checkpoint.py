@@ -21,7 +21,11 @@ from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
 from redrafter_mlx.errors import UserError
 
 MODEL_TYPE = "recurrent_drafting_drafter"
-_UNUSED = {"emb_norm.weight": "the reference code loads it and never applies it", "t2d": "d2t says it"}
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_UNUSED = {
+    "emb_norm.weight": "the reference code loads it and never applies it",
+    "t2d": "d2t says the same",
+}
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -42,7 +46,7 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     if "quantization" in settings:
         _quantize_like(path, head, settings["quantization"], tensors)
     _check_tensors(path, head, tensors)
-    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)  # noqa: E731
+    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
     head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in tensors.items()])
     mx.eval(head.parameters())
     return head, d2t, config
@@ -67,13 +71,15 @@ def _read_config(path: Path) -> dict:
 def _read_tensors(path: Path) -> dict[str, mx.array]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+        pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
         hint = f"; {pickles[0]} is a PyTorch file: python -m convert" if pickles else ""
         raise UserError(f"{path}: holds no model*.safetensors{hint}")
     tensors: dict[str, mx.array] = {}
     for file in files:
         if file.open("rb").read(2) in (b"PK", b"\x80\x02", b"\x80\x04"):
-            raise UserError(f"{file}: is a pickled PyTorch file, not safetensors: python -m convert")
+            raise UserError(
+                f"{file}: is a pickled PyTorch file, not safetensors: python -m convert"
+            )
         try:
             tensors.update(mx.load(str(file)))
             mx.eval(tensors)
@@ -84,14 +90,14 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
 
 
 def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> HeadConfig:
-    """The number of blocks comes from the tensor names: one exporter writes another in the config."""
+    """The number of blocks comes from the tensor names: one exporter's config has another."""
     sizes = {}
     for key in ("vocab_size", "hidden_size", "exit_dim"):
         value = settings.get(key)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{path / 'config.json'}: {key} is {value!r}, not a positive number")
         sizes[key] = value
-    blocks = {int(m[1]) for m in map(re.compile(r"lm_head\.(\d+)\.linear\.weight").fullmatch, tensors) if m}
+    blocks = [name for name in tensors if re.fullmatch(r"lm_head\.\d+\.linear\.weight", name)]
     return HeadConfig(
         **sizes,
         num_blocks=len(blocks),
@@ -121,7 +127,9 @@ def _quantize_like(path: Path, head: RecurrentHead, settings: dict, tensors: dic
             class_predicate=lambda name, module: f"{name}.scales" in tensors,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'}: quantization {settings} is unusable: {error}") from error
+        raise UserError(
+            f"{path / 'config.json'}: quantization {settings} is unusable: {error}"
+        ) from error
 
 
 def _check_tensors(path: Path, head: RecurrentHead, tensors: dict[str, mx.array]) -> None:

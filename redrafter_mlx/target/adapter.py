@@ -18,7 +18,7 @@ from redrafter_mlx.sampling import Noise
 from redrafter_mlx.target.cache import Branches, TreeCache
 from redrafter_mlx.target.probe import probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
-from redrafter_mlx.target.tape import Tape, recording
+from redrafter_mlx.target.tape import recording
 from redrafter_mlx.tree import TokenTree
 
 
@@ -148,7 +148,7 @@ def adapt(model: nn.Module, branching: bool = True) -> Target:
 
 
 def tree_caches(caches: Sequence[object], name: str) -> list[TreeCache]:
-    """One TreeCache in place of each of mlx-lm's caches; UserError names those that cannot branch."""
+    """One TreeCache in place of each of mlx-lm's caches; UserError if one cannot branch."""
     replacements = []
     for layer, cache in enumerate(caches):
         if type(cache) is KVCache:

@@ -35,7 +35,7 @@ class Branches:
         self.mask = lru_cache(maxsize=None)(self._mask)
 
     def _mask(self, start: int, window: int | None) -> mx.array:
-        """(N, S + N) bool: what each row sees of the stored rows from `start` on, and of the tree."""
+        """(N, S + N) bool: what each row sees of the rows from `start` on, and of the tree."""
         stored = self._length - start
         mask = np.ones((len(self._tree), stored + len(self._tree)), bool)
         mask[:, stored:] = self._tree.mask()
@@ -102,8 +102,9 @@ class TreeCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write a pass's rows (B, H, N, D) and return all stored ones (B, H, S + N, D)."""
         if self.keys is None:
-            self.keys, self.values = _reallocate(keys[..., :0, :], keys.shape[2]), _reallocate(
-                values[..., :0, :], keys.shape[2]
+            self.keys, self.values = (
+                _reallocate(keys[..., :0, :], keys.shape[2]),
+                _reallocate(values[..., :0, :], keys.shape[2]),
             )
         first = self._stored + self._written
         self._written += keys.shape[2]
@@ -120,6 +121,11 @@ class TreeCache:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """mlx-lm's question before each pass; None, "causal", or (N, S + N) bool."""
         window = window_size or self.window
+        if self.window is not None and window > self.window:
+            raise ValueError(
+                f"a mask for {window} rows over a cache of {self.window}: in mlx-lm a chunk sees "
+                "further than a step, so no tree can equal both"
+            )
         if self._branches is not None:
             return self._branches.mask(self._start, window)
         if window is not None and self._stored + N > window:

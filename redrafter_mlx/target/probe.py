@@ -54,15 +54,17 @@ def tree_difference(target: Target, prefix: int = 8) -> float:
     Measured in standard deviations of the path logits. NaN when logits are not finite.
     """
     ids = np.random.default_rng(0).permutation(target.vocab_size)[: prefix + 5]
-    prompt, (root, *nodes) = ids[:prefix].tolist() + [int(ids[prefix])], ids[prefix:].tolist()
+    prompt, (root, *nodes) = ids[: prefix + 1].tolist(), ids[prefix:].tolist()
     tree = TokenTree.best(root, nodes, [-1, -1, 0, 0], [-1.0, -2.0, -3.0, -4.0], budget=5)
     together = _logits(target, prompt, tree)
     worst = 0.0
     for path in tree.paths():
         tokens = tree.tokens[path]
         alone = _logits(target, prompt, TokenTree.from_beams(tokens[None]))
-        worst = np.maximum(worst, np.abs(together[path] - alone).max() / alone.std())
-    return float(worst)  # np.maximum passes a NaN on
+        if not (np.isfinite(alone).all() and np.isfinite(together).all()):
+            return math.nan
+        worst = max(worst, float(np.abs(together[path] - alone).max() / alone.std()))
+    return worst
 
 
 def _logits(target: Target, prompt: list[int], tree: TokenTree) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from functools import lru_cache, partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import mlx.core as mx
@@ -21,14 +21,12 @@ def takes_offset(module: nn.Module) -> bool:
     return _call_takes_offset(type(module))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _call_takes_offset(cls: type) -> bool:
-    call = getattr(cls, "__call__", None)
-    try:
-        names = inspect.signature(call).parameters
-    except (TypeError, ValueError):
+    if not issubclass(cls, Callable):
         return False
-    return "offset" in names and len(names) <= 5 and "cache" not in names
+    names = inspect.signature(cls.__call__).parameters
+    return "offset" in names and "cache" not in names
 
 
 def accept_row_offsets(module: nn.Module) -> None:
@@ -40,7 +38,7 @@ def accept_row_offsets(module: nn.Module) -> None:
     module.__class__ = _folding(type(module))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _folding(cls: type) -> type:
     if getattr(cls, "folds_rows", False):
         return cls

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,7 +51,7 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[Tape]:
             del module._tape
 
 
-@lru_cache(maxsize=None)
+@cache
 def _watched(cls: type) -> type:
     looks_up = issubclass(cls, _EMBEDDING)
 

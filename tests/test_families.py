@@ -1,0 +1,142 @@
+"""Which of mlx-lm's model types can verify a tree: each is tried, none is assumed.
+
+`python tests/test_families.py` writes the outcome into README.md; a test checks it is up to date.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+
+from families import build, names
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.target.probe import tree_difference
+from support import ScriptedDrafter, generation, ids, tiny_prompt
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
+WINDOW = 8  # of the sliding layers; contexts here are longer
+TOKENS = 16
+
+REFUSED = {
+    "afm7": "differ",
+    "baichuan_m1": "CacheList",
+    "bailing_hybrid": "ArraysCache",
+    "bailing_moe_linear": "ArraysCache",
+    "bailing_moe_v3": "ArraysCache",
+    "deepseek_v32": "CacheList",
+    "deepseek_v41": "LayerCache",
+    "falcon_h1": "CacheList",
+    "falcon_h1:rms_norm": "CacheList",
+    "gear": "ArraysCache",
+    "glm_moe_dsa": "CacheList",
+    "gpt2": "rope module",
+    "gpt_bigcode": "rope module",
+    "granitemoehybrid": "ArraysCache",
+    "jamba": "ArraysCache",
+    "kimi_k3": "ArraysCache",
+    "kimi_linear": "ArraysCache",
+    "lfm2": "ArraysCache",
+    "lfm2-vl": "ArraysCache",
+    "lfm2_moe": "ArraysCache",
+    "llama4": "ChunkedKVCache",
+    "llama4_text:tied": "head",
+    "longcat_flash": "CacheList",
+    "longcat_flash_ngram": "ArraysCache",
+    "mamba": "ArraysCache",
+    "mamba2": "ArraysCache",
+    "mamba:falcon": "ArraysCache",
+    "minicpm:tied": "head",
+    "minimax_m3_vl": "CacheList",
+    "nanochat": "rope module",
+    "nemotron_h": "ArraysCache",
+    "olmo_hybrid": "ArraysCache",
+    "phi3small": "not finite",
+    "plamo2": "ArraysCache",
+    "plamo3": "chunk sees further",
+    "prism_hadamard_qwen35": "embedding",
+    "qwen3_5": "ArraysCache",
+    "qwen3_5_moe": "ArraysCache",
+    "qwen3_next": "ArraysCache",
+    "recurrent_gemma": "ArraysCache",
+    "rwkv7": "ArraysCache",
+    "seed_oss:tied": "head",
+    "talkie": "head",
+}
+"""Entries that must be refused, and a word that their reason has to contain."""
+
+
+@cache
+def refusal(name: str) -> str | None:
+    """Why a tree is refused on this entry; None if it is verified, beyond its window too."""
+    try:
+        target = Target(build(name))
+    except UserError as error:
+        return str(error)
+    difference = tree_difference(target, prefix=3 * WINDOW)
+    assert difference < 1e-3, f"{name} is silently wrong beyond {WINDOW} tokens: {difference}"
+    return None
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_model_type_is_verified_or_refused(name):
+    reason = refusal(name)
+    if name in REFUSED:
+        assert reason is not None
+        assert REFUSED[name] in reason
+        assert "--no-draft" in reason or "cannot be a target" in reason
+    else:
+        assert reason is None
+
+
+@pytest.mark.parametrize("name", sorted(set(names()) - REFUSED.keys()))
+def test_trees_leave_the_text_as_mlx_lm_generates_it(name):
+    model, prompt = build(name), tiny_prompt(2 * WINDOW)
+    plain = ids(generation(model, prompt, max_tokens=TOKENS))
+    drafter = ScriptedDrafter(prompt + plain, right=3, wrong=1, decoys=True)
+    run = generation(model, prompt, drafter, max_tokens=TOKENS)
+    assert ids(run) == plain
+    assert run.stats.rounds == TOKENS // 4
+    theirs = generate_step(mx.array(prompt), build(name), max_tokens=TOKENS)
+    assert plain == [token for token, _ in theirs]
+
+
+def support_table() -> str:
+    """Markdown: every model type of mlx-lm with whether its trees are verified, and if not why."""
+    verified, refused = [], {}
+    for name in names():
+        if reason := refusal(name):
+            reason = reason.split("cannot verify a tree: ")[-1].split("cannot be a target: ")[-1]
+            reason = re.sub(r"^a tree made it fail: .*?; (?=layers)", "", reason)
+            reason = reason.removeprefix("a tree made it fail: ValueError: ")
+            reason = re.sub(r" by [\d.]+ deviations.*", "", reason.split("; generate with")[0])
+            refused.setdefault(re.sub(r"layer \d+ keeps", "a layer keeps", reason), []).append(name)
+        else:
+            verified.append(name)
+    types = {name.split(":")[0] for name in verified}
+    lines = [f"**{len(types)} model types verify trees**: " + ", ".join(sorted(types)) + ".", ""]
+    lines += ["| refused at load | because |", "|---|---|"]
+    lines += [f"| {', '.join(names)} | {reason} |" for reason, names in sorted(refused.items())]
+    return "\n".join(lines)
+
+
+def with_table(readme: str, table: str) -> str:
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def test_the_readme_shows_the_outcome():
+    readme = README.read_text(encoding="utf-8")
+    assert readme == with_table(readme, support_table()), "run python tests/test_families.py"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8"), support_table()), "utf-8")
+    print(f"wrote the table into {README}", file=sys.stderr)
