@@ -72,8 +72,8 @@ def load(
 
     The name is tried as: the word `demo` (SmolLM2-135M-Instruct, downloaded once, 93 MB), a
     local directory, a local .gguf file (converted once), a Hugging Face repo `org/name`.
-    On a CPU the demo and .gguf files are computed in float32: there, quantised products are many
-    times slower and add up in 16 bits. They are then read at once even with `lazy`.
+    On a CPU every model is computed in float32, because 16-bit and quantised products use no
+    BLAS there and accumulate in 16 bits; it is then read at once even with `lazy`.
 
     Args:
         path_or_hf_repo: the name, see above. A directory called `demo` is `./demo`.
@@ -103,8 +103,8 @@ def load(
             f"cannot load {path_or_hf_repo}: {_reason(error)}; what is needed is a complete "
             "model of a type that mlx-lm supports"
         ) from error
-    if directory.parent == _conversions() and mx.default_device() == mx.cpu:
-        dequantize(model)
+    if mx.default_device() == mx.cpu:
+        compute_in_float32(model)
         config.pop("quantization", None)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -138,7 +138,7 @@ def load_drafter(name_or_path: str, model: nn.Module, revision: str | None = Non
                 f"{target.name} is {needed}; give a drafter trained for this model"
             )
     if mx.default_device() == mx.cpu:
-        dequantize(head, target.dtype)
+        compute_in_float32(head)
     return RecurrentDrafter(head, d2t, target.embed)
 
 
@@ -197,42 +197,40 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
     return directory
 
 
-def dequantize(model: nn.Module, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """Replace every affine-quantised linear and embedding layer by a plain one, in place.
+def compute_in_float32(model: nn.Module) -> nn.Module:
+    """Cast a model to float32 in place, quantised linear and embedding layers included.
 
-    One layer at a time, so that the model is never held twice. All other parameters are cast
-    too.
-
-    Args:
-        model: a model whose layers are `nn.QuantizedLinear` / `nn.QuantizedEmbedding`.
-        dtype: of the new weights; the arithmetic is done in it.
+    One layer at a time, so that the model is never held twice. The weights of linear layers are
+    laid out by columns: products of a few rows are 10 to 25 % faster that way with OpenBLAS.
 
     Returns:
         The same model.
     """
-    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
-    pending = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    quantised = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    pending = list(model.named_modules())
     while pending:
         name, layer = pending.pop()
-        plain = _plain_layer(layer, dtype)
-        mx.eval(plain.parameters())
-        model.update_modules(tree_unflatten([(name, plain)]))
-    model.set_dtype(dtype)
+        if isinstance(layer, quantised):
+            layer = _plain_layer(layer)
+            model.update_modules(tree_unflatten([(name, layer)]))
+        if isinstance(layer, nn.Linear):
+            layer.weight = mx.contiguous(layer.weight.astype(mx.float32).T).T
+            mx.eval(layer.weight)
+    model.set_dtype(mx.float32)
     return model
 
 
 def _plain_layer(
-    layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx.Dtype
+    layer: nn.QuantizedLinear | nn.QuantizedEmbedding,
 ) -> nn.Linear | nn.Embedding:
     # Built with one row or column: the constructor would fill a full matrix with random numbers.
     plain = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1)
+    biases = layer.biases.astype(mx.float32) if "biases" in layer else None
+    scales = layer.scales if biases is None else layer.scales.astype(mx.float32)
     plain.weight = mx.dequantize(
-        layer.weight,
-        layer.scales.astype(dtype),
-        layer.biases.astype(dtype),
-        layer.group_size,
-        layer.bits,
+        layer.weight, scales, biases, layer.group_size, layer.bits, layer.mode
     )
+    mx.eval(plain.weight)
     if "bias" in layer:
         plain.bias = layer.bias
     else:

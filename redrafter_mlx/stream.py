@@ -108,7 +108,7 @@ class Generation:
         self.seed = sampling.seed if sampling.temp > 0 else None
         self.stats = Stats(prompt_tokens=len(prompt))
         self.sampler = Sampler(sampling, logits_processors)
-        self._target = adapt(model, branching=drafter is not None)
+        self.target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
         self._budget = FixedBudget.from_options(draft)
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -127,16 +127,16 @@ class Generation:
                     if reason is not None:
                         return
         finally:
-            self._target.reset()
+            self.target.reset()
 
     def _steps(self) -> Iterator[Step]:
         self._drafter.reset()
-        context = self._target.prefill(
+        context = self.target.prefill(
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
         )
         self.stats.start_decoding()
         rule = Match(self.sampler)
-        return decode(self._target, self._drafter, rule, self._budget, context)
+        return decode(self.target, self._drafter, rule, self._budget, context)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self._eos_token_ids:

@@ -402,7 +402,7 @@ def test_without_pip_uv_runs_one_and_without_both_the_error_says_so(monkeypatch)
 # Dequantisation
 
 
-def test_dequantize_computes_in_float32_and_leaves_the_rest(tmp_path):
+def test_quantised_layers_become_float32_and_the_rest_stays(tmp_path):
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -420,7 +420,7 @@ def test_dequantize_computes_in_float32_and_leaves_the_rest(tmp_path):
     )
     ids, vectors = mx.array([3, 5]), mx.random.normal((2, 64))
     expected = [model.embedding(ids), *(layer(vectors) for layer in model.layers)]
-    assert hub.dequantize(model) is model
+    assert hub.compute_in_float32(model) is model
     assert [type(m) for m in (model.embedding, *model.layers)] == [
         nn.Embedding,
         nn.Linear,
@@ -436,7 +436,7 @@ def test_dequantize_computes_in_float32_and_leaves_the_rest(tmp_path):
     assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float32}
 
 
-def test_dequantize_never_holds_the_model_twice():
+def test_float32_never_holds_the_model_twice():
     """Peak memory stays below both copies together: old layers go as the new ones come."""
     model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16)))
     nn.quantize(model, group_size=32, bits=8)
@@ -446,7 +446,7 @@ def test_dequantize_never_holds_the_model_twice():
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    hub.dequantize(model)
+    hub.compute_in_float32(model)
     extra = mx.get_peak_memory() - before
     print(f"peak {extra / 2**20:.0f} MiB over {quantised / 2**20:.0f} quantised")
     assert extra < plain - quantised / 2

@@ -13,6 +13,9 @@ import numpy as np
 
 from redrafter_mlx.tree import Candidates
 
+BLOCK = 64
+"""Columns of one block of the two-level search for the likeliest tokens."""
+
 
 def beam_search(
     advance: Callable[[mx.array | None, mx.array], mx.array],
@@ -56,10 +59,26 @@ def beam_search(
     return mx.concatenate(tokens), mx.concatenate(logprobs), mx.stack(survivors)
 
 
-def _top(logprobs: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """Ids (R, k) and values (R, k) of the k largest of each row (R, D), in no order."""
-    ids = mx.argpartition(-logprobs, k - 1, axis=-1)[:, :k]
-    return ids, mx.take_along_axis(logprobs, ids, axis=-1)
+def _top(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Ids (R, k) and values (R, k) of the k largest of each row (R, D), in no order.
+
+    The k largest lie in the k blocks with the largest maxima: taking maxima and then sorting a
+    few blocks is several times cheaper than sorting all.
+    """
+    rows, columns = values.shape
+    if columns > k * BLOCK:
+        padding = -columns % BLOCK
+        padded = mx.pad(values, [(0, 0), (0, padding)], constant_values=-mx.inf)
+        blocks = padded.reshape(rows, -1, BLOCK)
+        chosen, _ = _top(blocks.max(axis=-1), k)
+        inside = mx.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
+        block_ids = (chosen[:, :, None] * BLOCK + mx.arange(BLOCK, dtype=chosen.dtype)).reshape(
+            rows, -1
+        )
+        best, top_values = _top(inside, k)
+        return mx.take_along_axis(block_ids, best, axis=-1), top_values
+    ids = mx.argpartition(-values, k - 1, axis=-1)[:, :k]
+    return ids, mx.take_along_axis(values, ids, axis=-1)
 
 
 def collect(

@@ -1,0 +1,38 @@
+"""Prompts to measure with: a JSONL file in Spec-Bench's form, or this project's own few."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+OWN = Path(__file__).parent / "prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One message to answer."""
+
+    id: str
+    category: str
+    text: str
+
+
+def read(path: Path, per_category: int) -> list[Prompt]:
+    """Prompts spread evenly over each category of the file, the first turn of each.
+
+    path  JSONL with `category` and `turns` (github.com/hemingkx/Spec-Bench: question.jsonl), and
+          an id as `id` or `question_id`
+    """
+    categories = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        name = str(entry.get("id", entry.get("question_id", len(categories))))
+        prompt = Prompt(name, entry["category"], entry["turns"][0])
+        categories[prompt.category].append(prompt)
+    chosen = []
+    for prompts in categories.values():
+        step = max(1, len(prompts) // per_category)
+        chosen += prompts[::step][:per_category]
+    return chosen
