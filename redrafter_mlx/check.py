@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +22,8 @@ class Comparison:
     tokens      of the run
     position    in the generated text, of the first difference; None if there is none
     drafted, plain  the two token ids there; None where one text had ended
-    margin      by how much the plain token leads the other one in the one-row logits
+    margin      by how much the plain token leads the other one in the one-row logits; infinite
+                if sampling had filtered the other one out
     """
 
     tokens: int
@@ -32,6 +35,15 @@ class Comparison:
     @property
     def identical(self) -> bool:
         return self.position is None
+
+    def as_dict(self) -> dict:
+        """Everything, for JSON, which knows no infinity."""
+        finite = self.margin is None or math.isfinite(self.margin)
+        return {
+            "identical": self.identical,
+            **dataclasses.asdict(self),
+            "margin": self.margin if finite else None,
+        }
 
     def __str__(self) -> str:
         if self.identical:

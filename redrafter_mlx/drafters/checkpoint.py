@@ -22,6 +22,8 @@ from redrafter_mlx.errors import UserError
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+_PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+_LARGEST = 2**30  # of a size: products of two still count in 64 bits, each fits mlx's 32
 _UNUSED = {
     "emb_norm.weight": "the reference code loads it and never applies it",
     "t2d": "d2t says the same",
@@ -45,7 +47,7 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     head = RecurrentHead(config)
     if "quantization" in settings:
         _quantize_like(path, head, settings["quantization"], tensors)
-    _check_tensors(path, head, tensors)
+    _check_tensors(path, head, tensors, dtype)
     is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
     head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in tensors.items()])
     mx.eval(head.parameters())
@@ -57,7 +59,7 @@ def _read_config(path: Path) -> dict:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); a drafter needs it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON: {error}") from error
     found = settings.get("model_type") if isinstance(settings, dict) else None
     if found != MODEL_TYPE:
@@ -76,54 +78,79 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
         raise UserError(f"{path}: holds no model*.safetensors{hint}")
     tensors: dict[str, mx.array] = {}
     for file in files:
-        if file.open("rb").read(2) in (b"PK", b"\x80\x02", b"\x80\x04"):
+        if _first_bytes(file) in _PICKLE_STARTS:
             raise UserError(
                 f"{file}: is a pickled PyTorch file, not safetensors: python -m convert"
             )
         try:
-            tensors.update(mx.load(str(file)))
-            mx.eval(tensors)
+            found = mx.load(str(file))
+            mx.eval(found)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{file}: is not a complete safetensors file: {reason}") from error
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{file}: holds {', '.join(twice)} again; one file has it already")
+        tensors.update(found)
     return tensors
+
+
+def _first_bytes(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(2)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> HeadConfig:
     """The number of blocks comes from the tensor names: one exporter's config has another."""
     sizes = {}
-    for key in ("vocab_size", "hidden_size", "exit_dim"):
+    settings = {"draft_vocab_size": settings.get("vocab_size"), **settings}
+    for key in ("vocab_size", "hidden_size", "exit_dim", "draft_vocab_size"):
         value = settings.get(key)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
             raise UserError(f"{path / 'config.json'}: {key} is {value!r}, not a positive number")
         sizes[key] = value
+    if sizes["draft_vocab_size"] > sizes["vocab_size"]:
+        raise UserError(
+            f"{path / 'config.json'}: draft_vocab_size {sizes['draft_vocab_size']} is above "
+            f"vocab_size {sizes['vocab_size']}"
+        )
+    if not isinstance(settings.get("rnn", False), bool):
+        raise UserError(f"{path / 'config.json'}: rnn is {settings['rnn']!r}, not true or false")
     blocks = [name for name in tensors if re.fullmatch(r"lm_head\.\d+\.linear\.weight", name)]
     return HeadConfig(
         **sizes,
         num_blocks=len(blocks),
-        rnn=bool(settings.get("rnn", False)),
-        draft_vocab_size=settings.get("draft_vocab_size") or sizes["vocab_size"],
+        rnn=settings.get("rnn", False),
     )
 
 
 def _draft_ids(path: Path, config: HeadConfig, offsets: mx.array | None) -> mx.array:
     ids = mx.arange(config.draft_vocab_size, dtype=mx.int32)
     if offsets is None:
+        if config.draft_vocab_size < config.vocab_size:
+            raise UserError(f"{path}: has a draft_vocab_size but no d2t to say which ids it holds")
         return ids
     if offsets.shape != ids.shape:
         raise UserError(f"{path}: d2t has shape {offsets.shape}, draft_vocab_size is {ids.size}")
-    (ids,) = device.read(ids + offsets.astype(mx.int32))
+    if not mx.issubdtype(offsets.dtype, mx.integer):
+        raise UserError(f"{path}: d2t holds {offsets.dtype}, not whole numbers")
+    (ids,) = device.read(ids.astype(mx.int64) + offsets.astype(mx.int64))
     if ids.min() < 0 or ids.max() >= config.vocab_size or len(set(ids.tolist())) < len(ids):
         raise UserError(f"{path}: d2t does not map to distinct ids below {config.vocab_size}")
-    return mx.array(ids)
+    return mx.array(ids, dtype=mx.int32)
 
 
 def _quantize_like(path: Path, head: RecurrentHead, settings: dict, tensors: dict) -> None:
     try:
+        group_size, bits = settings["group_size"], settings["bits"]
+        if type(group_size) is not int or type(bits) is not int or group_size < 1:
+            raise ValueError("group_size and bits must be positive whole numbers")
         nn.quantize(
             head,
-            group_size=settings["group_size"],
-            bits=settings["bits"],
+            group_size=group_size,
+            bits=bits,
             class_predicate=lambda name, module: f"{name}.scales" in tensors,
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -132,7 +159,9 @@ def _quantize_like(path: Path, head: RecurrentHead, settings: dict, tensors: dic
         ) from error
 
 
-def _check_tensors(path: Path, head: RecurrentHead, tensors: dict[str, mx.array]) -> None:
+def _check_tensors(
+    path: Path, head: RecurrentHead, tensors: dict[str, mx.array], dtype: mx.Dtype
+) -> None:
     """Exactly the expected names, each with its shape, and finite."""
     expected = {name: parameter.shape for name, parameter in tree_flatten(head.parameters())}
     if missing := sorted(expected.keys() - tensors.keys()):
@@ -142,6 +171,11 @@ def _check_tensors(path: Path, head: RecurrentHead, tensors: dict[str, mx.array]
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise UserError(f"{path}: {name} has shape {tensors[name].shape}, expected {shape}")
-    finite = device.read(*(mx.isfinite(tensors[name]).all() for name in expected))
+    for name, parameter in tree_flatten(head.parameters()):
+        found, packed = tensors[name].dtype, parameter.dtype == mx.uint32
+        if found != mx.uint32 if packed else not mx.issubdtype(found, mx.floating):
+            kind = "packed integers" if packed else "floating-point numbers"
+            raise UserError(f"{path}: {name} holds {found}, not {kind}")
+    finite = device.read(*(mx.isfinite(tensors[name].astype(dtype)).all() for name in expected))
     if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
-        raise UserError(f"{path}: {', '.join(bad)} holds NaN or infinite values")
+        raise UserError(f"{path}: {', '.join(bad)} holds NaN or infinite values as {dtype}")

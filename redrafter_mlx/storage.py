@@ -1,0 +1,71 @@
+"""Where models made on this machine are kept, and how they get there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from redrafter_mlx.errors import UserError
+
+CACHE_VARIABLE = "REDRAFTER_MLX_CACHE"
+
+
+def cache_directory() -> Path:
+    """Where downloads and conversions are kept: $REDRAFTER_MLX_CACHE or the user's cache."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "redrafter_mlx"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redrafter_mlx"
+
+
+def conversions() -> Path:
+    """Where converted models are kept."""
+    return cache_directory() / "models"
+
+
+def build_once(destination: Path, build: Callable[[Path], None]) -> Path:
+    """Fill `destination` with `build(directory)`, unless that was done before.
+
+    Other processes wait. The directory appears complete or not at all.
+    """
+    if destination.is_dir():
+        return destination
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{destination}.lock"):
+            if not destination.is_dir():
+                _fill(destination, build)
+    except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
+        raise UserError(
+            f"no model could be written to the cache {destination.parent}: {one_line(error)}; set "
+            f"{CACHE_VARIABLE} to a writable directory with room"
+        ) from error
+    return destination
+
+
+def _fill(destination: Path, build: Callable[[Path], None]) -> None:
+    prefix = f"{destination.name}.tmp-"
+    for path in destination.parent.iterdir():
+        if path.name.startswith(prefix):
+            shutil.rmtree(path)  # its maker held the lock that we hold now: it was killed
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
+        complete = Path(scratch) / "model"
+        complete.mkdir()
+        build(complete)
+        os.replace(complete, destination)
+
+
+def one_line(error: Exception) -> str:
+    """The error on one line."""
+    if isinstance(error, KeyError):
+        return f"the key {error} is missing"
+    text = textwrap.shorten(str(error), width=400, placeholder=" ...")
+    return text.rstrip(".") or type(error).__name__

@@ -1,0 +1,89 @@
+"""Imports run downwards only, and the words of the design are kept."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "redrafter_mlx"
+LAYERS = [
+    ["generate"],
+    ["check"],
+    ["stream"],
+    ["decoding", "stats"],
+    ["hub"],
+    ["demo"],
+    ["gguf", "storage"],
+    ["verification"],
+    ["drafters.checkpoint"],
+    ["drafters.recurrent"],
+    ["drafters.beam_search", "drafters.protocol"],
+    ["budget"],
+    ["target.adapter"],
+    ["target.probe", "target.tape"],
+    ["target.cache", "target.rope"],
+    ["round"],
+    ["sampling"],
+    ["tree", "device"],
+    ["cli"],
+    ["config"],
+    ["blas", "errors"],
+]
+"""From the top down: a module may import from lower lines only."""
+
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.endswith("__init__"):
+            yield name, path
+
+
+def imported(path):
+    """Modules of this package that a file imports when it runs, not just for type checkers."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in for_types:
+            module = node.module or ""
+            if module == "redrafter_mlx":
+                yield from (alias.name for alias in node.names)
+            elif module.startswith("redrafter_mlx."):
+                yield module.removeprefix("redrafter_mlx.")
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda v: str(v).split("/")[-1])
+def test_imports_run_downwards(name, path):
+    for other in imported(path):
+        assert LEVEL[other] > LEVEL[name], f"{name} imports {other}"
+
+
+def test_every_module_has_its_place():
+    assert {name for name, _ in modules()} == LEVEL.keys()
+
+
+def test_no_cache_of_ours_can_be_tested_for_truth():
+    """mlx-lm asks `if cache`: with __len__ or __bool__ an empty cache would be no cache."""
+    from redrafter_mlx.target.cache import TreeCache
+
+    assert not hasattr(TreeCache, "__len__")
+    assert not hasattr(TreeCache, "__bool__")
+
+
+def test_only_one_place_waits_for_the_device():
+    """mx.eval in the package: device.read, and where whole chunks or weights are finished."""
+    waits = {
+        name
+        for name, path in modules()
+        if re.search(r"mx\.eval\(|\.item\(\)", path.read_text(encoding="utf-8"))
+    }
+    assert waits == {"device", "target.adapter", "drafters.checkpoint", "gguf", "hub"}
