@@ -71,7 +71,7 @@ class Bench:
     def run(self, method: str, prompt: Prompt, ids: list[int]) -> tuple[Run, list[int]]:
         if method == MLX_LM:
             return self._mlx_lm(prompt, ids)
-        run = self._generation(method, ids)
+        run = self.generation(method, ids)
         tokens, began, first = [], 0.0, 0
         for token in run:
             tokens.append(token.id)
@@ -91,7 +91,7 @@ class Bench:
             stats.decode_seconds,
         ), tokens
 
-    def _generation(self, method: str, ids: list[int]) -> Generation:
+    def generation(self, method: str, ids: list[int]) -> Generation:
         plain = method == PLAIN
         return Generation(
             self.model,
@@ -116,7 +116,7 @@ class Bench:
         return Run(prompt.id, prompt.category, MLX_LM, n, rate, n, 0.0, seconds, seconds), tokens
 
     def margin(self, tokens: list[int], ids: list[int]) -> str:
-        return str(compare_with_plain(tokens, self._generation(PLAIN, ids)))
+        return str(compare_with_plain(tokens, self.generation(PLAIN, ids)))
 
     def costs(self, ids: list[int]) -> dict[int, float]:
         """Median seconds of bare forward passes of N causal rows after `ids`, interleaved.
@@ -198,18 +198,19 @@ def memory(bench: Bench) -> dict[str, float]:
     chosen = prompt_files.read(bench.flags.prompts, bench.flags.per_category)
     ids = max((bench.encode(prompt.text) for prompt in chosen), key=len)
     size = lambda module: sum(x.nbytes for _, x in tree_flatten(module.parameters()))
-    run = bench._generation(f"budget {longest}", ids)
+    run = bench.generation(f"budget {longest}", ids)
     mx.clear_cache()
     mx.reset_peak_memory()
-    cache = 0
-    for _ in run:
-        cache = sum(c.nbytes for c in run.target.caches)
+    text = [*ids, *(token.id for token in run)]
+    peak = mx.get_peak_memory()
+    cache = make_prompt_cache(bench.model)
+    mx.eval(bench.model(mx.array([text]), cache=cache)[:, -1])
     return {
         "prompt_tokens": len(ids),
-        "peak": mx.get_peak_memory(),
+        "peak": peak,
         "target": size(bench.model),
         "head": size(bench.drafter.head),
-        "kv_cache": cache,
+        "kv_cache": sum(layer.nbytes for layer in cache),
     }
 
 

@@ -6,8 +6,9 @@ Shape letters: N nodes, V vocabulary, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
@@ -45,6 +46,7 @@ class Context:
                 head reads; zeros before the first token
     position    of the pending token
     transcript  every token up to and including the pending one
+    caches      the target's own memory of the text; nobody else's business
     noise       what sampling will add to the target's logits; None at temperature 0
     """
 
@@ -52,6 +54,7 @@ class Context:
     hidden: mx.array
     position: int
     transcript: Transcript
+    caches: Any = field(repr=False)
     noise: Noise | None = None
 
 

@@ -108,35 +108,32 @@ class Generation:
         self.seed = sampling.seed if sampling.temp > 0 else None
         self.stats = Stats(prompt_tokens=len(prompt))
         self.sampler = Sampler(sampling, logits_processors)
-        self.target = adapt(model, branching=drafter is not None)
+        self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
         self._budget = FixedBudget.from_options(draft)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._progress = progress
 
     def __iter__(self) -> Iterator[Token]:
-        try:
-            for step in overlap(self._steps()):
-                tokens = self.stats.read(step)
-                for place, token in enumerate(tokens):
-                    drafted = place < len(step.accepted)
-                    self.stats.count(drafted, place)
-                    reason = self._finish_reason(token)
-                    last = reason is not None or place == len(tokens) - 1
-                    yield Token(token, drafted, reason, last, step.logits[place])
-                    if reason is not None:
-                        return
-        finally:
-            self.target.reset()
+        for step in overlap(self._steps()):
+            tokens = self.stats.read(step)
+            for place, token in enumerate(tokens):
+                drafted = place < len(step.accepted)
+                self.stats.count(drafted, place)
+                reason = self._finish_reason(token)
+                last = reason is not None or place == len(tokens) - 1
+                yield Token(token, drafted, reason, last, step.logits[place])
+                if reason is not None:
+                    return
 
     def _steps(self) -> Iterator[Step]:
         self._drafter.reset()
-        context = self.target.prefill(
+        context = self._target.prefill(
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
         )
         self.stats.start_decoding()
         rule = Match(self.sampler)
-        return decode(self.target, self._drafter, rule, self._budget, context)
+        return decode(self._target, self._drafter, rule, self._budget, context)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self._eos_token_ids:

@@ -69,9 +69,9 @@ def test_the_cache_holds_what_a_fresh_prefill_of_the_same_text_holds(model, prom
     text = list(prompt)
     for _ in range(6):
         text += next(rounds).tokens
-    kept = [device.read(*rows_of(cache)) for cache in target.caches]
-    target.prefill(text, chunk=len(text))
-    for cache, (keys, values) in zip(target.caches, kept, strict=True):
+    kept = [device.read(*rows_of(cache)) for cache in context.caches.layers]
+    fresh = target.prefill(text, chunk=len(text)).caches.layers
+    for cache, (keys, values) in zip(fresh, kept, strict=True):
         fresh_keys, fresh_values = device.read(*rows_of(cache))
         shared = min(keys.shape[2], fresh_keys.shape[2])  # a window drops rows when it grows
         np.testing.assert_allclose(keys[..., -shared:, :], fresh_keys[..., -shared:, :], atol=1e-4)
@@ -131,6 +131,17 @@ def test_steps_that_are_not_known_are_handed_on_one_round_later():
     for step in decoding.overlap(rounds()):
         log.append(f"got {step.name}")
     assert log == ["made a", "made b", "got a", "made c", "got b", "got c", "made d", "got d"]
+
+
+def test_runs_in_turn_do_not_disturb_each_other(model, prompt, plain):
+    other = tiny_prompt(30, seed=7)
+    alone = ids(generation(model, other, max_tokens=N))
+    drafter = ScriptedDrafter(prompt + plain, right=2, wrong=1, decoys=True)
+    first = iter(generation(model, prompt, drafter, max_tokens=N))
+    second = iter(generation(model, other, random_drafter(model), max_tokens=N))
+    pairs = list(zip(first, second, strict=True))
+    assert [one.id for one, _ in pairs] == plain
+    assert [two.id for _, two in pairs] == alone
 
 
 def test_plain_rounds_overlap(model, prompt):

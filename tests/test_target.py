@@ -66,21 +66,25 @@ def test_prefill_never_evaluates_the_logits_of_the_prompt():
 
 
 @pytest.mark.parametrize("name", ["llama", "llama:sliding", "gemma3n"])
-def test_long_texts_outgrow_the_buffers(name):
+def test_long_texts_outgrow_the_buffers(monkeypatch, name):
     """Several blocks of generated text: buffers grow, windows drop what nobody sees any more."""
     model, prompt, n = build(name), tiny_prompt(20), 2 * BLOCK + 50
     plain = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=n)]
     drafter = ScriptedDrafter(prompt + plain, right=5, wrong=1, decoys=True)
     run = generation(model, prompt, drafter, max_tokens=n)
-    held = []
-    tokens = []
-    for token in run:
-        tokens.append(token.id)
-        held = [cache.keys.shape[2] for cache in run.target.caches]
-    assert tokens == plain
-    windows = [cache.window for cache in run.target.caches]
-    for rows, window in zip(held, windows, strict=False):
-        assert rows <= (2 * BLOCK if window else 3 * BLOCK)
+    made = []
+    monkeypatch.setattr(Target, "empty_caches", spy(Target.empty_caches, made))
+    assert ids(run) == plain
+    for cache in made[-1].layers:
+        assert cache.keys.shape[2] <= (2 * BLOCK if cache.window else 3 * BLOCK)
+
+
+def spy(function, results):
+    def wrapper(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return wrapper
 
 
 def test_a_window_drops_rows_only_when_they_are_out_of_sight():
@@ -121,12 +125,12 @@ def test_low_precision_targets_pass_the_probe(dtype, bits):
     assert len(ids(run)) == 24
 
 
-@pytest.mark.parametrize("name", ["mamba", "gpt2", "llama4"])
+@pytest.mark.parametrize("name", ["mamba", "gpt2", "llama4", "talkie", "minicpm:tied"])
 def test_models_that_cannot_branch_still_decode_plainly(name):
     model, prompt = build(name), tiny_prompt(10)
     theirs = [token for token, _ in generate_step(mx.array(prompt), build(name), max_tokens=12)]
     assert ids(generation(model, prompt, max_tokens=12)) == theirs
-    with pytest.raises(UserError, match=r"cannot verify a tree: .*--no-draft"):
+    with pytest.raises(UserError, match="--no-draft"):
         adapt(model)
 
 

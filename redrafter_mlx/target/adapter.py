@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Outcome, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
-from redrafter_mlx.target.cache import Branches, TreeCache
+from redrafter_mlx.target.cache import Branches, LayerCaches, TreeCache
 from redrafter_mlx.target.probe import probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
 from redrafter_mlx.target.tape import recording
@@ -35,13 +35,14 @@ class Target:
     def __init__(self, model: nn.Module, branching: bool = True):
         self.model = model
         self.branching = branching
-        self._find_ends()
+        self._head: nn.Module | None = None
+        self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
+            self._find_ends()
             for module in filter(takes_offset, model.modules()):
                 accept_row_offsets(module)
             accept_row_scales(model)
             probe_parity(self)
-        self.reset()
 
     def _find_ends(self) -> None:
         """Trace one token (nothing is evaluated) to learn which modules embed and make logits."""
@@ -52,14 +53,14 @@ class Target:
         except Exception as error:  # whatever a model file raises
             raise UserError(
                 f"{self.name} cannot be a target: it fails on one token with mlx-lm's own cache: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {error}; update mlx-lm or take another model"
             ) from error
         heads = [call for call in tape.linear if call.width == self.vocab_size]
         if not heads or tape.embedding is None:
             missing = "head" if tape.embedding else "embedding"
             raise UserError(
                 f"{self.name} cannot be a target: its {missing} is not a Linear or Embedding "
-                "module, so what a drafter needs of it cannot be captured"
+                "module, so what a drafter needs of it cannot be captured; generate with --no-draft"
             )
         self._head = heads[-1].module
         self.hidden_size, self.dtype = heads[-1].given.shape[-1], heads[-1].given.dtype
@@ -70,10 +71,10 @@ class Target:
         """The model type, for messages."""
         return getattr(self.model, "model_type", None) or type(self.model).__module__
 
-    def reset(self) -> None:
-        """Forget all text."""
+    def empty_caches(self) -> LayerCaches:
+        """Caches for a new text; UserError if one of the model's layers cannot branch."""
         caches = make_prompt_cache(self.model)
-        self.caches = tree_caches(caches, self.name) if self.branching else caches
+        return LayerCaches(tree_caches(caches, self.name) if self.branching else caches)
 
     def prefill(
         self,
@@ -86,34 +87,35 @@ class Target:
 
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
-        self.reset()
+        caches = self.empty_caches()
         hidden = mx.zeros((1, self.hidden_size), self.dtype)
         last = len(tokens) - 1
         progress(0, len(tokens))
         for start in range(0, last, chunk):
             ids = mx.array(tokens[start : min(start + chunk, last)])
-            self._begin(len(ids))
-            hidden = self._forward(ids).hidden[-1:]
-            self._keep(range(len(ids)))
-            mx.eval(hidden, [cache.state for cache in self.caches])
+            caches.begin(len(ids))
+            hidden = self._forward(ids, caches).hidden[-1:]
+            caches.commit(range(len(ids)))
+            mx.eval(hidden, caches.state)
             progress(start + len(ids), len(tokens))
             mx.clear_cache()
-        return Context(mx.array(tokens[last:]), hidden, last, Transcript(tokens), noise)
+        return Context(mx.array(tokens[last:]), hidden, last, Transcript(tokens), caches, noise)
 
     def verify(self, context: Context, tree: TokenTree) -> Outcome:
         """One forward pass over all N nodes, the root at the pending token's position."""
-        self._begin(len(tree), None if tree.is_chain else Branches(tree, context.position))
+        branches = None if tree.is_chain else Branches(tree, context.position)
+        context.caches.begin(len(tree), branches)
         ids = context.pending
         if len(tree) > 1:
             ids = mx.concatenate([ids, mx.array(tree.tokens[1:], dtype=ids.dtype)])
-        return self._forward(ids)
+        return self._forward(ids, context.caches)
 
     def commit(
         self, context: Context, tree: TokenTree, outcome: Outcome, verdict: Verdict
     ) -> Context:
         """Keep the verdict's path in the KV cache; the Context after it."""
         path = list(verdict.path)
-        self._keep(path)
+        context.caches.commit(path)
         pending = verdict.pending if verdict.token is None else verdict.token
         context.transcript.extend(tree.tokens[path[1:]].tolist(), pending)
         return replace(
@@ -123,20 +125,11 @@ class Target:
             position=context.position + len(path),
         )
 
-    def _begin(self, rows: int, branches: Branches | None = None) -> None:
-        if self.branching:
-            for cache in self.caches:
-                cache.begin(rows, branches)
-
-    def _keep(self, path: Sequence[int]) -> None:
-        if self.branching:
-            for cache in self.caches:
-                cache.commit(path)
-
-    def _forward(self, ids: mx.array) -> Outcome:
-        with recording([self._head]) as tape:
-            logits = self.model(ids[None], cache=self.caches)
-        return Outcome(logits[0], tape.linear[-1].given.reshape(len(ids), -1))
+    def _forward(self, ids: mx.array, caches: LayerCaches) -> Outcome:
+        with recording([] if self._head is None else [self._head]) as tape:
+            logits = self.model(ids[None], cache=caches.layers)
+        hidden = tape.linear[-1].given[0] if tape.linear else mx.zeros((len(ids), 0))
+        return Outcome(logits[0], hidden)
 
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -141,6 +142,37 @@ class TreeCache:
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+
+class LayerCaches:
+    """The caches of all layers of one text.
+
+    layers  TreeCaches, or mlx-lm's own caches: those only take one token after the other, and
+            there is nothing to begin or to commit
+    """
+
+    def __init__(self, layers: Sequence[Any]):
+        self.layers = list(layers)
+        self._branching = [cache for cache in layers if isinstance(cache, TreeCache)]
+        self._length = 0
+
+    def begin(self, rows: int, branches: Branches | None = None) -> None:
+        """A pass of `rows` rows follows: consecutive tokens, or the rows of `branches`."""
+        for cache in self._branching:
+            cache.begin(rows, branches)
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Keep the rows `path` of the last pass, in order."""
+        for cache in self._branching:
+            cache.commit(path)
+        before, self._length = self._length, self._length + len(path)
+        if before // BLOCK < self._length // BLOCK:
+            mx.clear_cache()  # buffers of sizes that will not come again
+
+    @property
+    def state(self) -> list[Any]:
+        """All arrays, for evaluation."""
+        return [cache.state for cache in self.layers]
 
 
 def _reallocate(rows: mx.array, more: int) -> mx.array:
