@@ -29,7 +29,7 @@ import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
-import redrafter_mlx  # first: it loads a fast BLAS before mlx is imported
+import redrafter_mlx
 from benchmarks import prompts as prompt_files
 from benchmarks.prompts import Prompt
 from benchmarks.report import speed_tables

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -132,8 +133,9 @@ class Generation:
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
         )
         self.stats.start_decoding()
-        rule = Match(self.sampler)
-        return decode(self._target, self._drafter, rule, self._budget, context)
+        rounds = decode(self._target, self._drafter, Match(self.sampler), self._budget, context)
+        most = self.options.max_tokens  # each round adds one token at least
+        return islice(rounds, None if most < 0 else most)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self._eos_token_ids:
