@@ -141,6 +141,7 @@ class Bench:
 
 def measure(bench: Bench, flags: argparse.Namespace) -> dict:
     """All runs of all prompts, as the JSON document that the report is made from."""
+    measured_on = machine()  # first: files may be edited while it runs
     runs, costs, differences = [], [], []
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     for i, prompt in enumerate(chosen):
@@ -162,7 +163,7 @@ def measure(bench: Bench, flags: argparse.Namespace) -> dict:
         line = ", ".join(f"{m} {rate:.1f}" for m, rate in rates.items())
         print(f"{i + 1}/{len(chosen)} {prompt.category} {prompt.id}: {line}", file=sys.stderr)
     return {
-        "machine": machine(),
+        "machine": measured_on,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
         "memory": memory(bench),
         "differences": differences,

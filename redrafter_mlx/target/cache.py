@@ -6,7 +6,6 @@ Shape letters: B batch (1), H key/value heads, S rows stored, D head size, N row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -33,17 +32,22 @@ class Branches:
         self._length = length
         self._depths = tree.depths
         self.positions = mx.array(length + tree.depths)
-        self.mask = lru_cache(maxsize=None)(self._mask)
+        self._masks: dict[tuple[int, int | None], mx.array] = {}
 
-    def _mask(self, start: int, window: int | None) -> mx.array:
+    def mask(self, start: int, window: int | None) -> mx.array:
         """(N, S + N) bool: what each row sees of the rows from `start` on, and of the tree."""
+        if (start, window) not in self._masks:
+            self._masks[start, window] = mx.array(self._visible(start, window))
+        return self._masks[start, window]
+
+    def _visible(self, start: int, window: int | None) -> np.ndarray:
         stored = self._length - start
         mask = np.ones((len(self._tree), stored + len(self._tree)), bool)
         mask[:, stored:] = self._tree.mask()
         if window is not None:
             columns = np.concatenate([np.arange(-stored, 0), self._depths])
             mask &= self._depths[:, None] < columns + window
-        return mx.array(mask)
+        return mask
 
 
 class TreeCache:
