@@ -220,7 +220,7 @@ def _narrowed(file: GgufFile, module: str, array: np.ndarray) -> np.ndarray:
     if array.dtype != np.float32:
         return array
     largest = float(np.abs(array).max(initial=0))
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         raise UserError(
             f"{file.path}: {module} holds {largest:g}, too large for float16 next to tensors of "
             "16 or fewer bits; use a file that is all F32"

@@ -185,8 +185,9 @@ def _byte_pair_model(file: GgufFile) -> models.BPE:
     try:
         return models.BPE(vocabulary, merges, ignore_merges=whole_words)
     except Exception as error:  # `tokenizers` raises nothing more specific
+        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"{file.path}: the merges do not fit the tokens ({error}); get the file again"
+            f"{file.path}: the merges do not fit the tokens ({reason}); get the file again"
         ) from error
 
 

@@ -188,7 +188,9 @@ def tiny_metadata(**changes: object) -> dict:
     return {key: value for key, value in metadata.items() if value is not None}
 
 
-def tiny_tensors(encoding: Encoding = Q4_1) -> dict[str, tuple[Encoding, np.ndarray]]:
+def tiny_tensors(
+    encoding: Encoding = Q4_1, vocabulary: int = len(TOKENS)
+) -> dict[str, tuple[Encoding, np.ndarray]]:
     """Matrices in one encoding, norms in F32 with values that float16 holds exactly."""
     rng = np.random.default_rng(0)
 
@@ -198,7 +200,7 @@ def tiny_tensors(encoding: Encoding = Q4_1) -> dict[str, tuple[Encoding, np.ndar
     def norm() -> tuple[Encoding, np.ndarray]:
         return F32, rng.integers(1, 9, HIDDEN).astype(np.float32) / 4
 
-    tensors = {"token_embd.weight": matrix(len(TOKENS), HIDDEN), "output_norm.weight": norm()}
+    tensors = {"token_embd.weight": matrix(vocabulary, HIDDEN), "output_norm.weight": norm()}
     for layer in range(LAYERS):
         for name, rows, columns in [
             ("attn_q", HIDDEN, HIDDEN),

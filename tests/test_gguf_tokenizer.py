@@ -8,14 +8,15 @@ import json
 import random
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import regex
 import sentencepiece
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from gguf_writer import SPECIAL, TOKENS, TYPES, Gguf, imported, tiny, tiny_metadata, tiny_tensors
+from redrafter_mlx import hub
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf_file import read_gguf
 from redrafter_mlx.gguf_tokenizer import PATTERNS, end_token_ids, gguf_tokenizer, tokenizer_config
@@ -262,20 +263,20 @@ aaaa aaaaaaaa bbbb ababab ======== -------- ........ 1000000 2024 3.14159
 def trained(prefix: bool = True, **options: object) -> sentencepiece.SentencePieceProcessor:
     """A small BPE model with the settings of Llama's."""
     model = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "vocab_size": 520,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": prefix,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=520,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=prefix,
-        num_threads=1,
-        minloglevel=2,
-        **options,
+        sentence_iterator=iter(CORPUS.splitlines()), model_writer=model, **(settings | options)
     )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
@@ -303,7 +304,7 @@ def sentencepiece_gguf(model: sentencepiece.SentencePieceProcessor, **changes: o
         "tokenizer.ggml.unknown_token_id": model.unk_id(),
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
-    return Gguf(tiny_metadata(**metadata), tiny_tensors())
+    return Gguf(tiny_metadata(**metadata), tiny_tensors(vocabulary=len(ids)))
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ def test_ids_are_sentencepieces(tmp_path, prefix):
 
 
 def test_without_byte_fallback_the_rest_is_unknown(tmp_path):
-    model = trained(byte_fallback=False)
+    model = trained(byte_fallback=False, vocab_size=300)
     tokenizer = made(tmp_path, sentencepiece_gguf(model))
     for text in ["the 🙂🙂 fox", "ﷺ", *random_texts(300, WORDS)]:
         assert tokenizer.encode(text, add_special_tokens=False).ids == model.encode(text)
@@ -346,17 +347,11 @@ def test_without_byte_fallback_the_rest_is_unknown(tmp_path):
 
 def test_the_imported_tokenizer_is_the_same(tmp_path, llama):
     """Through tokenizer.json and transformers, with the beginning of the sequence."""
-    gguf = sentencepiece_gguf(llama)
-    path = gguf.write(tmp_path / "tiny.gguf")
-    gguf_tokenizer(read_gguf(path)).save(str(tmp_path / "tokenizer.json"))
-    settings = tokenizer_config(read_gguf(path))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == (
-        "<s>",
-        "</s>",
-        "<unk>",
-    )
+    model, tokenizer = hub.load(str(imported(tmp_path, sentencepiece_gguf(llama))))
+    assert model(mx.array([tokenizer.encode("the fox")])).shape[-1] == llama.get_piece_size()
+    roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    assert roles == ("<s>", "</s>", "<unk>")
+    assert tokenizer.eos_token_ids == {llama.eos_id()}
     for text in [*TEXTS[:-1], *random_texts(300, WORDS)]:
         ids = tokenizer.encode(text)
         assert ids == [llama.bos_id(), *llama.encode(text)], repr(text)
