@@ -124,7 +124,7 @@ def _unpack_q8_0(blocks: np.ndarray) -> Parts:
 
 def _shifted(scales: np.ndarray, zero: int) -> Parts:
     """Scales and biases of value = scale * (code - zero); exact, for `zero` is a power of two."""
-    with np.errstate(over="ignore"):  # too large for float16: found later, as not finite
+    with np.errstate(over="ignore", invalid="ignore"):  # found later, as not finite
         return {"scales": scales, "biases": (-zero * scales.astype(np.float32)).astype(np.float16)}
 
 

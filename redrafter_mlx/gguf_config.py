@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def _count(file: GgufFile, key: str, default: int | None = None) -> int:
 
 def _number(file: GgufFile, key: str, default: float | None = None) -> float:
     value = file.need(key) if default is None else file.metadata.get(key, default)
-    if type(value) not in (int, float) or not value > 0:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
         raise _unsupported(file, f"{key} = {value!r}")
     return float(value)
 
@@ -114,6 +115,8 @@ def _rope_scaling(file: GgufFile, head_dim: int, base: float) -> dict[str, Any] 
     rotated = _count(file, "llama.rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise _unsupported(file, f"RoPE over {rotated} of {head_dim} dimensions")
+    if base <= 1:
+        raise _unsupported(file, f"llama.rope.freq_base = {base!r}")
     scaling = _scaling_by_metadata(file)
     if ROPE_FACTORS not in file.tensors:
         return scaling

@@ -66,6 +66,16 @@ class GgufFile:
             raise UserError(f"{self.path}: the GGUF metadata has no {key}; get a complete file")
         return self.metadata[key]
 
+    def need_text(self, key: str) -> str:
+        """The string under `key`; UserError if it is missing or no string."""
+        value = self.need(key)
+        if not isinstance(value, str):
+            raise UserError(
+                f"{self.path}: {key} must be a string in the GGUF metadata, not {value!r}; get the "
+                "file again"
+            )
+        return value
+
     def need_list(self, key: str, element: type) -> list[Any]:
         """The list under `key`, not empty; UserError if it is missing or holds something else."""
         values = self.need(key)

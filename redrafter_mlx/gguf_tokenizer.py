@@ -70,7 +70,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         UserError: another kind, an unknown way of splitting, or contradictory metadata.
     """
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = file.need("tokenizer.ggml.model")
+    kind = file.need_text("tokenizer.ggml.model")
     if kind not in kinds:
         raise UserError(
             f"{file.path} has a {kind!r} tokenizer; what can be imported is 'gpt2' (byte-level "
@@ -181,7 +181,7 @@ def _byte_level(file: GgufFile) -> Tokenizer:
 def _byte_pair_model(file: GgufFile) -> models.BPE:
     vocabulary = {token: index for index, token in enumerate(_tokens(file))}
     merges = [tuple(merge.split(" ")) for merge in file.need_list("tokenizer.ggml.merges", str)]
-    whole_words = file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    whole_words = file.need_text("tokenizer.ggml.pre") in WHOLE_WORDS
     try:
         return models.BPE(vocabulary, merges, ignore_merges=whole_words)
     except Exception as error:  # `tokenizers` raises nothing more specific
@@ -192,7 +192,7 @@ def _byte_pair_model(file: GgufFile) -> models.BPE:
 
 
 def _pre_tokenizer(file: GgufFile) -> pre_tokenizers.PreTokenizer:
-    name = file.need("tokenizer.ggml.pre")
+    name = file.need_text("tokenizer.ggml.pre")
     if name not in PATTERNS:
         raise UserError(
             f"{file.path}: pre-tokenizer {name!r} is not supported (known: "

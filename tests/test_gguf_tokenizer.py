@@ -410,6 +410,7 @@ def refused(tmp_path: Path, gguf: Gguf) -> str:
         ({"model": None}, "tokenizer.ggml.model"),
         ({"pre": "unheard-of"}, "'unheard-of'"),
         ({"pre": None}, "tokenizer.ggml.pre"),
+        ({"pre": ["smollm"]}, "tokenizer.ggml.pre must be a string"),
         ({"eos_token_id": 9999}, "9999"),
         ({"eos_token_id": None}, "tokenizer.ggml.eos_token_id"),
         ({"bos_token_id": 9999}, "9999"),
