@@ -234,8 +234,10 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
 def _merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     """SentencePiece joins the two neighbours that make the piece of the highest score.
 
-    As a list of merges: every way to make a piece out of two, by the piece's score. Of the ways
-    to make one piece the longest left part comes first, as SentencePiece goes from left to right.
+    As a list of merges: every way to make a piece out of two, by the piece's score. Bytes, special
+    tokens and the user's are never made of pieces. The order among the ways to make one piece
+    would show only where two of them overlap in a text (a + aa, aa + a); left to right, as here,
+    SentencePiece forms the longer part first.
     """
     scores = file.need_list("tokenizer.ggml.scores", float)
     if len(scores) != len(vocabulary):

@@ -323,7 +323,6 @@ TEXTS = [
     "1234567890",
     "naïve œuvre 日本語 Съешь 🙂👩‍👩‍👧 \u0301",
     "\x00\x7f\n\t\r\n",
-    "<0x41> <s> is text here",
 ]
 
 
@@ -332,7 +331,7 @@ def test_ids_are_sentencepieces(tmp_path, prefix):
     model = trained(prefix)
     gguf = sentencepiece_gguf(model, tokenizer__ggml__add_space_prefix=prefix)
     tokenizer = made(tmp_path, gguf)
-    for text in [*TEXTS[:-1], *random_texts(3000, WORDS)]:
+    for text in [*TEXTS, *random_texts(3000, WORDS)]:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert ids == model.encode(text), repr(text)
         assert tokenizer.decode(ids) == text.replace("▁", " "), repr(text)
@@ -352,7 +351,7 @@ def test_the_imported_tokenizer_is_the_same(tmp_path, llama):
     roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
     assert roles == ("<s>", "</s>", "<unk>")
     assert tokenizer.eos_token_ids == {llama.eos_id()}
-    for text in [*TEXTS[:-1], *random_texts(300, WORDS)]:
+    for text in [*TEXTS, *random_texts(300, WORDS)]:
         ids = tokenizer.encode(text)
         assert ids == [llama.bos_id(), *llama.encode(text)], repr(text)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("▁", " ")
@@ -370,11 +369,19 @@ def test_special_tokens_are_found_in_text(tmp_path, llama):
     assert ids == [*llama.encode("the fox"), llama.eos_id(), *llama.encode("the dog")]
 
 
-def test_bytes_in_words_are_letters(tmp_path, llama):
-    """A token <0x41> stands for a byte; the six letters are not that token."""
-    tokenizer = made(tmp_path, sentencepiece_gguf(llama))
-    text = "<0x41> is text"
-    assert tokenizer.encode(text, add_special_tokens=False).ids == llama.encode(text)
+def test_bytes_in_words_are_letters(tmp_path):
+    """A token <0x41> stands for a byte; no pieces of text make up that token."""
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = [*"<0x41>▁", "<0", "x4", "<0x4", "1>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    changes = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 266 + [-1.0, -2.0, -3.0, -4.0],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+    }
+    tokenizer = made(tmp_path, tiny(**changes))
+    assert tokenizer.encode("<0x41>A").tokens == ["<s>", "▁", "<0x4", "1>", "<0x41>"]
 
 
 def test_users_tokens_are_never_split(tmp_path):
