@@ -16,6 +16,9 @@ LAYERS = [
     ["hub"],
     ["demo"],
     ["gguf", "storage"],
+    ["gguf_config", "gguf_tokenizer"],
+    ["gguf_blocks"],
+    ["gguf_file"],
     ["verification"],
     ["drafters.checkpoint"],
     ["drafters.recurrent"],
@@ -86,4 +89,4 @@ def test_only_one_place_waits_for_the_device():
         for name, path in modules()
         if re.search(r"mx\.eval\(|\.item\(\)", path.read_text(encoding="utf-8"))
     }
-    assert waits == {"device", "target.adapter", "drafters.checkpoint", "gguf", "hub"}
+    assert waits == {"device", "target.adapter", "drafters.checkpoint", "hub"}
