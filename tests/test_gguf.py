@@ -35,7 +35,7 @@ from gguf_writer import (
 )
 from redrafter_mlx import hub
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf import import_gguf
+from redrafter_mlx.gguf.importer import import_gguf
 
 PROMPT = [5, 60, 61, 200, 7, 7, 90, 0, 17]
 

@@ -10,8 +10,8 @@ import pytest
 
 from gguf_writer import ENCODINGS, F16, F32, Q4_0, Q4_1, Q8_0, Encoding, Gguf, foreign
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_blocks import check_tensor, quantised_bits, read_tensor
-from redrafter_mlx.gguf_file import TENSOR_TYPES, read_gguf
+from redrafter_mlx.gguf.blocks import check_tensor, quantised_bits, read_tensor
+from redrafter_mlx.gguf.file import TENSOR_TYPES, read_gguf
 
 ROWS, COLUMNS = 48, 96
 BLOCK_BYTES = {"F32": 4, "F16": 2, "Q4_0": 18, "Q4_1": 20, "Q8_0": 34}

@@ -9,8 +9,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from gguf_writer import F32, HEAD_DIM, Gguf, tiny, tiny_metadata
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_config import llama_config
-from redrafter_mlx.gguf_file import read_gguf
+from redrafter_mlx.gguf.config import llama_config
+from redrafter_mlx.gguf.file import read_gguf
 
 BASE = 500000.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from gguf_writer import F16, F32, Q4_0, Gguf, tiny
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_file import TensorInfo, read_gguf
+from redrafter_mlx.gguf.file import TensorInfo, read_gguf
 
 METADATA = {
     "text": "naïve 🙂",

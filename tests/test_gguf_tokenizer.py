@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from gguf_writer import SPECIAL, TOKENS, TYPES, Gguf, imported, tiny, tiny_metadata, tiny_tensors
 from redrafter_mlx import hub
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_file import read_gguf
-from redrafter_mlx.gguf_tokenizer import PATTERNS, end_token_ids, gguf_tokenizer, tokenizer_config
+from redrafter_mlx.gguf.file import read_gguf
+from redrafter_mlx.gguf.tokenizer import PATTERNS, end_token_ids, gguf_tokenizer, tokenizer_config
 
 ALPHABETS = [
     "abc XYZ \n\t'",

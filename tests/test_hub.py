@@ -25,7 +25,7 @@ from tokenizers import pre_tokenizers
 
 from redrafter_mlx import demo, hub, storage
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf import import_gguf
+from redrafter_mlx.gguf.importer import import_gguf
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]

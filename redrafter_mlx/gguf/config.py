@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_blocks import read_tensor
-from redrafter_mlx.gguf_file import GgufFile
+from redrafter_mlx.gguf.blocks import read_tensor
+from redrafter_mlx.gguf.file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
 

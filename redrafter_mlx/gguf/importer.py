@@ -12,10 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_blocks import GROUP_SIZE, check_tensor, quantised_bits, read_tensor
-from redrafter_mlx.gguf_config import ROPE_FACTORS, llama_config
-from redrafter_mlx.gguf_file import GgufFile, read_gguf
-from redrafter_mlx.gguf_tokenizer import end_token_ids, gguf_tokenizer, tokenizer_config
+from redrafter_mlx.gguf.blocks import GROUP_SIZE, check_tensor, quantised_bits, read_tensor
+from redrafter_mlx.gguf.config import ROPE_FACTORS, llama_config
+from redrafter_mlx.gguf.file import GgufFile, read_gguf
+from redrafter_mlx.gguf.tokenizer import end_token_ids, gguf_tokenizer, tokenizer_config
 
 # Raised whenever an import of the same file would come out different: caches carry it in their
 # names, so that nobody keeps a directory written by an older version.

@@ -16,7 +16,7 @@ from tokenizers import (
 )
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_file import GgufFile
+from redrafter_mlx.gguf.file import GgufFile
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4

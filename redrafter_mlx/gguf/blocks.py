@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf_file import GgufFile
+from redrafter_mlx.gguf.file import GgufFile
 
 GROUP_SIZE = 32  # weights per block in Q4_0, Q4_1 and Q8_0
 

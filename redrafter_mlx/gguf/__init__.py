@@ -1,0 +1,1 @@
+"""Import of GGUF files: file, blocks, config, tokenizer, and the importer over them."""

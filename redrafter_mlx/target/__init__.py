@@ -1,0 +1,1 @@
+"""The target: any mlx-lm model as something that verifies trees."""
