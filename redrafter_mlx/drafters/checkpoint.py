@@ -21,6 +21,7 @@ from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
 from redrafter_mlx.errors import UserError
 
 MODEL_TYPE = "recurrent_drafting_drafter"
+_SAVE_AGAIN = "pickles are never read; save it with safetensors.torch.save_file"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 _LARGEST = 2**30  # of a size: products of two still count in 64 bits, each fits mlx's 32
@@ -65,7 +66,7 @@ def _read_config(path: Path) -> dict:
     if found != MODEL_TYPE:
         raise UserError(
             f"{path}: model_type is {found!r}, not {MODEL_TYPE!r}: this is not a recurrent draft "
-            "head in the layout of this package; convert it with python -m convert"
+            "head in the reference implementation's layout, the one this package reads"
         )
     return settings
 
@@ -74,14 +75,12 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
-        hint = f"; {pickles[0]} is a PyTorch file: python -m convert" if pickles else ""
+        hint = f"; {pickles[0]} is a PyTorch file: {_SAVE_AGAIN}" if pickles else ""
         raise UserError(f"{path}: holds no model*.safetensors{hint}")
     tensors: dict[str, mx.array] = {}
     for file in files:
         if _first_bytes(file) in _PICKLE_STARTS:
-            raise UserError(
-                f"{file}: is a pickled PyTorch file, not safetensors: python -m convert"
-            )
+            raise UserError(f"{file}: is a pickled PyTorch file: {_SAVE_AGAIN}")
         try:
             found = mx.load(str(file))
             mx.eval(found)
