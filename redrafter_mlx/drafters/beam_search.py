@@ -46,7 +46,7 @@ def beam_search(
     beam_logprobs = mx.zeros((1, 1))
     tokens, logprobs, survivors = [], [], []
     for depth in range(1, length):
-        likeliest, own = _top(score(state, depth), width)
+        likeliest, own = top_k(score(state, depth), width)
         joint = (beam_logprobs + own).reshape(-1)
         ids = token_ids(likeliest).reshape(-1)
         best = mx.argsort(-joint)[:width]
@@ -59,7 +59,7 @@ def beam_search(
     return mx.concatenate(tokens), mx.concatenate(logprobs), mx.stack(survivors)
 
 
-def _top(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
+def top_k(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """Ids (R, k) and values (R, k) of the k largest of each row (R, D), in no order.
 
     The k largest lie in the k blocks with the largest maxima: taking maxima and then sorting a
@@ -70,12 +70,12 @@ def _top(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
         padding = -columns % BLOCK
         padded = mx.pad(values, [(0, 0), (0, padding)], constant_values=-mx.inf)
         blocks = padded.reshape(rows, -1, BLOCK)
-        chosen, _ = _top(blocks.max(axis=-1), k)
+        chosen, _ = top_k(blocks.max(axis=-1), k)
         inside = mx.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, -1)
         block_ids = (chosen[:, :, None] * BLOCK + mx.arange(BLOCK, dtype=chosen.dtype)).reshape(
             rows, -1
         )
-        best, top_values = _top(inside, k)
+        best, top_values = top_k(inside, k)
         return mx.take_along_axis(block_ids, best, axis=-1), top_values
     ids = mx.argpartition(-values, k - 1, axis=-1)[:, :k]
     return ids, mx.take_along_axis(values, ids, axis=-1)

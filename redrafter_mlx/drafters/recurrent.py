@@ -27,6 +27,8 @@ class HeadConfig:
 
     draft_vocab_size  how many token ids it can propose; d2t maps them to the target's
     num_blocks        residual blocks before the output layer
+    tied_output       whether the output layer is made of rows of the target's own head
+    fused_layers      layers of the target whose outputs it reads beside the final hidden state
     """
 
     vocab_size: int
@@ -35,6 +37,17 @@ class HeadConfig:
     num_blocks: int
     rnn: bool
     draft_vocab_size: int
+    tied_output: bool = False
+    fused_layers: tuple[int, ...] = ()
+
+    @property
+    def context_size(self) -> int:
+        """Width of what it reads of the target: hidden state, then the fused layers."""
+        return self.hidden_size * (1 + len(self.fused_layers))
+
+    @property
+    def has_projection(self) -> bool:
+        return self.exit_dim != self.context_size + self.hidden_size
 
 
 class ResidualBlock(nn.Module):
@@ -57,10 +70,11 @@ class RecurrentHead(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         h, e = config.hidden_size, config.exit_dim
-        if e != 2 * h:
-            self.input_proj = nn.Linear(2 * h, e)
+        if config.has_projection:
+            self.input_proj = nn.Linear(config.context_size + h, e)
         self.lm_head = [ResidualBlock(e) for _ in range(config.num_blocks)]
-        self.lm_head.append(nn.Linear(e, config.draft_vocab_size, bias=False))
+        if not config.tied_output:
+            self.lm_head.append(nn.Linear(e, config.draft_vocab_size, bias=False))
         if config.rnn:
             self.rnn_u = nn.Linear(h, h)
             self.rnn_w = nn.Linear(h, h, bias=False)
@@ -76,13 +90,14 @@ class RecurrentHead(nn.Module):
     def __call__(self, context: mx.array, state: mx.array) -> mx.array:
         """Logits (R, D) of the token after the last one read.
 
-        context  (1 or R, h) the target's hidden state at its last verified token
+        context  (1 or R, c) what the target holds at its last verified token
         state    (R, h)
         """
-        return self.exit(mx.concatenate([mx.broadcast_to(context, state.shape), state], axis=-1))
+        context = mx.broadcast_to(context, (*state.shape[:-1], context.shape[-1]))
+        return self.exit(mx.concatenate([context, state], axis=-1))
 
     def exit(self, x: mx.array) -> mx.array:
-        """Logits (R, D) of context and state side by side (R, 2h)."""
+        """Logits (R, D) of context and state side by side (R, c + h); (R, e) if tied."""
         y = self.input_proj(x) if "input_proj" in self else x
         for layer in self.lm_head:
             y = layer(y)

@@ -35,6 +35,7 @@ class Target:
     def __init__(self, model: nn.Module, branching: bool = True):
         self.model = model
         self.branching = branching
+        self.taps: tuple[int, ...] = ()
         self._head: nn.Module | None = None
         self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
@@ -94,7 +95,7 @@ class Target:
         for start in range(0, last, chunk):
             ids = mx.array(tokens[start : min(start + chunk, last)])
             caches.begin(len(ids))
-            hidden = self._forward(ids, caches).hidden[-1:]
+            hidden = self.forward(ids[None], caches).hidden[0, -1:]
             caches.commit(range(len(ids)))
             mx.eval(hidden, caches.state)
             progress(start + len(ids), len(tokens))
@@ -108,7 +109,8 @@ class Target:
         ids = context.pending
         if len(tree) > 1:
             ids = mx.concatenate([ids, mx.array(tree.tokens[1:], dtype=ids.dtype)])
-        return self._forward(ids, context.caches)
+        outcome = self.forward(ids[None], context.caches)
+        return Outcome(outcome.logits[0], outcome.hidden[0])
 
     def commit(
         self, context: Context, tree: TokenTree, outcome: Outcome, verdict: Verdict
@@ -125,11 +127,17 @@ class Target:
             position=context.position + len(path),
         )
 
-    def _forward(self, ids: mx.array, caches: LayerCaches) -> Outcome:
-        with recording([] if self._head is None else [self._head]) as tape:
-            logits = self.model(ids[None], cache=caches.layers)
-        hidden = tape.linear[-1].given[0] if tape.linear else mx.zeros((len(ids), 0))
-        return Outcome(logits[0], hidden)
+    def forward(self, ids: mx.array, caches: LayerCaches) -> Outcome:
+        """The model's own forward pass over token ids (B, N), after what the caches hold.
+
+        Returns logits (B, N, V), not evaluated yet, and hidden states (B, N, E): the final norm's
+        output, and beside it the outputs of the layers in `taps`.
+        """
+        heard = [self.model.layers[layer] for layer in self.taps]
+        with recording([] if self._head is None else [self._head], heard) as tape:
+            logits = self.model(ids, cache=caches.layers)
+        hidden = tape.linear[-1].given if tape.linear else mx.zeros((*ids.shape, 0))
+        return Outcome(logits, mx.concatenate([hidden, *tape.layers], axis=-1))
 
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:

@@ -1,4 +1,4 @@
-"""Records what flows through a model's embedding and head in its own forward pass.
+"""Records what flows through a model's embedding, layers and head in its own forward pass.
 
 The watched modules get a subclass of their own class while a block runs and are put back after
 it, so no model file is copied and nothing of the model is left changed.
@@ -33,17 +33,27 @@ class Tape:
 
     embedding: nn.Module | None = None
     linear: list[LinearCall] = field(default_factory=list)
+    layers: list[mx.array] = field(default_factory=list)
 
 
 @contextmanager
-def recording(modules: Iterable[nn.Module]) -> Iterator[Tape]:
-    """Record the calls of the embeddings and linear layers among `modules` while the block runs."""
+def recording(modules: Iterable[nn.Module], layers: Iterable[nn.Module] = ()) -> Iterator[Tape]:
+    """Record what is called while the block runs.
+
+    modules  of which the embeddings and linear layers are watched
+    layers   whose outputs are kept
+    """
     tape = Tape()
     watched = [module for module in modules if isinstance(module, _LINEAR + _EMBEDDING)]
+    outputs = list(layers)
     try:
         for module in watched:
             module._tape = tape
             module.__class__ = _watched(type(module))
+        for layer in outputs:
+            layer._tape = tape
+            layer.__class__ = _heard(type(layer))
+            watched.append(layer)
         yield tape
     finally:
         for module in watched:
@@ -74,3 +84,14 @@ def _watched(cls: type) -> type:
                 self._tape.linear.append(LinearCall(self, x, out.shape[-1]))
 
     return Watched
+
+
+@cache
+def _heard(cls: type) -> type:
+    class Heard(cls):
+        def __call__(self, *args, **kwargs):
+            out = super().__call__(*args, **kwargs)
+            self._tape.layers.append(out[0] if isinstance(out, tuple) else out)
+            return out
+
+    return Heard

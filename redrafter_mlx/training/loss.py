@@ -1,0 +1,48 @@
+"""What a head is trained to minimise: how far its distribution is from the target's.
+
+Shape letters: R rows (positions x steps), C candidate tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+Loss = Callable[[mx.array, mx.array], mx.array]
+
+
+def kl(logits: mx.array, teacher: mx.array) -> mx.array:
+    """Cross-entropy (R,) of the target's distribution `teacher` (R, C) under softmax(logits).
+
+    The Kullback-Leibler divergence up to the teacher's entropy, which no head can change.
+    """
+    return mx.logsumexp(logits, axis=-1) - (teacher * logits).sum(axis=-1)
+
+
+def hard(logits: mx.array, teacher: mx.array) -> mx.array:
+    """Cross-entropy (R,) of the target's likeliest token alone: the reference code's loss."""
+    best = mx.argmax(teacher, axis=-1, keepdims=True)
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, best, axis=-1)[:, 0]
+
+
+def acceptance(logits: mx.array, teacher: mx.array) -> mx.array:
+    """-log of the overlap sum(min(p, q)) (R,): how often a sample would be accepted (LK losses,
+    arXiv 2602.23881), mixed with `kl`, which alone has a gradient where nothing overlaps yet.
+    """
+    probs = mx.softmax(logits, axis=-1)
+    overlap = mx.minimum(probs, teacher).sum(axis=-1)
+    return 0.5 * kl(logits, teacher) - mx.log(mx.maximum(overlap, 1e-6))
+
+
+def top_k(logits: mx.array, teacher: mx.array, k: int = 10, weight: float = 1.0) -> mx.array:
+    """`kl`, and once more on the teacher's k likeliest tokens alone (HASS, arXiv 2408.15766)."""
+    kth = -mx.sort(mx.stop_gradient(-teacher), axis=-1)[:, k - 1 : k]
+    of_top = mx.where(teacher >= kth, teacher, 0.0)
+    normaliser = mx.logsumexp(logits, axis=-1)
+    return (1 + weight * of_top.sum(axis=-1)) * normaliser - (
+        (teacher + weight * of_top) * logits
+    ).sum(axis=-1)
+
+
+LOSSES: dict[str, Loss] = {"kl": kl, "hard": hard, "acceptance": acceptance, "top_k": top_k}

@@ -1,0 +1,129 @@
+"""Batches for training: short windows from random places of the shards.
+
+Random windows rather than whole conversations: neighbouring positions teach much the same, and
+batches of many places made a prototype learn several times faster. Within a window the positions
+share what is dear, the target's distributions.
+
+Shape letters: B windows, L positions of a window, n steps predicted at each, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.training.lockstep import Role
+
+LENGTH = 16
+_NUMPY = {"I32": np.int32, "U8": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows; position p of a window drafts from hidden[p] and tokens[p + 1], ...
+
+    hidden      (B, L, E)
+    tokens      (B, L + n) the tokens after each position: tokens[:, p] follows hidden[:, p]
+    top_ids     (B, L + n - 1, K) likeliest tokens after tokens[:, p]
+    top_logits  (B, L + n - 1, K)
+    weights     (B, L + n - 1) how much it matters to predict what follows tokens[:, p]
+    """
+
+    hidden: mx.array
+    tokens: np.ndarray
+    top_ids: np.ndarray
+    top_logits: np.ndarray
+    weights: np.ndarray
+
+
+class Shards:
+    """The shards of a directory, mapped into memory: only what is asked for is read."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._files = [_mapped(path) for path in paths]
+        if not self._files:
+            raise UserError("there is no training data yet")
+        self.tokens = sum(len(file["tokens"]) for file in self._files)
+        self.hidden_size = self._files[0]["hidden"].shape[1]
+
+    def windows(self, seed: str, steps: int) -> list[tuple[int, int, int]]:
+        """(file, first, end of the conversation) of every window, shuffled by the seed.
+
+        Windows tile each conversation from a random phase on.
+        """
+        draw = np.random.default_rng(list(seed.encode()))
+        found = []
+        for f, file in enumerate(self._files):
+            starts = [*file["starts"].tolist(), len(file["tokens"])]
+            for start, end in zip(starts, starts[1:], strict=False):
+                phase = int(draw.integers(LENGTH))
+                for first in range(start - phase, end - 2, LENGTH):
+                    if _speaks(file["roles"][max(first + 2, start) : first + 2 + LENGTH]):
+                        found.append((f, max(first, start), end))
+        return [found[i] for i in draw.permutation(len(found))]
+
+    def batch(self, windows: Sequence[tuple[int, int, int]], steps: int) -> Batch:
+        """Cut the windows out; what lies beyond a conversation's end weighs nothing."""
+        reach = LENGTH + steps + 1
+        spans = [(self._files[f], np.arange(a, a + reach), end) for f, a, end in windows]
+        cut = lambda name, first, last: np.stack(
+            [file[name][np.minimum(at[first:last], end - 1)] for file, at, end in spans]
+        )
+        hidden = cut("hidden", 0, LENGTH)
+        roles = cut("roles", 2, None)
+        inside = np.stack([at[2:] < end for _, at, end in spans])
+        top_logits = cut("top_logits", 1, -1)
+        written = (roles == Role.ASSISTANT) + 0.5 * (roles == Role.USER)
+        has_view = (top_logits != 0).any(axis=-1)
+        view = mx.array(hidden)
+        return Batch(
+            hidden=view.view(mx.bfloat16) if hidden.dtype == np.uint16 else view,
+            tokens=cut("tokens", 1, None),
+            top_ids=cut("top_ids", 1, -1),
+            top_logits=top_logits,
+            weights=(written * inside * has_view).astype(np.float32),
+        )
+
+    def batches(self, seed: str, size: int, steps: int, first: int = 0) -> Iterator[Batch]:
+        """Epoch after epoch of batches, from the `first`-th on."""
+        epoch = 0
+        while True:
+            windows = self.windows(f"{seed}/{epoch}", steps)
+            count = max(1, len(windows) // size)
+            for i in range(min(first, count), count):
+                yield self.batch(windows[i * size : (i + 1) * size], steps)
+            first = max(0, first - count)
+            epoch += 1
+
+    def counts(self, vocab_size: int) -> np.ndarray:
+        """(V,) how often each token was written."""
+        total = np.zeros(vocab_size, np.int64)
+        for file in self._files:
+            written = file["tokens"][file["roles"] != Role.TEMPLATE]
+            total += np.bincount(written, minlength=vocab_size)
+        return total
+
+
+def _speaks(roles: np.ndarray) -> bool:
+    return bool(((roles == Role.ASSISTANT) | (roles == Role.USER)).any())
+
+
+def _mapped(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: np.memmap(
+            path, _NUMPY[entry["dtype"]], "r", 8 + size + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+        )
+        for name, entry in header.items()
+    }  # fmt: skip
