@@ -171,6 +171,50 @@ class GenerationOptions(Options):
             raise UserError("--stop '' would end every text at once; give a non-empty string")
 
 
+@dataclass(frozen=True)
+class HeadOptions(Options):
+    """Shape of the draft head to train."""
+
+    exit_dim: int | None = option(
+        None, "width before the output layer (default: the target's hidden size)", low=8, type=int
+    )
+    blocks: int = option(2, "residual blocks before the output layer", low=0, high=64)
+    draft_vocab: int = option(8192, "token ids it can propose whatever the prompt", low=16)
+    output: str = option(
+        "tied",
+        "output layer: tied (rows of the target's own head; also proposes the prompt's ids) or "
+        "trained (stored rows of its own)",
+        type=str,
+        choices=["tied", "trained"],
+    )
+    fused_layers: tuple[int, ...] = option(
+        (), "layers of the target to read beside its last hidden state", type=int, nargs="*",
+        metavar="LAYER",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """How the head is trained."""
+
+    loss: str = option(
+        "kl",
+        "kl, hard (the likeliest token alone), acceptance (LK) or top_k (HASS)",
+        type=str,
+        choices=["kl", "hard", "acceptance", "top_k"],
+    )
+    steps: int | None = option(
+        None, "updates to take (default: as many as the time allows)", low=1, type=int
+    )
+    learning_rate: float = option(1e-3, "highest learning rate", low=0.0)
+    windows: int = option(32, "windows of 16 positions in a batch", low=1)
+    accumulate: int = option(1, "batches per update", low=1)
+    candidates: int = option(2048, "tokens that the soft-max of a batch runs over", low=16)
+    ahead: int = option(5, "tokens predicted from each position", low=1, high=16)
+    step_decay: float = option(
+        0.8, "a predicted token weighs this much of the one before", low=0.0, high=1.0
+    )
+
 GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)
 
 NOT_HONOURED = {

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+from redrafter_mlx import device
 from redrafter_mlx.demo import demo_target
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.protocol import Drafter
@@ -125,7 +126,10 @@ def load_drafter(name_or_path: str, model: nn.Module, revision: str | None = Non
             )
     if mx.default_device() == mx.cpu:
         compute_in_float32(head)
-    return RecurrentDrafter(head, d2t, target.embed)
+    if config.fused_layers:
+        target.tap(config.fused_layers)
+    output = target.output_layer if config.tied_output else None
+    return RecurrentDrafter(head, d2t, target.embed, output)
 
 
 def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
@@ -200,7 +204,7 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
             layer = _plain_layer(layer)
             model.update_modules(tree_unflatten([(name, layer)]))
         if isinstance(layer, nn.Linear):
-            layer.weight = mx.contiguous(layer.weight.astype(mx.float32).T).T
+            layer.weight = device.by_columns(layer.weight.astype(mx.float32))
             mx.eval(layer.weight)
     model.set_dtype(mx.float32)
     return model

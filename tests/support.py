@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+from families import build
 
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
@@ -124,3 +125,26 @@ def stop_one_short(rule):
         return replace(verdict, path=list(verdict.path)[:-1])
 
     return wrong
+
+
+def grammar_model(seed: int = 0):
+    """A target that knows one rule by heart: each token is always followed by the same other one.
+
+    Returns the model and the rule (V,), token -> next token. Any head can learn it.
+    """
+    model = build("llama")
+    for layer in model.layers:
+        layer.self_attn.o_proj.weight = mx.zeros_like(layer.self_attn.o_proj.weight)
+        layer.mlp.down_proj.weight = mx.zeros_like(layer.mlp.down_proj.weight)
+    vocab, hidden = model.model.embed_tokens.weight.shape
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(vocab)
+    rule = np.empty(vocab, int)
+    rule[order] = np.roll(order, -1)  # one cycle through all tokens
+    embedding = rng.normal(size=(vocab, hidden)).astype(np.float32)
+    embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
+    head = np.empty_like(embedding)
+    head[rule] = 3 * embedding
+    model.model.embed_tokens.weight = mx.array(embedding)
+    model.lm_head.weight = mx.array(head)
+    return model, rule

@@ -44,7 +44,7 @@ def search(head, embeddings, context, root, width, length, cut=None):
         width=width,
         length=length,
     )
-    return collect(root.item(), *(np.array(x) for x in found))
+    return collect(root.item(), *(np.array(x[0]) for x in found))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -83,7 +83,7 @@ def test_candidates_equal_brute_force(width):
         width=width,
         length=4,
     )
-    candidates = collect(2, *(np.array(x) for x in found))
+    candidates = collect(2, *(np.array(x[0]) for x in found))
     beams = {(2,): 0.0}
     scored = {}
     for depth in range(3):

@@ -1,7 +1,7 @@
 """Beam search over a recurrent drafter, entirely on the device.
 
-Shape letters: W beam width, L beam length (the root included), R live beams (1 at the root, W
-after it), D draft vocabulary, M scored candidates.
+Shape letters: P positions searched from, W beam width, L beam length (the root included), R live
+beams (1 at the root, W after it), D draft vocabulary, M scored candidates.
 """
 
 from __future__ import annotations
@@ -25,38 +25,47 @@ def beam_search(
     width: int,
     length: int,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The `width` likeliest continuations of `root`, and every candidate scored on the way.
+    """The `width` likeliest continuations of each `root`, and every candidate scored on the way.
 
-    advance    (state (R, h) or None, tokens (R,)) -> state (R, h)
-    score      (state (R, h), depth) -> log-probabilities (R, D) of the tokens at that depth
+    advance    (state (P·R, h) or None, tokens (P·R,)) -> state (P·R, h)
+    score      (state (P·R, h), depth) -> log-probabilities (P·R, D) of the tokens at that depth
     token_ids  draft ids -> token ids of the target
-    root       (1,) the pending token
+    root       (P,) the pending token of each of P positions; generation has one
 
     Each step keeps the best W of all R·D joint log-probabilities (the reference's rule: no length
     normalisation, no end-of-text handling). They always lie among each beam's own W best, which
     are the scored candidates: W at depth 1, then W·W at each further depth.
 
-    Returns, all still on the device, tokens (M,), cumulative logprobs (M,), and which candidates
-    of its own depth live on, best first (L-1, W).
+    Returns, all still on the device, tokens (P, M), cumulative logprobs (P, M), and which
+    candidates of its own depth live on, best first (P, L-1, W).
 
     Example with W = 2, L = 3: M = 2 + 4; survivors [[0, 1], [0, 2]] says that both depth-1
     candidates were expanded and that the best beams end in the first child of each.
     """
+    positions = root.size
     state = advance(None, root)
-    beam_logprobs = mx.zeros((1, 1))
+    beam_logprobs = mx.zeros((positions, 1, 1))
     tokens, logprobs, survivors = [], [], []
     for depth in range(1, length):
         likeliest, own = top_k(score(state, depth), width)
-        joint = (beam_logprobs + own).reshape(-1)
-        ids = token_ids(likeliest).reshape(-1)
-        best = mx.argsort(-joint)[:width]
+        joint = (beam_logprobs + own.reshape(positions, -1, width)).reshape(positions, -1)
+        ids = token_ids(likeliest).reshape(positions, -1)
+        best = mx.argsort(-joint, axis=-1)[:, :width]
         tokens.append(ids)
         logprobs.append(joint)
         survivors.append(best)
         if depth + 1 < length:
-            state = advance(state[best // width], ids[best])
-            beam_logprobs = joint[best][:, None]
-    return mx.concatenate(tokens), mx.concatenate(logprobs), mx.stack(survivors)
+            live = state.shape[0] // positions
+            rows = live * mx.arange(positions)[:, None] + best // width
+            state = advance(
+                state[rows.reshape(-1)], mx.take_along_axis(ids, best, axis=-1).reshape(-1)
+            )
+            beam_logprobs = mx.take_along_axis(joint, best, axis=-1)[:, :, None]
+    return (
+        mx.concatenate(tokens, axis=-1),
+        mx.concatenate(logprobs, axis=-1),
+        mx.stack(survivors, axis=1),
+    )
 
 
 def top_k(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
@@ -84,7 +93,7 @@ def top_k(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
 def collect(
     root: int, tokens: np.ndarray, logprobs: np.ndarray, survivors: np.ndarray
 ) -> Candidates:
-    """Link what `beam_search` returned, now on the host, into Candidates."""
+    """Link what `beam_search` returned for one position, now on the host, into Candidates."""
     steps, width = survivors.shape
     first = np.concatenate([[0, width], width + width * width * np.arange(1, steps)])
     parents = [np.full(width, -1)]

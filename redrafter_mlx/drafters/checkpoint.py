@@ -122,7 +122,28 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
         **sizes,
         num_blocks=len(blocks),
         rnn=settings.get("rnn", False),
+        tied_output=_tied_output(path, settings),
+        fused_layers=_fused_layers(path, settings),
     )
+
+
+def _tied_output(path: Path, settings: dict) -> bool:
+    tied = settings.get("tied_output", False)
+    if not isinstance(tied, bool):
+        raise UserError(f"{path / 'config.json'}: tied_output is {tied!r}, not true or false")
+    if tied and settings["exit_dim"] != settings["hidden_size"]:
+        raise UserError(
+            f"{path / 'config.json'}: a tied output needs an exit_dim of hidden_size "
+            f"{settings['hidden_size']}, not {settings['exit_dim']}"
+        )
+    return tied
+
+
+def _fused_layers(path: Path, settings: dict) -> tuple[int, ...]:
+    layers = settings.get("fused_layers", [])
+    if not isinstance(layers, list) or not all(type(i) is int and 0 <= i < 1000 for i in layers):
+        raise UserError(f"{path / 'config.json'}: fused_layers is {layers!r}, not layer numbers")
+    return tuple(layers)
 
 
 def _draft_ids(path: Path, config: HeadConfig, offsets: mx.array | None) -> mx.array:

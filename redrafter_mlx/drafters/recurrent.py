@@ -12,11 +12,12 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import beam_search, collect
-from redrafter_mlx.round import Context, Step
+from redrafter_mlx.round import Context, Step, Transcript
 from redrafter_mlx.sampling import Noise, gumbel
 from redrafter_mlx.tree import TokenTree
 
@@ -70,6 +71,7 @@ class RecurrentHead(nn.Module):
     def __init__(self, config: HeadConfig):
         super().__init__()
         h, e = config.hidden_size, config.exit_dim
+        self.config = config
         if config.has_projection:
             self.input_proj = nn.Linear(config.context_size + h, e)
         self.lm_head = [ResidualBlock(e) for _ in range(config.num_blocks)]
@@ -87,46 +89,74 @@ class RecurrentHead(nn.Module):
             state = mx.zeros_like(embedding)
         return nn.silu(self.rnn_w(embedding) + self.rnn_u(state))
 
-    def __call__(self, context: mx.array, state: mx.array) -> mx.array:
-        """Logits (R, D) of the token after the last one read.
+    def read(self, hidden: mx.array) -> mx.array:
+        """What it reads (R, c) of the target's hidden states (R, at least c): layers at one scale.
 
-        context  (1 or R, c) what the target holds at its last verified token
+        The final hidden state comes normed; other layers' outputs grow by orders of magnitude.
+        """
+        parts = 1 + len(self.config.fused_layers)
+        final, *fused = mx.split(hidden[..., : self.config.context_size], parts, axis=-1)
+        return mx.concatenate([final, *(mx.fast.rms_norm(x, None, 1e-6) for x in fused)], axis=-1)
+
+    def __call__(self, context: mx.array, state: mx.array) -> mx.array:
+        """Logits (R, D) of the token after the last one read; (R, e) for a tied output.
+
+        context  (P, c) from `read`, P positions with as many rows each
         state    (R, h)
         """
-        context = mx.broadcast_to(context, (*state.shape[:-1], context.shape[-1]))
+        context = mx.repeat(context, len(state) // len(context), axis=0)
         return self.exit(mx.concatenate([context, state], axis=-1))
 
     def exit(self, x: mx.array) -> mx.array:
-        """Logits (R, D) of context and state side by side (R, c + h); (R, e) if tied."""
+        """Logits (R, D) of context and state side by side (R, c + h); (R, e) for a tied output."""
+        y = self.features(x)
+        return y if self.config.tied_output else self.lm_head[-1](y)
+
+    def features(self, x: mx.array) -> mx.array:
+        """What the output layer reads (R, e), from context and state side by side (R, c + h)."""
         y = self.input_proj(x) if "input_proj" in self else x
-        for layer in self.lm_head:
-            y = layer(y)
+        for block in self.lm_head[: self.config.num_blocks]:
+            y = block(y)
         return y
 
 
 class RecurrentDrafter:
     """Drafts by beam search with a RecurrentHead.
 
-    head   the weights
-    d2t    (D,) the target's token id of each draft id
-    embed  the target's embedding: ids (R,) -> (R, h)
+    head    the weights
+    d2t     (D,) the target's token id of each draft id
+    embed   the target's embedding: ids (R,) -> (R, h)
+    output  for a head with a tied output: token ids (D,) -> those rows of the target's own head,
+            as a linear layer. The vocabulary then is d2t and whatever else the text holds.
     """
 
-    def __init__(self, head: RecurrentHead, d2t: mx.array, embed: Callable[[mx.array], mx.array]):
-        self.head, self.d2t, self._embed = head, d2t, embed
+    def __init__(
+        self,
+        head: RecurrentHead,
+        d2t: mx.array,
+        embed: Callable[[mx.array], mx.array],
+        output: Callable[[mx.array], nn.Module] | None = None,
+    ):
+        self.head, self.d2t, self.embed = head, d2t, embed
+        self._vocabulary = TextVocabulary(d2t, head.config.vocab_size, output) if output else None
         self._searches: dict[tuple[int, int, bool], Callable] = {}
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         shape = budget.width, budget.length, context.noise is not None
         if shape not in self._searches:
-            self._searches[shape] = mx.compile(partial(self._search, *shape))
+            self._searches[shape] = mx.compile(partial(self.search, *shape))
         noise = context.noise or Noise.silent()
         position = mx.array([context.position], dtype=mx.uint32)
         found = self._searches[shape](
-            context.hidden, context.pending, position, noise.key, noise.temp
+            context.hidden,
+            context.pending,
+            position,
+            noise.key,
+            noise.temp,
+            *self.vocabulary_of(context.transcript),
         )
         root, *found = device.read(context.pending, *found)
-        return budget.tree(collect(int(root[0]), *found))
+        return budget.tree(collect(int(root[0]), *(array[0] for array in found)))
 
     def observe(self, step: Step) -> None:
         pass
@@ -134,27 +164,103 @@ class RecurrentDrafter:
     def reset(self) -> None:
         pass
 
-    def _search(self, width: int, length: int, coupled: bool, hidden, root, position, key, temp):
-        """Beam search as one compiled function of arrays.
+    def vocabulary_of(self, transcript: Transcript) -> tuple[mx.array, dict]:
+        """Token ids (D,) it can propose after a text, and the rows of a tied output for them."""
+        return self._vocabulary.of(transcript) if self._vocabulary else (self.d2t, {})
+
+    def logits(self, read: mx.array, state: mx.array, rows: dict) -> mx.array:
+        """(R, D) float32 of the vocabulary's tokens after states (R, h); read (P, c)."""
+        y = self.head(read, state)
+        if self._vocabulary:
+            y = self._vocabulary.project(y, rows)
+        return y.astype(mx.float32)
+
+    def search(
+        self, width: int, length: int, coupled: bool,
+        hidden, root, position, key, temp, d2t, rows,
+    ):  # fmt: skip
+        """Beam search from each of P positions, as a function of arrays that can be compiled.
+
+        hidden (P, c), root (P,) of each position; position (1,), key (2,), temp () of the noise
+        that is reckoned with if `coupled`; d2t (D,) and rows, the vocabulary of a tied output.
+        Returns what `beam_search` returns.
 
         Coupled: the target will add known noise to its logits at each position; adding the same
         noise to the head's logits ranks first what the target is likeliest to choose with it.
         """
         if coupled:
             positions = position + mx.arange(1, length, dtype=mx.uint32)[:, None]
-            noise = temp * gumbel(key, positions, self.d2t.astype(mx.uint32)[None], mx)
+            noise = temp * gumbel(key, positions, d2t.astype(mx.uint32)[None], mx)
+        read = self.head.read(hidden)
 
         def score(state: mx.array, depth: int) -> mx.array:
-            logits = self.head(hidden, state).astype(mx.float32)
+            logits = self.logits(read, state, rows)
             if coupled:
                 logits = logits + noise[depth - 1]
             return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
         return beam_search(
-            advance=lambda state, tokens: self.head.advance(state, self._embed(tokens)),
+            advance=lambda state, tokens: self.head.advance(state, self.embed(tokens)),
             score=score,
-            token_ids=lambda ids: self.d2t[ids],
+            token_ids=lambda ids: d2t[ids],
             root=root,
-            width=min(width, self.d2t.size),
+            width=min(width, d2t.size),
             length=length,
         )
+
+
+class TextVocabulary:
+    """The ids that a tied output proposes in one text: a static set and the ids of the text.
+
+    static      (D,) token ids
+    vocab_size  of the target
+    output      token ids (D,) -> those rows of the target's head, as a linear layer
+
+    Most of what a fixed set of some thousand ids misses in real answers stands in their prompts.
+    Spare rows, filled with any other ids, keep shapes few; new ids of the text take their place,
+    `BATCH` at a time, because each change copies the rows.
+    """
+
+    SPARE = 1024
+    BATCH = 16
+
+    def __init__(
+        self, static: mx.array, vocab_size: int, output: Callable[[mx.array], nn.Module]
+    ):
+        self._static = np.array(static)
+        self._vocab_size = vocab_size
+        self._output = output
+        self._transcript: Transcript | None = None
+
+    def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
+        """Token ids (D',) and the parameters of the linear layer that scores them."""
+        if transcript is not self._transcript:
+            self._transcript, self._seen = transcript, 0
+            self._ids, self._known = self._static, set(self._static.tolist())
+            self._waiting: list[int] = []
+        tokens = transcript.tokens
+        for token in tokens[self._seen :]:
+            if token not in self._known:
+                self._known.add(token)
+                self._waiting.append(token)
+        if self._seen == 0 or len(self._waiting) >= self.BATCH:
+            self._take_in()
+        self._seen = len(tokens)
+        return self._current
+
+    def _take_in(self) -> None:
+        self._ids = np.concatenate([self._ids, np.array(self._waiting, self._static.dtype)])
+        self._waiting = []
+        spare = -len(self._ids) % self.SPARE
+        others = np.setdiff1d(np.arange(self._vocab_size), self._ids)[:spare]
+        ids = mx.array(np.concatenate([self._ids, others]))
+        self._linear = self._output(ids)
+        if "scales" not in self._linear:
+            self._linear.weight = device.by_columns(self._linear.weight)
+        self._current = ids, self._linear.parameters()
+        mx.eval(self._current)
+
+    def project(self, features: mx.array, parameters: dict) -> mx.array:
+        """Logits (R, D') of what the target's head would read (R, h)."""
+        self._linear.update(parameters)
+        return self._linear(features)

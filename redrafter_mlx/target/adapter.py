@@ -89,7 +89,7 @@ class Target:
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
         caches = self.empty_caches()
-        hidden = mx.zeros((1, self.hidden_size), self.dtype)
+        hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
         last = len(tokens) - 1
         progress(0, len(tokens))
         for start in range(0, last, chunk):
@@ -126,6 +126,40 @@ class Target:
             hidden=outcome.hidden[path[-1] : path[-1] + 1],
             position=context.position + len(path),
         )
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """Hand the outputs of these layers to drafters too, beside the final hidden state.
+
+        Raises UserError if there is no such layer, or another drafter listens to other layers.
+        """
+        layers = tuple(layers)
+        count = len(self.model.layers)
+        if any(not 0 <= layer < count for layer in layers):
+            raise UserError(f"fused_layers {list(layers)}: {self.name} has {count} layers")
+        if self.taps not in ((), layers):
+            raise UserError(
+                f"fused_layers {list(layers)}: another drafter of this model reads the layers "
+                f"{list(self.taps)}; load the model anew for this one"
+            )
+        self.taps = layers
+
+    def output_layer(self, ids: mx.array) -> nn.Module:
+        """The rows `ids` (D,) of the model's own head, quantised or not, as a linear layer.
+
+        Its logits come without what a model may do to them afterwards, such as a soft cap.
+        """
+        head = self._head
+        if "scales" in head:
+            width = head.bits * head.group_size
+            layer = nn.QuantizedLinear(
+                width, 1, "bias" in head, head.group_size, head.bits, head.mode
+            )
+        else:
+            layer = nn.Linear(1, 1, "bias" in head)
+        for name in ("weight", "scales", "biases", "bias"):
+            if name in head:
+                layer[name] = head[name][ids]
+        return layer
 
     def forward(self, ids: mx.array, caches: LayerCaches) -> Outcome:
         """The model's own forward pass over token ids (B, N), after what the caches hold.

@@ -1,0 +1,140 @@
+"""One batch's loss: the head's distributions at n steps from each position against the target's.
+
+The soft-max runs over candidates, not over the whole vocabulary: every token that the target
+finds likely anywhere in the batch, and a random sample of all others, weighted so that they stand
+for the rest (sampled soft-max). The cost then does not depend on the size of the vocabulary.
+
+Shape letters: B windows, L positions of a window, n steps, C candidates, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from redrafter_mlx.drafters.recurrent import RecurrentHead
+from redrafter_mlx.training.loss import Loss
+from redrafter_mlx.training.windows import Batch
+
+
+Output = Callable[[mx.array, mx.array, RecurrentHead], mx.array]
+"""(features (R, e), token ids (C,), head) -> logits (R, C)"""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the soft-max of a batch runs over.
+
+    ids      (C,) token ids, distinct; the target's own come first
+    bias     (C,) log of how many tokens each one stands for
+    teacher  (B, L + n - 1, C) the target's distribution over them
+    """
+
+    ids: mx.array
+    bias: mx.array
+    teacher: mx.array
+
+
+def candidates(batch: Batch, allowed: np.ndarray, size: int, seed: list[int]) -> Candidates:
+    """Choose `size` candidates for a batch among the token ids `allowed` (D,).
+
+    Where the target's likely tokens are more than three quarters of `size`, the least likely go.
+    """
+    where = batch.weights[..., None] > 0
+    probs = np.exp(batch.top_logits.astype(np.float32)) * where
+    probs /= np.maximum(probs.sum(axis=-1, keepdims=True), 1e-9)
+    highest = np.zeros(max(int(allowed.max()), int(batch.top_ids.max())) + 1, np.float32)
+    np.maximum.at(highest, batch.top_ids.ravel(), probs.ravel())
+    likely = allowed[highest[allowed] > 0]
+    size = min(size, len(allowed))
+    most = max(size * 3 // 4, size - (len(allowed) - len(likely)))
+    if len(likely) > most:
+        likely = likely[np.argsort(-highest[likely], kind="stable")[:most]]
+    others = np.setdiff1d(allowed, likely, assume_unique=True)
+    sampled = np.random.default_rng(seed).choice(others, size - len(likely), replace=False)
+    bias = np.zeros(size, np.float32)
+    bias[len(likely) :] = np.log(len(others) / max(len(sampled), 1))
+    return Candidates(
+        mx.array(np.concatenate([likely, sampled]).astype(np.int32)),
+        mx.array(bias),
+        mx.array(_dense(batch.top_ids, probs, likely, len(highest), size)),
+    )
+
+
+def _dense(top_ids, probs, likely, vocab_size: int, size: int) -> np.ndarray:
+    """(B, M, K) probabilities of ids as (B, M, C) over the columns of `likely`, renormalised."""
+    column = np.full(vocab_size, -1)
+    column[likely] = np.arange(len(likely))
+    columns = column[top_ids.reshape(-1, top_ids.shape[-1])]
+    rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
+    kept = columns >= 0
+    dense = np.zeros((len(columns), size), np.float32)
+    dense[rows[kept], columns[kept]] = probs.reshape(columns.shape)[kept]
+    mass = dense.sum(axis=-1, keepdims=True)
+    dense /= np.where(mass > 0, mass, 1)
+    return dense.reshape(*top_ids.shape[:2], size)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss as a function of arrays, to be differentiated and compiled.
+
+    loss    per row
+    steps   n predicted from each position
+    decay   a step weighs this much of the one before: it is reached only if that was accepted
+    embed   the target's embedding
+    output  the output layer
+    """
+
+    loss: Loss
+    steps: int
+    decay: float
+    embed: Callable[[mx.array], mx.array]
+    output: Output
+
+    def __call__(
+        self, head: RecurrentHead, hidden, tokens, ids, bias, teacher, weights
+    ) -> mx.array:
+        """The weighted mean loss ().
+
+        hidden (B, L, E), tokens (B, L + n), weights (B, L + n - 1) as in Batch; ids, bias and
+        teacher as in Candidates
+        """
+        B, L = hidden.shape[:2]
+        features = self.features(head, hidden, tokens)
+        logits = self.output(features, ids, head).astype(mx.float32) + bias
+        at_step = lambda x: mx.concatenate(
+            [x[:, i : i + L].reshape(B * L, *x.shape[2:]) for i in range(self.steps)]
+        )
+        decay = mx.repeat(self.decay ** mx.arange(self.steps), B * L)
+        weights = at_step(weights) * decay
+        losses = self.loss(logits, at_step(teacher))
+        return (losses * weights).sum() / mx.maximum(weights.sum(), 1.0)
+
+    def features(self, head: RecurrentHead, hidden: mx.array, tokens: mx.array) -> mx.array:
+        """(n·B·L, e): what the head's output layer reads, step after step."""
+        B, L = hidden.shape[:2]
+        context = head.read(hidden.reshape(B * L, -1).astype(mx.float32))
+        embedded = self.embed(tokens[:, : L + self.steps - 1])
+        state, states = None, []
+        for i in range(self.steps):
+            state = head.advance(state, embedded[:, i : i + L].reshape(B * L, -1))
+            states.append(state)
+        contexts = mx.concatenate([context] * self.steps)
+        return head.features(mx.concatenate([contexts, mx.concatenate(states)], axis=-1))
+
+
+def tied_output(layer_of: Callable[[mx.array], nn.Module]) -> Output:
+    """Logits by rows of the target's own head; `layer_of` makes a layer of token ids (C,)."""
+    return lambda features, ids, head: layer_of(ids)(features)
+
+
+def trained_output(d2t: mx.array, vocab_size: int) -> Output:
+    """Logits by rows of the head's own output layer, which has one for each of `d2t` (D,)."""
+    draft_id = mx.zeros(vocab_size, mx.int32)
+    draft_id[d2t] = mx.arange(d2t.size, dtype=mx.int32)
+    return lambda features, ids, head: features @ head.lm_head[-1].weight[draft_id[ids]].T

@@ -1,0 +1,210 @@
+"""How well a head drafts, by replaying texts that the target has written.
+
+A greedy text is what verification would accept, token for token. So drafting at each of its
+positions once tells for every budget how many tokens each round would have yielded, without
+running the target.
+
+Shape letters: P positions, W beam width, L beam length (the root included), M candidates, N nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx import device
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.round import Transcript
+from redrafter_mlx.training.lockstep import Role
+from redrafter_mlx.training.shards import Shard
+
+BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+RECALL = (1, 2, 4, 8)
+AT_ONCE = 256
+UNSCORED = 2**30
+
+
+@dataclass
+class Replay:
+    """Sums over the texts replayed so far.
+
+    width, length  of the beams
+    ranks          for each text (P, L-1): how many candidates of the whole draft are likelier
+                   than the one on the text's own path at each depth; UNSCORED where it was not found
+    tokens         written by the target; rounds[i] it would have taken at BUDGETS[i]
+    """
+
+    width: int
+    length: int
+    tokens: int = 0
+    rounds: np.ndarray = field(default_factory=lambda: np.zeros(len(BUDGETS), int))
+
+    @property
+    def tokens_per_round(self) -> dict[int, float]:
+        """By budget."""
+        rates = self.tokens / np.maximum(self.rounds, 1)
+        return dict(zip(BUDGETS, rates.tolist(), strict=True))
+
+    def add(self, ranks: np.ndarray) -> None:
+        """One more text, whose first token is drafted from position 0."""
+        self.tokens += len(ranks)
+        for i, budget in enumerate(BUDGETS):
+            accepted = np.cumprod(ranks < budget - 1, axis=1).sum(axis=1)
+            self.rounds[i] += _rounds(accepted)
+
+
+def _rounds(accepted: np.ndarray) -> int:
+    """Rounds over P tokens, where a round at position p accepts accepted[p] drafted tokens."""
+    position = rounds = 0
+    while position < len(accepted):
+        position += int(accepted[position]) + 1
+        rounds += 1
+    return rounds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the target wrote, T tokens, after `prompt`; hidden (T, c) before its first draft and on.
+
+    hidden[i] was seen before tokens[i] was pending: a draft from it predicts tokens[i + 1], ...
+    """
+
+    prompt: np.ndarray
+    tokens: np.ndarray
+    hidden: mx.array
+
+
+def greedy_answers(shards: Iterable[Shard]) -> Iterator[Answer]:
+    """The answers that are the target's likeliest tokens throughout."""
+    for shard in shards:
+        ends = [*shard.starts[1:].tolist(), len(shard.tokens)]
+        likeliest = np.take_along_axis(
+            shard.top_ids, shard.top_logits.argmax(axis=-1, keepdims=True), axis=-1
+        )[:, 0]
+        for start, end in zip(shard.starts.tolist(), ends, strict=True):
+            spoken = shard.roles[start:end] == Role.ASSISTANT
+            turns = np.flatnonzero(np.diff(np.r_[False, spoken, False].astype(int)))
+            for first, last in zip(start + turns[::2], start + turns[1::2], strict=True):
+                if last - first > 1 and first - start > 1:
+                    if (likeliest[first - 1 : last - 1] == shard.tokens[first:last]).all():
+                        yield Answer(
+                            shard.tokens[start:first],
+                            shard.tokens[first:last],
+                            shard.hidden[first - 1 : last - 1],
+                        )
+
+
+def replay(
+    drafter: RecurrentDrafter,
+    answers: Iterable[Answer],
+    width: int,
+    length: int,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Replay:
+    """Draft at each token of the answers; see `Replay`. `progress` is told of tokens done."""
+    search = mx.compile(
+        lambda hidden, root, d2t, rows: drafter.search(
+            width, length, False, hidden, root, None, None, None, d2t, rows
+        )
+    )
+    found = Replay(width, length)
+    for answer in answers:
+        ranks = []
+        vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
+        for piece in _pieces(answer, length - 1):
+            drafts = device.read(*search(piece.hidden, mx.array(piece.roots), *vocabulary))
+            ranks.append(path_ranks(*drafts, piece.ahead)[: piece.count])
+        found.add(np.concatenate(ranks))
+        progress(found.tokens)
+    return found
+
+
+def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) -> np.ndarray:
+    """(depths, len(RECALL)): how often the token at a depth is among the head's k likeliest,
+    given that the head has read the target's own tokens up to it.
+    """
+    hits, total = np.zeros((depths, len(RECALL))), np.zeros((depths, 1))
+
+    @mx.compile
+    def ranks_of(hidden, tokens, d2t, rows):
+        """(depths, P) ranks; UNSCORED outside of the vocabulary."""
+        head, read, state, ranks = drafter.head, drafter.head.read(hidden), None, []
+        for depth in range(depths):
+            state = head.advance(state, drafter.embed(tokens[:, depth]))
+            logits = drafter.logits(read, state, rows)
+            here = d2t[None] == tokens[:, depth + 1 : depth + 2]
+            own = mx.where(here, logits, -mx.inf).max(axis=-1, keepdims=True)
+            rank = (logits > own).sum(axis=-1)
+            ranks.append(mx.where(here.any(axis=-1), rank, UNSCORED))
+        return mx.stack(ranks)
+
+    for answer in answers:
+        vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
+        for piece in _pieces(answer, depths):
+            tokens = mx.array(np.concatenate([piece.roots[:, None], piece.ahead], axis=1))
+            (ranks,) = device.read(ranks_of(piece.hidden, tokens, *vocabulary))
+            known = (piece.ahead >= 0).T
+            hits += [[((rank < k) & at).sum() for k in RECALL] for rank, at in zip(ranks, known)]
+            total += known.sum(axis=1, keepdims=True)
+    return hits / np.maximum(total, 1)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`count` positions of an answer, filled up to AT_ONCE: hidden (P, c), roots (P,), and the
+    tokens after them, ahead (P, depths), -1 beyond the end.
+    """
+
+    hidden: mx.array
+    roots: np.ndarray
+    ahead: np.ndarray
+    count: int
+
+
+def _pieces(answer: Answer, depths: int) -> Iterator[_Piece]:
+    for at in range(0, len(answer.tokens), AT_ONCE):
+        roots = answer.tokens[at : at + AT_ONCE]
+        missing = AT_ONCE - len(roots)
+        hidden = mx.pad(answer.hidden[at : at + AT_ONCE], [(0, missing), (0, 0)])
+        ahead = np.full((AT_ONCE, depths), -1)
+        for depth in range(depths):
+            following = answer.tokens[at + depth + 1 : at + depth + 1 + AT_ONCE]
+            ahead[: len(following), depth] = following
+        yield _Piece(
+            hidden.astype(mx.float32), np.pad(roots, (0, missing)), ahead, len(roots)
+        )
+
+
+def path_ranks(
+    tokens: np.ndarray, logprobs: np.ndarray, survivors: np.ndarray, path: np.ndarray
+) -> np.ndarray:
+    """(P, L-1): how many candidates of its draft are likelier than the path's node of each depth.
+
+    tokens, logprobs (P, M), survivors (P, L-1, W) as `beam_search` returns them
+    path             (P, L-1) token ids that came true
+
+    UNSCORED where the path was not scored. `TokenTree.best` takes the budget's likeliest candidates, so
+    a node is in the tree if and only if its rank is below the budget less one, the root.
+    """
+    positions, steps, width = survivors.shape
+    ranks = np.full((positions, steps), UNSCORED)
+    rows = np.arange(positions)
+    first, block = 0, np.zeros(positions, int)  # of the path's parent among its depth's beams
+    alive = np.ones(positions, bool)
+    for step in range(steps):
+        size = width if step == 0 else width * width
+        own = first + block[:, None] * width + np.arange(width)
+        hit = tokens[rows[:, None], own] == path[:, step : step + 1]
+        alive &= hit.any(axis=1)
+        inside = block * width + hit.argmax(axis=1)
+        mine = logprobs[rows, first + inside]
+        likelier = (logprobs > mine[:, None]).sum(axis=1)
+        ranks[alive, step] = likelier[alive]
+        lives_on = survivors[:, step] == inside[:, None]
+        alive &= lives_on.any(axis=1)
+        block = lives_on.argmax(axis=1)
+        first += size
+    return ranks

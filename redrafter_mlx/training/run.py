@@ -1,0 +1,310 @@
+"""A whole training run in a directory: data, vocabulary, head, training, what came of it.
+
+    OUTPUT/config.json, model.safetensors, README.md, training.png     the drafter
+    OUTPUT/training/data/         what the target wrote (training.data)
+    OUTPUT/training/checkpoint.safetensors, log.jsonl                  where the run stands
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from redrafter_mlx.config import HeadOptions, TrainingOptions
+from redrafter_mlx.drafters.checkpoint import save_head
+from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.initial import initial_head
+from redrafter_mlx.training.loop import Progress, Trainer
+from redrafter_mlx.training.loss import LOSSES
+from redrafter_mlx.training.objective import Objective, tied_output, trained_output
+from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
+from redrafter_mlx.training.shards import held_out_shards, read_shard, training_shards
+from redrafter_mlx.training.windows import LENGTH, Shards
+
+PASSES = 10
+"""Times that training goes through the data when neither time nor steps are given."""
+FIT_BATCHES = 24
+WIDTH, BEAM_LENGTH, BUDGET = 4, 5, 16
+"""How drafts are made where progress is measured: the defaults of generation."""
+MEASURE_SECONDS, SAVE_SECONDS, TELL_SECONDS = 300.0, 120.0, 20.0
+QUICK_TOKENS, ALL_TOKENS = 1500, 20_000
+"""Held-out tokens that are replayed during training, and after it."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a run lie."""
+
+    output: Path
+
+    @property
+    def data(self) -> Path:
+        return self.output / "training" / "data"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / "training" / "checkpoint.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.output / "training" / "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids a head can propose in any text.
+
+    ids       (D,) the ones written most often, most frequent first
+    coverage  share of the held-out answers' tokens among them; with_prompt: among them or the
+              answer's own prompt
+    """
+
+    ids: np.ndarray
+    coverage: float
+    with_prompt: float
+
+    @classmethod
+    def choose(cls, shards: Shards, answers: Sequence[Answer], size: int, vocab_size: int):
+        """The `size` likeliest ids of the shards; coverage measured on the answers."""
+        ids = np.argsort(-shards.counts(vocab_size), kind="stable")[: min(size, vocab_size)]
+        known = np.zeros(vocab_size, bool)
+        known[ids] = True
+        static, either, total = 0, 0, 0
+        for answer in answers:
+            inside = known[answer.tokens]
+            static += inside.sum()
+            either += (inside | np.isin(answer.tokens, answer.prompt)).sum()
+            total += len(inside)
+        return cls(ids, static / max(total, 1), either / max(total, 1))
+
+
+class TrainingRun:
+    """Training on data that is there: the head, its trainer, and how it is measured.
+
+    target    with the layers that the head fuses in `taps`
+    settings  everything the weights depend on; a checkpoint made with others is refused
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        places: Places,
+        head: HeadOptions,
+        training: TrainingOptions,
+        seed: int,
+        minutes: float | None = None,
+    ):
+        self.target, self.places, self._options = target, places, training
+        self.shards = Shards(training_shards(places.data))
+        self.answers = held_out_answers(places.data)
+        self.vocabulary = Vocabulary.choose(
+            self.shards, self.answers, head.draft_vocab, target.vocab_size
+        )
+        self.config = head_config(target, head, len(self.vocabulary.ids))
+        d2t = mx.array(self.vocabulary.ids.astype(np.int32))
+        fit = islice(self.shards.batches("fit", 64, 2 * training.ahead), FIT_BATCHES)
+        self.head = initial_head(
+            self.config, target.embed, target.output_layer, d2t, fit, training.ahead,
+            mx.random.key(seed),
+        )  # fmt: skip
+        tied = self.config.tied_output
+        self._trainer = Trainer(
+            self.head,
+            Objective(
+                LOSSES[training.loss],
+                training.ahead,
+                training.step_decay,
+                target.embed,
+                tied_output(target.output_layer)
+                if tied
+                else trained_output(d2t, target.vocab_size),
+            ),
+            self.shards,
+            np.arange(target.vocab_size) if tied else np.sort(self.vocabulary.ids),
+            training,
+            Progress(training.steps or 1),
+            seed,
+        )
+        self.settings = {
+            **asdict(head),
+            **asdict(training),
+            "seed": seed,
+            "data_tokens": self.shards.tokens,
+        }
+        self.drafter = RecurrentDrafter(
+            self.head, d2t, target.embed, target.output_layer if tied else None
+        )
+        self.log: list[dict] = []
+        self._set_out(minutes)
+
+    @property
+    def progress(self) -> Progress:
+        return self._trainer.progress
+
+    @property
+    def positions_per_step(self) -> int:
+        """Positions of one update."""
+        return self._options.windows * self._options.accumulate * LENGTH
+
+    @property
+    def parameters(self) -> int:
+        """How many the head has."""
+        return sum(x.size for _, x in tree_flatten(self.head.parameters()))
+
+    def _set_out(self, minutes: float | None) -> None:
+        """Go on from the checkpoint, or decide how many steps to take."""
+        if self.places.checkpoint.exists():
+            self._trainer.restore(self.places.checkpoint, self.settings)
+            if self.places.log.exists():
+                entries = map(json.loads, self.places.log.read_text().splitlines())
+                self.log = [entry for entry in entries if entry["step"] <= self.progress.step]
+        elif self._options.steps is None:
+            windows = len(self.shards.windows("count", self._options.ahead))
+            batch = self._options.windows * self._options.accumulate
+            steps = PASSES * windows // batch
+            if minutes is not None:
+                steps = int(60 * minutes / self._trainer.seconds_per_step())
+            self._trainer.plan(max(1, steps))
+
+    def run(
+        self,
+        tell: Callable[[Progress, dict], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train to the end; False if `stopped()` ended it before, with a checkpoint written."""
+        last = dict.fromkeys(("saved", "measured", "told"), time.monotonic())
+        last["seconds"] = self.progress.seconds
+        losses: list[float] = []
+        self._note(self.measure(QUICK_TOKENS), tell)
+
+        def after(progress: Progress) -> bool:
+            losses.append(progress.loss)
+            now = time.monotonic()
+            due = now - last["measured"] >= MEASURE_SECONDS
+            ended = progress.step == progress.steps or stopped()
+            if due or ended or now - last["told"] >= TELL_SECONDS:
+                entry = {
+                    "loss": float(np.mean(losses)),
+                    "speed": len(losses) * self.positions_per_step / (progress.seconds - last["seconds"]),
+                }
+                losses.clear()
+                last["seconds"] = progress.seconds
+                if due or ended:
+                    entry |= self.measure(QUICK_TOKENS)
+                    last["measured"] = time.monotonic()
+                self._note(entry, tell)
+                last["told"] = time.monotonic()
+            if now - last["saved"] >= SAVE_SECONDS or ended:
+                self._trainer.save(self.places.checkpoint, self.settings)
+                last["saved"] = time.monotonic()
+            return ended
+
+        self._trainer.run(after)
+        return self.progress.step == self.progress.steps
+
+    def measure(self, tokens: int) -> dict[str, float]:
+        """Tokens per round on held-out greedy answers: of a tree, and of a chain."""
+        answers = first_tokens(self.answers, tokens)
+        if not answers:
+            return {}
+        tree = replay(self.drafter, answers, WIDTH, BEAM_LENGTH).tokens_per_round[BUDGET]
+        chain = replay(self.drafter, answers, 1, BEAM_LENGTH).tokens_per_round[BUDGET]
+        return {"tree": tree, "chain": chain}
+
+    def _note(self, entry: dict, tell: Callable[[Progress, dict], None]) -> None:
+        progress = self.progress
+        entry = {"step": progress.step, "seconds": round(progress.seconds, 2)} | {
+            name: round(value, 4) for name, value in entry.items()
+        }
+        self.log.append(entry)
+        partial = self.places.log.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+        os.replace(partial, self.places.log)
+        tell(progress, entry)
+
+    def save(self, dtype: str) -> None:
+        """Write the drafter's config.json and model.safetensors."""
+        save_head(self.places.output, self.head, self.drafter.d2t, getattr(mx, dtype))
+
+
+def held_out_answers(directory: Path) -> list[Answer]:
+    """The greedy answers of the conversations that are kept from training."""
+    return list(greedy_answers(map(read_shard, held_out_shards(directory))))
+
+
+def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> HeadConfig:
+    """The shape that the options mean for a target; UserError if they do not fit together."""
+    exit_dim = options.exit_dim or target.hidden_size
+    tied = options.output == "tied"
+    if tied and exit_dim != target.hidden_size:
+        raise UserError(
+            f"--exit-dim {exit_dim}: a tied output needs the target's hidden size "
+            f"{target.hidden_size}; leave it out or give --output trained"
+        )
+    return HeadConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        exit_dim=exit_dim,
+        num_blocks=options.blocks,
+        rnn=True,
+        draft_vocab_size=draft_vocab_size,
+        tied_output=tied,
+        fused_layers=tuple(options.fused_layers),
+    )
+
+
+def first_tokens(answers: Sequence[Answer], tokens: int) -> list[Answer]:
+    """The first answers that together have about so many tokens."""
+    chosen, total = [], 0
+    for answer in answers:
+        if total >= tokens:
+            break
+        chosen.append(answer)
+        total += len(answer.tokens)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Report:
+    """How well a drafter does on held-out greedy answers.
+
+    recall            (depths, k) see `replay.recall`
+    tokens_per_round  by (W, L), then by budget
+    """
+
+    tokens: int
+    recall: np.ndarray
+    tokens_per_round: dict[tuple[int, int], dict[int, float]]
+
+
+SHAPES = ((1, 5), (2, 5), (4, 3), (4, 5), (4, 7), (8, 5))
+
+
+def report(drafter: RecurrentDrafter, answers: Sequence[Answer], tokens: int) -> Report:
+    """Replay about so many held-out tokens with beams of all SHAPES."""
+    answers = first_tokens(answers, tokens)
+    return Report(
+        sum(len(answer.tokens) for answer in answers),
+        recall(drafter, answers, BEAM_LENGTH - 1),
+        {shape: replay(drafter, answers, *shape).tokens_per_round for shape in SHAPES},
+    )
+
+
+def training_bytes(target: Target, config: HeadConfig, options: TrainingOptions) -> int:
+    """Memory of training, roughly: the target, the head with its optimiser, one batch."""
+    model = sum(x.nbytes for _, x in tree_flatten(target.model.parameters()))
+    head = 4 * sum(x.size for _, x in tree_flatten(RecurrentHead(config).parameters()))
+    rows = options.windows * LENGTH * options.ahead
+    widths = config.context_size + config.hidden_size + (3 + config.num_blocks) * config.exit_dim
+    return model + 4 * head + 4 * rows * (2 * widths + 4 * options.candidates)

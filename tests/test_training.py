@@ -1,0 +1,155 @@
+"""A head learns a known grammar; resumed runs equal uninterrupted ones; replay equals generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support import generation, grammar_model, ids
+
+from redrafter_mlx.config import DraftOptions, TrainingOptions
+from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.training.initial import initial_head
+from redrafter_mlx.training.lockstep import Part, Role, play
+from redrafter_mlx.training.loop import Progress, Trainer
+from redrafter_mlx.training.loss import LOSSES
+from redrafter_mlx.training.objective import Objective, tied_output, trained_output
+from redrafter_mlx.training.replay import BUDGETS, greedy_answers, replay
+from redrafter_mlx.training.shards import read_shard, shard_path, write_shard
+from redrafter_mlx.training.windows import Shards
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def grammar(tmp_path_factory):
+    """(model, rule, directory with two shards of its texts)."""
+    model, rule = grammar_model()
+    target = adapt(model)
+    directory = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    for number in range(2):
+        scripts = (
+            [
+                Part(Role.TEMPLATE, tuple(draw.integers(0, target.vocab_size, 2).tolist())),
+                Part(Role.ASSISTANT, limit=30),
+            ]
+            for _ in range(1000)
+        )
+        conversations = play(target, scripts, (), rows=8, columns=128, key=mx.random.key(number))
+        write_shard(shard_path(directory, number), conversations, {})
+    return model, rule, directory
+
+
+def untrained(model, shards: Shards, tied: bool, loss: str, steps: int = STEPS):
+    target = adapt(model)
+    config = HeadConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        exit_dim=target.hidden_size,
+        num_blocks=1,
+        rnn=True,
+        draft_vocab_size=target.vocab_size,
+        tied_output=tied,
+    )
+    d2t = mx.arange(target.vocab_size)
+    batches = list(islice(shards.batches("init", 16, 8), 4))
+    head = initial_head(config, target.embed, target.output_layer, d2t, batches, steps, mx.random.key(0))
+    output = tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size)
+    return head, Objective(LOSSES[loss], steps, 0.8, target.embed, output)
+
+
+def trainer(grammar, options: TrainingOptions, tied=True) -> Trainer:
+    model, _, directory = grammar
+    shards = Shards([shard_path(directory, 1)])
+    head, objective = untrained(model, shards, tied, options.loss)
+    allowed = np.arange(adapt(model).vocab_size)
+    return Trainer(head, objective, shards, allowed, options, Progress(options.steps), 0)
+
+
+OPTIONS = TrainingOptions(steps=60, windows=8, candidates=64, learning_rate=3e-3, ahead=STEPS)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_head_learns_a_known_grammar(grammar, tied, loss):
+    model, _, directory = grammar
+    run = trainer(grammar, replace(OPTIONS, loss=loss), tied)
+    run.run()
+    target = adapt(model)
+    output = target.output_layer if tied else None
+    drafter = RecurrentDrafter(run.head, mx.arange(target.vocab_size), target.embed, output)
+    answers = list(islice(greedy_answers([read_shard(shard_path(directory, 0))]), 10))
+    found = replay(drafter, answers, width=2, length=STEPS + 1)
+    assert found.tokens_per_round[16] >= 0.95 * (STEPS + 1) * 30 / 32  # 30 tokens: 6 full rounds
+
+
+@pytest.mark.parametrize("stopped_at", [1, 7])
+def test_a_resumed_run_ends_with_the_same_weights(grammar, stopped_at, tmp_path):
+    options = replace(OPTIONS, steps=12, accumulate=2)
+    whole = trainer(grammar, options)
+    whole.run()
+    first = trainer(grammar, options)
+    first.run(stop=lambda progress: progress.step == stopped_at)
+    first.save(tmp_path / "checkpoint.safetensors", {"seed": 0})
+    second = trainer(grammar, options)
+    second.restore(tmp_path / "checkpoint.safetensors", {"seed": 0})
+    assert second.progress.step == stopped_at
+    second.run()
+    assert second.progress.loss == whole.progress.loss
+    for (name, a), (_, b) in zip(
+        tree_flatten(whole.head.parameters()), tree_flatten(second.head.parameters()), strict=True
+    ):
+        assert (np.array(a) == np.array(b)).all(), name
+
+
+def test_other_settings_do_not_resume(grammar, tmp_path):
+    run = trainer(grammar, OPTIONS)
+    run.save(tmp_path / "checkpoint.safetensors", {"seed": 0, "loss": "kl"})
+    with pytest.raises(UserError, match="other settings: loss was kl, is hard; give the same"):
+        run.restore(tmp_path / "checkpoint.safetensors", {"seed": 0, "loss": "hard"})
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_checkpoint_is_one_line(grammar, tmp_path, damage):
+    run = trainer(grammar, OPTIONS)
+    path = tmp_path / "checkpoint.safetensors"
+    run.save(path, {})
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
+        trainer(grammar, OPTIONS).restore(path, {})
+
+
+@pytest.mark.parametrize(("width", "length", "budget"), [(1, 5, 5), (2, 4, 4), (3, 5, 8)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_replay_counts_the_rounds_of_real_generation(grammar, width, length, budget, tied):
+    """Half-trained, so that rounds of every length occur."""
+    model, _, directory = grammar
+    run = trainer(grammar, replace(OPTIONS, steps=12), tied)
+    run.run()
+    target = adapt(model)
+    output = target.output_layer if tied else None
+    drafter = RecurrentDrafter(run.head, mx.arange(target.vocab_size), target.embed, output)
+    answers = list(islice(greedy_answers([read_shard(shard_path(directory, 0))]), 6))
+    lengths = set()
+    for answer in answers:
+        found = replay(drafter, [answer], width, length)
+        real = generation(
+            model,
+            answer.prompt.tolist(),
+            drafter,
+            max_tokens=len(answer.tokens),
+            draft=DraftOptions(beam_width=width, beam_length=length, budget=budget),
+        )
+        assert ids(real) == answer.tokens.tolist()
+        # Replay starts with the first token pending, generation with the prompt's last one.
+        simulated = found.rounds[BUDGETS.index(budget)]
+        assert abs(real.stats.rounds - simulated) <= 1
+        lengths.add(real.stats.rounds)
+    assert min(lengths) < 30
