@@ -30,7 +30,7 @@ def search(head, embeddings, context, root, width, length, cut=None):
     """Beam search with the reference's cut: only the `cut` largest logits of a row compete."""
 
     def score(state, depth):
-        logits = head(context, state)
+        logits = head(head.read(context), state)
         if cut is not None:
             threshold = mx.sort(logits, axis=-1)[:, -cut][:, None]
             logits = mx.where(logits < threshold, -50000.0, logits - logits.max(-1, keepdims=True))

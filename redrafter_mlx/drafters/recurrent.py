@@ -90,34 +90,76 @@ class RecurrentHead(nn.Module):
         return nn.silu(self.rnn_w(embedding) + self.rnn_u(state))
 
     def read(self, hidden: mx.array) -> mx.array:
-        """What it reads (R, c) of the target's hidden states (R, at least c): layers at one scale.
+        """What every step from a position needs of the target there (P, c) or, projected, (P, e).
 
-        The final hidden state comes normed; other layers' outputs grow by orders of magnitude.
+        hidden  (P, at least c) final hidden states, then the outputs of the fused layers
+        """
+        context = self.normed(hidden)
+        if not self._projects_in_halves:
+            return context
+        return self._projected(context, 0) + self.input_proj.bias
+
+    def normed(self, hidden: mx.array) -> mx.array:
+        """The context (..., c): the fused layers at the scale of the final state, which is normed.
+
+        Layers differ by orders of magnitude.
         """
         parts = 1 + len(self.config.fused_layers)
         final, *fused = mx.split(hidden[..., : self.config.context_size], parts, axis=-1)
-        return mx.concatenate([final, *(mx.fast.rms_norm(x, None, 1e-6) for x in fused)], axis=-1)
+        return mx.concatenate([final, *(mx.fast.rms_norm(y, None, 1e-6) for y in fused)], axis=-1)
 
-    def __call__(self, context: mx.array, state: mx.array) -> mx.array:
+    def __call__(self, read: mx.array, state: mx.array) -> mx.array:
         """Logits (R, D) of the token after the last one read; (R, e) for a tied output.
 
-        context  (P, c) from `read`, P positions with as many rows each
-        state    (R, h)
+        read   of P positions, from `read`
+        state  (R, h), as many rows for each position
         """
-        context = mx.repeat(context, len(state) // len(context), axis=0)
-        return self.exit(mx.concatenate([context, state], axis=-1))
+        return self._output(self.features(read, state))
+
+    def features(self, read: mx.array, state: mx.array) -> mx.array:
+        """What the output layer reads (R, e); arguments as of a call."""
+        read = mx.repeat(read, len(state) // len(read), axis=0)
+        if self._projects_in_halves:
+            return self._through_blocks(read + self._projected(state, self.config.context_size))
+        y = mx.concatenate([read, state], axis=-1)
+        return self._through_blocks(self.input_proj(y) if "input_proj" in self else y)
 
     def exit(self, x: mx.array) -> mx.array:
-        """Logits (R, D) of context and state side by side (R, c + h); (R, e) for a tied output."""
-        y = self.features(x)
-        return y if self.config.tied_output else self.lm_head[-1](y)
+        """Logits (R, D) of context and state side by side (R, c + h): the reference's own form."""
+        return self._output(
+            self._through_blocks(self.input_proj(x) if "input_proj" in self else x)
+        )
 
-    def features(self, x: mx.array) -> mx.array:
-        """What the output layer reads (R, e), from context and state side by side (R, c + h)."""
-        y = self.input_proj(x) if "input_proj" in self else x
+    def _through_blocks(self, y: mx.array) -> mx.array:
         for block in self.lm_head[: self.config.num_blocks]:
             y = block(y)
         return y
+
+    def _output(self, y: mx.array) -> mx.array:
+        return y if self.config.tied_output else self.lm_head[-1](y)
+
+    @property
+    def _projects_in_halves(self) -> bool:
+        """Whether the context's half of the projection can be taken out of the steps."""
+        if "input_proj" not in self:
+            return False
+        return self.config.context_size % getattr(self.input_proj, "group_size", 1) == 0
+
+    def _projected(self, x: mx.array, first: int) -> mx.array:
+        """`x` (R, k) through the k columns of the projection from `first` on, without bias."""
+        layer, last = self.input_proj, first + x.shape[-1]
+        if "scales" not in layer:
+            return x @ layer.weight[:, first:last].T
+        group, packed = layer.group_size, 32 // layer.bits
+        groups = slice(first // group, last // group)
+        return mx.quantized_matmul(
+            x,
+            layer.weight[:, first // packed : last // packed],
+            layer.scales[:, groups],
+            layer.biases[:, groups],
+            group_size=group,
+            bits=layer.bits,
+        )
 
 
 class RecurrentDrafter:

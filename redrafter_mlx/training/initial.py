@@ -74,7 +74,7 @@ def _fit_projection(head: RecurrentHead, embed, batches: Iterable[Batch], steps:
     gram, moment = 0, 0
     for batch in batches:
         length, tokens = batch.hidden.shape[1], mx.array(batch.tokens)
-        context = head.read(batch.hidden.astype(mx.float32))
+        context = head.normed(batch.hidden.astype(mx.float32))
         hidden = context[..., : head.config.hidden_size]
         embedded = embed(tokens).astype(mx.float32)
         weights = mx.array(batch.weights) > 0

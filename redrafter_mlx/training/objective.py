@@ -118,14 +118,15 @@ class Objective:
     def features(self, head: RecurrentHead, hidden: mx.array, tokens: mx.array) -> mx.array:
         """(n·B·L, e): what the head's output layer reads, step after step."""
         B, L = hidden.shape[:2]
-        context = head.read(hidden.reshape(B * L, -1).astype(mx.float32))
+        read = head.read(hidden.reshape(B * L, -1).astype(mx.float32))
         embedded = self.embed(tokens[:, : L + self.steps - 1])
         state, states = None, []
         for i in range(self.steps):
             state = head.advance(state, embedded[:, i : i + L].reshape(B * L, -1))
             states.append(state)
-        contexts = mx.concatenate([context] * self.steps)
-        return head.features(mx.concatenate([contexts, mx.concatenate(states)], axis=-1))
+        # The position leads, so that its steps lie together as the head expects them.
+        features = head.features(read, mx.stack(states, axis=1).reshape(B * L * self.steps, -1))
+        return features.reshape(B * L, self.steps, -1).swapaxes(0, 1).reshape(len(features), -1)
 
 
 def tied_output(layer_of: Callable[[mx.array], nn.Module]) -> Output:
