@@ -56,6 +56,7 @@ class RecurrentHead(nn.Module):
 
     def __init__(self, config: HeadConfig):
         super().__init__()
+        self.config = config
         h, e = config.hidden_size, config.exit_dim
         if e != 2 * h:
             self.input_proj = nn.Linear(2 * h, e)
