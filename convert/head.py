@@ -116,7 +116,7 @@ def _by_our_names(source: Source, known: Recognised) -> tuple[dict[str, Tensor],
             f"(layout {known.layout.name}): {', '.join(others)}"
         )
     tensors: dict[str, Tensor] = {}
-    for name, ours in known.ours.items():
+    for name, ours in sorted(known.ours.items()):
         if ours in tensors:
             raise UserError(f"{source.path}: {name} and {tensors[ours].name} are the same tensor")
         tensors[ours] = source.tensors[name]

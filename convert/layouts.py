@@ -21,6 +21,9 @@ CONFIG_KEYS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn
 WRAPPERS = ("", "module.", "_orig_mod.", "model.")
 """What a training script may have put before every name."""
 
+MODULES = ("input_proj", "rnn_u", "rnn_w")
+"""Modules that every layout names alike, unless its table says otherwise."""
+
 ALIASES = {"input_projs": "input_proj"}
 """Other names of a module, accepted in every layout."""
 
@@ -78,7 +81,8 @@ class Layout:
     def ours(self, names: Iterable[str], start: str) -> dict[str, str]:
         """Their tensor names to ours, for those that this layout knows and that have `start`."""
         inner = {name: name[len(start) :] for name in names if name.startswith(start)}
-        block, output = _pattern(self.block), _pattern(self.output)
+        parameters = ("weight", "bias", "scales", "biases") if self.packed else ("weight", "bias")
+        block, output = (_pattern(each, parameters) for each in (self.block, self.output))
         blocks = {m[1] for name in inner.values() if (m := re.fullmatch(block, name))}
         modules = {theirs: ours for ours, theirs in self.modules.items()} | ALIASES
         known = {}
@@ -91,8 +95,8 @@ class Layout:
                 known[name] = f"lm_head.{index}.{parameter}"
             elif rest in BARE:
                 known[name] = rest
-            elif (ours := modules.get(module, module)) in ("input_proj", "rnn_u", "rnn_w"):
-                known[name] = f"{ours}.{parameter}"
+            elif parameter in parameters and modules.get(module, module) in MODULES:
+                known[name] = f"{modules.get(module, module)}.{parameter}"
         return known
 
     def belongs_to_target(self, name: str) -> bool:
@@ -100,14 +104,14 @@ class Layout:
         return any(fnmatchcase(name, pattern) for pattern in self.beside)
 
 
-def _pattern(template: str) -> str:
+def _pattern(template: str, parameters: Collection[str]) -> str:
     """A regular expression for a module's tensors: group 1 is the number, the last the parameter.
 
-    Example: lm_head.{n} -> lm_head\\.(0|[1-9][0-9]*)\\.(weight|bias|scales|biases)
+    Example: lm_head.{n} -> lm_head\\.(0|[1-9][0-9]{0,5})\\.(weight|bias)
     """
     number = r"(0|[1-9][0-9]{0,5})"
     module = re.sub(r"\\\{[in]\\\}", lambda _: number, re.escape(template))
-    return rf"{module}\.(weight|bias|scales|biases)"
+    return rf"{module}\.({'|'.join(parameters)})"
 
 
 APPLE = Layout(

@@ -1,8 +1,9 @@
-"""PyTorch files, read by a loader that cannot run code. The only user of torch besides verify.py."""
+"""PyTorch files, read by a loader that cannot run code."""
 
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -46,8 +47,6 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     mapped = _is_plain_archive(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except Exception as error:  # the unpickler raises whatever the file makes it raise
         raise UserError(_refusal(file, error)) from error
     found = _unwrapped(found)
@@ -62,16 +61,19 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 def _is_plain_archive(file: Path) -> bool:
     """Whether it is a zip archive, as torch.save has written since 1.6; not a compressed one."""
     try:
-        if file.stat().st_size == 0:
-            raise UserError(f"{file}: is empty; get it again")
-        if not zipfile.is_zipfile(file):
+        empty = not file.stat().st_size
+        if not empty and not zipfile.is_zipfile(file):
             return False
-        with zipfile.ZipFile(file) as archive:
-            packed = [i.filename for i in archive.infolist() if i.compress_type]
+        packed = []
+        if not empty:
+            with zipfile.ZipFile(file) as archive:
+                packed = [i.filename for i in archive.infolist() if i.compress_type]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except (zipfile.BadZipFile, ValueError) as error:
         raise UserError(f"{file}: is a damaged PyTorch file: {error}") from error
+    if empty:
+        raise UserError(f"{file}: is empty; get it again")
     if packed:
         raise UserError(f"{file}: {packed[0]} is compressed, which torch.save never does")
     return True
@@ -79,12 +81,11 @@ def _is_plain_archive(file: Path) -> bool:
 
 def _refusal(file: Path, error: Exception) -> str:
     text = " ".join(str(error).split())
-    for mark in ("Unsupported global: GLOBAL ", "Unsupported class "):
-        if mark in text:
-            name = text.partition(mark)[2].split(" ")[0]
-            return f"{file}: wants to run {name} when it is opened: refused; get the head elsewhere"
+    if found := re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", text):
+        name = found[1].rstrip(".")
+        return f"{file}: wants to run {name} when it is opened: refused; get the head elsewhere"
     if "weights_only" in text or "Weights only" in text:
-        return f"{file}: holds more than tensors, and could run code when it is opened: refused"
+        return f"{file}: is damaged, or no PyTorch file of tensors; nothing in it was run"
     reason = text.partition(". ")[0][:200] or type(error).__name__
     return f"{file}: is not a complete PyTorch file: {reason}"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from redrafter_mlx.drafters.checkpoint import PICKLE_STARTS
+from redrafter_mlx.drafters.checkpoint import looks_pickled
 from redrafter_mlx.errors import UserError
 
 NUMPY = {
@@ -64,13 +64,13 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
-            start = opened.read(8)
-            if start[:2] in PICKLE_STARTS:
+            start, first = opened.read(8), opened.read(1)
+            if looks_pickled(start + first):
                 raise UserError(f"{file}: is a pickled PyTorch file; rename it to model.pt")
             length = int.from_bytes(start, "little")
             if fault := _length_fault(size, start, length):
                 raise _damaged(file, fault)
-            header = _parse(file, opened.read(length))
+            header = _parse(file, first + opened.read(length - 1) if length else b"")
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     header.pop("__metadata__", None)

@@ -435,6 +435,16 @@ class Trap:
         return Path.touch, (self.witness,)
 
 
+@pytest.mark.parametrize("length", [0x0380, 0x0480, 0x0580, 0x4B50], ids=hex)
+def test_a_header_whose_length_looks_like_a_pickle_is_read(path, length):
+    """Lengths are stored low byte first, and 0x80 0x03 is how pickles of protocol 3 start."""
+    header = json.dumps(json.loads(GOOD[8 : 8 + HEADER]), separators=(",", ":")).encode()
+    start = struct.pack("<Q", length) + header.ljust(length)
+    (path / "model.safetensors").write_bytes(start + GOOD[8 + HEADER :])
+    assert len(header) <= length
+    load_head(path, mx.float32)
+
+
 def test_a_zip_under_the_name_of_weights_is_refused(path):
     with zipfile.ZipFile(path / "model.safetensors", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({}))

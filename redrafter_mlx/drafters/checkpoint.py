@@ -27,7 +27,7 @@ MODEL_TYPE = "recurrent_drafting_drafter"
 CONVERTER = "redrafter_mlx.convert"
 _CONVERT = f"pickles are never read here; '{CONVERTER} --input {{}} --output DIR' converts it"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+_PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 _LARGEST = 2**30  # of a size: products of two still count in 64 bits, each fits mlx's 32
 UNUSED = {
     "emb_norm.weight": "the reference code loads it and never applies it",
@@ -88,7 +88,7 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
         raise UserError(f"{path}: holds no model*.safetensors{hint}")
     tensors: dict[str, mx.array] = {}
     for file in files:
-        if _first_bytes(file) in PICKLE_STARTS:
+        if looks_pickled(_first_bytes(file)):
             raise UserError(f"{file}: is a pickled PyTorch file: {_CONVERT.format(file)}")
         try:
             found = mx.load(str(file))
@@ -102,10 +102,18 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
+def looks_pickled(start: bytes) -> bool:
+    """Whether a file that starts so is PyTorch's, not a safetensors file.
+
+    The length of a safetensors header may begin with the same bytes; its JSON follows.
+    """
+    return start[:2] in _PICKLE_STARTS and start[8:9] != b"{"
+
+
 def _first_bytes(file: Path) -> bytes:
     try:
         with file.open("rb") as opened:
-            return opened.read(2)
+            return opened.read(9)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
