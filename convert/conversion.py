@@ -173,7 +173,9 @@ def _write_weights(
     total = sum(entry.nbytes for entry in entries)
     hidden = not sys.stderr.isatty() or total < PROGRESS_FROM
     with (
-        tqdm(total=total, desc="write", unit="B", unit_scale=True, disable=hidden) as bar,
+        tqdm(
+            total=total, desc="write", unit="B", unit_scale=True, leave=False, disable=hidden
+        ) as bar,
         Writer(file, entries) as writer,
     ):
         if reduced:

@@ -43,7 +43,8 @@ class Target:
         from mlx_lm.utils import load_tokenizer
 
         try:
-            return load_tokenizer(self.path)
+            # Else it warns of texts longer than the model's context.
+            return load_tokenizer(self.path, tokenizer_config_extra={"model_max_length": 10**9})
         except Exception as error:  # tokenizer code raises what it likes
             raise UserError(
                 f"--target {self.name}: its tokenizer cannot be loaded: {one_line(error)}"

@@ -51,6 +51,8 @@ def upload(directory: Path, repo: str, public: bool) -> str:
 def _reason(error: Exception) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
         return "HF_HUB_OFFLINE is set"
+    if type(error).__name__ == "LocalTokenNotFoundError":
+        return "nobody is logged in on this machine"
     cause: BaseException | None = error
     while cause is not None:
         if "connect" in type(cause).__name__.lower() or isinstance(cause, ConnectionError):
