@@ -80,11 +80,13 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
         work = jobs(head, recipe)
         ids = head.draft_ids if recipe.kept is None else head.draft_ids[recipe.kept]
         config = dataclasses.replace(head.config, draft_vocab_size=len(ids))
-        _write_weights(directory / order.layout.file, order.layout, config, work, ids)
+        offsets = _offsets(ids, config.vocab_size)
+        _write_weights(directory / order.layout.file, order.layout, config, work, offsets)
         _write_json(directory / "config.json", _settings(order, head, config, work, recipe))
         if check:
             check(head, directory, recipe)
-        facts = _facts(order, head, config, work, notes)
+        size = (directory / order.layout.file).stat().st_size
+        facts = _facts(order, head, config, work, notes, size)
         (directory / CARD).write_text(card(facts), encoding="utf-8")
     return Result(head, config, facts)
 
@@ -114,17 +116,24 @@ def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
         choice = _choose(order, head)
         kept = np.array([np.flatnonzero(head.draft_ids == i)[0] for i in choice.ids])
         notes.append(_vocabulary_note(order, head, choice))
-    size = head.config.draft_vocab_size if kept is None else len(kept)
-    if size < head.config.vocab_size and not order.layout.reduced:
+    ids = head.draft_ids if kept is None else head.draft_ids[kept]
+    if not order.layout.reduced and _offsets(ids, head.config.vocab_size) is not None:
         if not order.keep_d2t:
             raise UserError(
                 f"--to {order.layout.name}: its readers know no reduced vocabulary, and this head "
-                f"proposes {size} of {head.config.vocab_size} ids; start from the full head, or "
-                "add --keep-d2t if yours reads d2t"
+                f"proposes {len(ids)} of {head.config.vocab_size} ids; start from the full head, "
+                "or add --keep-d2t if yours reads d2t"
             )
         notes.append("d2t is written although readers of this layout do not know it")
     dtype = DTYPES[order.dtype] if order.dtype else None
     return Recipe(dtype, order.packing, unpack, kept), notes
+
+
+def _offsets(ids: np.ndarray, vocab_size: int) -> np.ndarray | None:
+    """d2t (D,) int64 for the ids of the output layer's rows; None if these are all ids in order."""
+    if np.array_equal(ids, np.arange(vocab_size)):
+        return None
+    return ids.astype(np.int64) - np.arange(len(ids))
 
 
 def _packing_notes(head: Head, packing: Packing) -> list[str]:
@@ -159,7 +168,7 @@ def _vocabulary_note(order: Order, head: Head, choice: Choice) -> str:
 
 
 def _write_weights(
-    file: Path, layout: Layout, config: HeadConfig, work: list[Job], ids: np.ndarray
+    file: Path, layout: Layout, config: HeadConfig, work: list[Job], offsets: np.ndarray | None
 ) -> None:
     from tqdm import tqdm
 
@@ -167,9 +176,8 @@ def _write_weights(
     entries = [
         Entry(theirs(entry.name), entry.dtype, entry.shape) for job in work for entry in job.entries
     ]
-    reduced = len(ids) < config.vocab_size
-    if reduced:
-        entries.append(Entry(theirs("d2t"), "I64", ids.shape))
+    if offsets is not None:
+        entries.append(Entry(theirs("d2t"), "I64", offsets.shape))
     total = sum(entry.nbytes for entry in entries)
     hidden = not sys.stderr.isatty() or total < PROGRESS_FROM
     with (
@@ -178,8 +186,8 @@ def _write_weights(
         ) as bar,
         Writer(file, entries) as writer,
     ):
-        if reduced:
-            writer.write(theirs("d2t"), ids.astype(np.int64) - np.arange(len(ids)))
+        if offsets is not None:
+            writer.write(theirs("d2t"), offsets)
         for job in work:
             for arrays in job.blocks():
                 for entry, array in zip(job.entries, arrays, strict=True):
@@ -211,11 +219,11 @@ def _settings(
 
 
 def _facts(
-    order: Order, head: Head, config: HeadConfig, work: list[Job], notes: list[str]
-) -> Facts:
+    order: Order, head: Head, config: HeadConfig, work: list[Job], notes: list[str],
+    weights_bytes: int,
+) -> Facts:  # fmt: skip
     hashes = {file.name: sha256(file) for file in head.source.files}
     step = sum(job.nbytes for job in work)
-    ids = 8 * config.draft_vocab_size if config.draft_vocab_size < config.vocab_size else 0
     flags = []
     if order.revision:
         flags.append(f"--revision {order.revision}")
@@ -238,7 +246,7 @@ def _facts(
         hashes=hashes,
         settings=" ".join(flags) or "weights and vocabulary as in the source",
         parameters=parameter_count(config),
-        file_bytes=step + ids,
+        file_bytes=weights_bytes,
         step_bytes=step,
         notes=notes,
     )

@@ -64,10 +64,6 @@ class Head:
         return f"lm_head.{self.config.num_blocks}"
 
     @property
-    def is_reduced(self) -> bool:
-        return self.config.draft_vocab_size < self.config.vocab_size
-
-    @property
     def step_bytes(self) -> int:
         """Bytes read for every draft step: all weights; the embedding's one row is the target's."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -216,8 +212,8 @@ class _Sizes:
         if given is not None and check_rnn(where, given) != found:
             tensors = "there are" if found else "there are no"
             raise UserError(
-                f"{where}: {self._key('rnn')} is {json_word(given)}, but {tensors} rnn_u and rnn_w "
-                "tensors: one of them is wrong"
+                f"{where}: {self._key('rnn')} is {str(given).lower()}, but {tensors} rnn_u and "
+                "rnn_w tensors: one of them is wrong"
             )
 
     def _check_blocks(self) -> None:
@@ -248,8 +244,3 @@ class _Sizes:
                 '{"vocab_size": N} there, N being the target\'s'
             )
         return check_size(where, "t2d", lookup.shape[0])
-
-
-def json_word(value: bool) -> str:
-    """true or false, as the config has it."""
-    return str(value).lower()

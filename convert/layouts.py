@@ -119,12 +119,18 @@ APPLE = Layout(
     about="the reference implementation, 16- or 32-bit",
     block="lm_head.{i}.linear",
     output="lm_head.{n}",
+    constants={
+        "model_type": MODEL_TYPE,
+        "architectures": ["Drafter"],
+        "num_lookback_tokens": -1,  # unused, but its class has it
+    },
     reduced=True,
 )
 MLX = dataclasses.replace(
     APPLE,
     name="mlx",
     about="what this package loads: the same names, also quantised",
+    constants={"model_type": MODEL_TYPE},
     packed=True,
 )
 LM_HEADS = dataclasses.replace(

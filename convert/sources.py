@@ -64,7 +64,7 @@ def open_source(name: str, revision: str | None = None) -> Source:
     path = locate(name, revision)
     if path.is_file():
         config = path.parent / "config.json"
-        settings = _settings(config) if config.is_file() else {}
+        settings = _settings(_inside(path.parent, config)) if config.is_file() else {}
         used = [config] if settings else []
         return Source(name, path, settings, read_file(path), [path, *used])
     config = path / "config.json"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from redrafter_mlx import hub
+from redrafter_mlx.drafters.checkpoint import read_json
 from redrafter_mlx.drafters.recurrent import HeadConfig
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
+
+from .layouts import setting
 
 FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "tokenizer*"]
 
@@ -28,10 +30,10 @@ class Target:
 
     def check_fits(self, config: HeadConfig) -> None:
         """Refuse a target of other sizes than the head's."""
-        settings = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        settings = settings.get("text_config") or settings
+        settings = read_json(self.path / "config.json")
         for key in ("hidden_size", "vocab_size"):
-            found = settings.get(key)
+            inner = setting(settings, f"text_config.{key}")
+            found = setting(settings, key) if inner is None else inner
             if isinstance(found, int) and found != getattr(config, key):
                 raise UserError(
                     f"--target {self.name} has {key} {found}, the head was made for "

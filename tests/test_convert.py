@@ -88,6 +88,17 @@ def test_every_layout_goes_there_and_back_bit_by_bit(layout, shape, reduced, tmp
     assert config_in(layout, config).items() <= settings(back).items()
 
 
+def test_ids_in_another_order_are_kept_even_if_it_is_all_of_them(tmp_path, capsys):
+    config = apple_config()
+    ids = np.random.default_rng(0).permutation(97)
+    tensors = apple_tensors(config) | {"d2t": mx.array(ids - np.arange(97))}
+    source = write_in(tmp_path / "source", "apple", config, tensors)
+    ours = convert(source, tmp_path / "ours")
+    assert same_bits(read(ours), tensors)
+    assert load_head(ours, mx.float32)[1].tolist() == ids.tolist()
+    assert run("--input", ours, "--output", tmp_path / "out", "--to", "tensorrt-llm") == 2
+
+
 def test_the_tables_of_the_tests_know_every_layout():
     assert NAMES.keys() == LAYOUTS.keys()
 
