@@ -114,7 +114,9 @@ def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
     kept = None
     if order.vocabulary:
         choice = _choose(order, head)
-        kept = np.array([np.flatnonzero(head.draft_ids == i)[0] for i in choice.ids])
+        order_of_ids = np.argsort(head.draft_ids)
+        places = np.searchsorted(head.draft_ids, choice.ids, sorter=order_of_ids)
+        kept = order_of_ids[places]
         notes.append(_vocabulary_note(order, head, choice))
     ids = head.draft_ids if kept is None else head.draft_ids[kept]
     if not order.layout.reduced and _offsets(ids, head.config.vocab_size) is not None:

@@ -60,23 +60,21 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 def _is_plain_archive(file: Path) -> bool:
     """Whether it is a zip archive, as torch.save has written since 1.6; not a compressed one."""
+    packed = []
     try:
-        empty = not file.stat().st_size
-        if not empty and not zipfile.is_zipfile(file):
-            return False
-        packed = []
-        if not empty:
+        empty, is_archive = not file.stat().st_size, zipfile.is_zipfile(file)
+        if is_archive:
             with zipfile.ZipFile(file) as archive:
                 packed = [i.filename for i in archive.infolist() if i.compress_type]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{file}: is a damaged PyTorch file: {error}") from error
+    except Exception as error:  # zipfile raises many things over a damaged table of contents
+        raise UserError(f"{file}: is not a complete PyTorch file: {error}") from error
     if empty:
         raise UserError(f"{file}: is empty; get it again")
     if packed:
         raise UserError(f"{file}: {packed[0]} is compressed, which torch.save never does")
-    return True
+    return is_archive
 
 
 def _refusal(file: Path, error: Exception) -> str:
