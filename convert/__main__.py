@@ -32,11 +32,11 @@ def make_parser() -> cli.Parser:
     """The flags of the conversion itself."""
     from .layouts import LAYOUTS
 
-    listed = "; ".join(f"{name}: {layout.about}" for name, layout in LAYOUTS.items())
+    listed = "\n".join(f"  {layout.name + ':':<14}{layout.about}" for layout in LAYOUTS.values())
     parser = cli.Parser(
         prog=PROG,
         description=DESCRIPTION,
-        epilog=EXAMPLES + f"\nlayouts: {listed}",
+        epilog=f"{EXAMPLES}\nlayouts:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument

@@ -90,7 +90,7 @@ def _front_matter(facts: Facts) -> list[str]:
     tags = ["redrafter", "speculative-decoding", "recurrent-drafter"]
     if facts.layout == "mlx":
         tags.insert(0, "mlx")
-    base = [f"base_model: {facts.base}", "base_model_relation: adapter"] if facts.base else []
+    base = [f"base_model: {facts.base}"] if facts.base else []
     library = "mlx" if facts.layout == "mlx" else "pytorch"
     return [
         "---",
