@@ -139,7 +139,7 @@ def inspect_parser() -> cli.Parser:
     parser = cli.Parser(
         prog=f"{PROG} inspect",
         description="Say what a head is: layout, tensors, sizes, bytes per draft step, and for "
-        "which targets it fits. Damaged ones too; then the exit code is 2.",
+        "which targets it fits. Damaged ones too; then the exit code is 2. Weights are not read.",
     )
     parser.add_argument("path", help="a directory, a file of weights or a Hugging Face repo")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face repo")

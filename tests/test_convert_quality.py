@@ -53,14 +53,20 @@ def likeliest(path: Path, states) -> np.ndarray:
     return np.array(mx.stack(found, axis=1))
 
 
+@pytest.fixture(scope="module")
+def full(states) -> np.ndarray:
+    """What the head says as it is."""
+    return likeliest(HEAD, states)
+
+
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.90), (8, 0.98)])
 def test_quantised_heads_keep_the_agreement_with_the_target(
-    bits, share, group_size, states, tmp_path
+    bits, share, group_size, states, full, tmp_path
 ):
     packed = convert(HEAD, tmp_path / "out", "--quantize", bits, "--group-size", group_size)
     says = np.array(states[2])
-    full, found = likeliest(HEAD, states), likeliest(packed, states)
+    found = likeliest(packed, states)
     before, after = (full == says).mean(), (found == says).mean()
     same = (full == found).mean()
     print(f"\n{bits} bits, groups of {group_size}: agreement {before:.4f} -> {after:.4f} "
