@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -187,7 +188,8 @@ def run_gguf(flags: Namespace) -> int:
         except RuntimeError as error:  # so MLX reports a full disk
             raise UserError(f"OUTPUT {destination} cannot be written: {one_line(error)}") from error
     size = (destination / "model.safetensors").stat().st_size
-    print(f"{destination}: {megabytes(size)}; python -m redrafter_mlx.generate --model ... runs it")
+    run = f"python -m redrafter_mlx.generate --model {shlex.quote(str(destination))}"
+    print(f"{destination}: {megabytes(size)}; run it with {run} --prompt ...")
     return 0
 
 

@@ -31,8 +31,7 @@ def import_torch(purpose: str) -> ModuleType:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{purpose} needs PyTorch, which is not installed: "
-            "pip install 'redrafter-mlx[torch]' (or pip install torch)"
+            f"{purpose} needs PyTorch, which is not installed: pip install torch"
         ) from error
     return torch
 

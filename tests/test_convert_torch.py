@@ -307,5 +307,5 @@ def test_without_torch_the_way_to_get_it_is_told(head, tmp_path):
     assert done.returncode == 2
     assert done.stderr == (
         "python -m convert: error: reading pytorch_model.bin needs PyTorch, which is not "
-        "installed: pip install 'redrafter-mlx[torch]' (or pip install torch)\n"
+        "installed: pip install torch\n"
     )
