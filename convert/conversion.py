@@ -224,7 +224,7 @@ def _facts(
     order: Order, head: Head, config: HeadConfig, work: list[Job], notes: list[str],
     weights_bytes: int,
 ) -> Facts:  # fmt: skip
-    hashes = {file.name: sha256(file) for file in head.source.files}
+    hashes = {file.name: sha256(file) for file in _files(head)}
     step = sum(job.nbytes for job in work)
     flags = []
     if order.revision:
@@ -252,6 +252,14 @@ def _facts(
         step_bytes=step,
         notes=notes,
     )
+
+
+def _files(head: Head) -> list[Path]:
+    """Files of the source, less the shards that hold nothing but the target."""
+    tensors = head.source.tensors.values()
+    theirs = {t.file for t in tensors if head.layout.belongs_to_target(t.name)}
+    ours = {t.file for t in tensors if not head.layout.belongs_to_target(t.name)}
+    return [file for file in head.source.files if file in ours or file not in theirs]
 
 
 def parameter_count(config: HeadConfig) -> int:

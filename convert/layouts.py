@@ -178,7 +178,7 @@ MODELOPT = Layout(
         **{key: f"redrafter.{key}" for key in CONFIG_KEYS if key != "vocab_size"},
     },
     constants={},
-    beside=("model.*", "lm_head.*", "llm.*"),
+    beside=("model.*", "lm_head.*", "transformer.*", "gpt_neox.*", "embed_out.*", "llm.*"),
 )
 LAYOUTS = {layout.name: layout for layout in (APPLE, MLX, LM_HEADS, MEDUSA, TENSORRT_LLM, MODELOPT)}
 

@@ -154,6 +154,28 @@ def test_the_target_beside_the_head_is_left_out_and_told(layout, target, tmp_pat
     assert "2 tensors of the target beside the head are left out" in caplog.text
 
 
+def test_of_a_sharded_target_only_the_heads_file_is_named_in_the_card(tmp_path):
+    config = apple_config()
+    tensors = apple_tensors(config)
+    theirs = tensors_in("modelopt", tensors, 2)
+    files = {
+        "model-1.safetensors": {"model.norm.weight": mx.ones(3)},
+        "model-2.safetensors": theirs,
+    }
+    place = {name: file for file, held in files.items() for name in held}
+    source = write(
+        tmp_path / "source", theirs, config_in("modelopt", config), "model-2.safetensors"
+    )
+    write(source, files["model-1.safetensors"], None, "model-1.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    ours = convert(source, tmp_path / "ours")
+    assert same_bits(read(ours), tensors)
+    hashed = re.findall(
+        r"^\| `(\S+)` \| `[0-9a-f]{64}` \|$", (ours / "README.md").read_text(), re.M
+    )
+    assert sorted(hashed) == ["config.json", "model-2.safetensors", "model.safetensors.index.json"]
+
+
 @pytest.mark.parametrize("name", ["emb_norm.weight", "t2d"])
 def test_a_tensor_without_a_use_is_dropped_and_told(head, name, tmp_path, caplog):
     write(head, read(head) | {name: mx.ones(32)}, None)
