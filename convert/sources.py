@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from redrafter_mlx.drafters.checkpoint import read_json
 from redrafter_mlx.errors import UserError
@@ -21,7 +24,7 @@ ACCEPTED = "a directory, a .safetensors, .bin or .pt file, or a Hugging Face rep
 CHOICES = (
     ("model.safetensors.index.json", "index"),
     ("model*.safetensors", "weights"),
-    ("rank*.safetensors", "weights"),
+    ("rank*.safetensors", "ranks"),
     ("*.safetensors", "weights"),
     ("pytorch_model.bin.index.json", "index"),
     ("pytorch_model*.bin", "weights"),
@@ -116,7 +119,8 @@ def _read_directory(path: Path) -> tuple[list[Path], dict[str, Tensor]]:
         if len(found) > 1 and pattern.startswith("*"):
             names = ", ".join(p.name for p in found)
             raise UserError(f"{path}: holds several heads; give one as --input: {names}")
-        return found, _united([_inside(path, file) for file in found])
+        found = [_inside(path, file) for file in found]
+        return found, _joined(path, found) if kind == "ranks" else _united(found)
     raise UserError(f"{path}: holds no weights (*.safetensors, pytorch_model*.bin, model.pt)")
 
 
@@ -142,11 +146,6 @@ def _read_index(path: Path, index: Path) -> tuple[list[Path], dict[str, Tensor]]
 
 def _united(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    if files and files[0].name.startswith("rank") and len(files) > 1:
-        raise UserError(
-            f"{files[0].parent}: was split over {len(files)} GPUs (rank0 ... "
-            f"rank{len(files) - 1}); write it again with --tp_size 1"
-        )
     for file in files:
         found = read_file(file)
         if twice := sorted(found.keys() & tensors.keys()):
@@ -154,6 +153,37 @@ def _united(files: list[Path]) -> dict[str, Tensor]:
             raise UserError(f"{file}: holds {', '.join(twice)} again; {other} has it already")
         tensors.update(found)
     return tensors
+
+
+def _joined(path: Path, files: list[Path]) -> dict[str, Tensor]:
+    """Tensors that TensorRT-LLM has split over GPUs; a drafter's always along the first axis."""
+    names = [f"rank{number}.safetensors" for number in range(len(files))]
+    parts = [read_file(path / name) for name in names if (path / name) in files]
+    if len(parts) < len(files) or any(part.keys() != parts[0].keys() for part in parts):
+        raise UserError(f"{path}: its files are not the parts of one head: rank0 to rankN are")
+    return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """The parts below one another; the first one alone if they are no rows of one matrix."""
+    first = parts[0]
+    if len(parts) == 1 or any(
+        not part.shape or part.shape[1:] != first.shape[1:] or part.dtype != first.dtype
+        for part in parts
+    ):
+        return first
+    ends = list(accumulate(part.shape[0] for part in parts))
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        pieces = []
+        for part, end in zip(parts, ends, strict=True):
+            begin = end - part.shape[0]
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                pieces.append(part.rows(low - begin, high - begin))
+        return np.concatenate(pieces)
+
+    return replace(first, shape=(ends[-1], *first.shape[1:]), rows=rows)
 
 
 def _inside(directory: Path, file: Path) -> Path:

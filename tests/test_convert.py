@@ -232,6 +232,21 @@ def test_a_head_in_shards_with_an_index(head, tmp_path):
     assert same_bits(read(convert(head, tmp_path / "without")), tensors)
 
 
+@pytest.mark.parametrize("ranks", [2, 11])
+def test_a_head_that_was_split_over_gpus_is_joined(ranks, tmp_path, monkeypatch):
+    """The target's matrices beside it are split along other axes, and are no concern of ours."""
+    monkeypatch.setattr("convert.weights.BLOCK_BYTES", 2**12)
+    config = apple_config(h=44, e=88, vocab=110)
+    tensors = apple_tensors(config, mx.bfloat16)
+    theirs = tensors_in("tensorrt-llm", tensors, 2)
+    source = tmp_path / "source"
+    for rank in range(ranks):
+        part = {name: mx.contiguous(mx.split(x, ranks)[rank]) for name, x in theirs.items()}
+        part["lm_head.weight"] = mx.ones((3, 1 + rank))
+        write(source, part, config_in("tensorrt-llm", config), f"rank{rank}.safetensors")
+    assert same_bits(read(convert(source, tmp_path / "ours")), tensors)
+
+
 def test_links_of_the_hugging_face_cache_are_followed(head, tmp_path):
     repo = tmp_path / "models--org--name"
     snapshot = repo / "snapshots" / "abc"

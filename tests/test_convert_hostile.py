@@ -443,12 +443,12 @@ HOSTILE = {
         content(b"{}", "model.safetensors.index.json"),
         "{head}/model.safetensors.index.json: has no weight_map of tensor names to files",
     ),
-    "split over GPUs": (
+    "parts of a head with one missing": (
         lambda head: (
-            (head / "rank1.safetensors").write_bytes(weights(head).read_bytes()),
+            (head / "rank2.safetensors").write_bytes(weights(head).read_bytes()),
             weights(head).rename(head / "rank0.safetensors"),
         ),
-        "{head}: was split over 2 GPUs (rank0 ... rank1); write it again with --tp_size 1",
+        "{head}: its files are not the parts of one head: rank0 to rankN are",
     ),
     "several heads": (
         lambda head: (
