@@ -149,10 +149,10 @@ def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
     _check_revision(name, revision)
     if name == DEMO:
         directory = demo_target()
-    elif _expanded(name).suffix == ".gguf" and _expanded(name).is_file():
-        directory = _converted(_expanded(name))
+    elif expanded(name).suffix == ".gguf" and expanded(name).is_file():
+        directory = _converted(expanded(name))
     else:
-        directory = _local_directory(name, TARGET_NAMES) or _snapshot(
+        directory = local_directory(name, TARGET_NAMES) or snapshot(
             name, revision, DEFAULT_ALLOW_PATTERNS, TARGET_NAMES
         )
     _check_config(directory)
@@ -178,7 +178,7 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
     if name == DEMO:
         directory = Path(str(importlib.resources.files("redrafter_mlx") / "demo_drafter"))
     else:
-        directory = _local_directory(name, DRAFTER_NAMES) or _snapshot(
+        directory = local_directory(name, DRAFTER_NAMES) or snapshot(
             name, revision, DRAFTER_FILES, DRAFTER_NAMES
         )
     _check_config(directory)
@@ -229,42 +229,47 @@ def _plain_layer(
 
 
 def _check_revision(name: str, revision: str | None) -> None:
-    if revision is not None and (name == DEMO or _expanded(name).exists()):
+    if revision is not None and (name == DEMO or expanded(name).exists()):
         raise UserError(
             f"revision {revision!r} is for Hugging Face repos, and {name} is not one: leave it out"
         )
 
 
-def _expanded(name: str) -> Path:
+def expanded(name: str) -> Path:
+    """The path with ~ resolved."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(f"{name}: no such home directory") from error
 
 
-def _local_directory(name: str, accepted: str) -> Path | None:
-    """The existing directory `name`, or None if it can only be a Hugging Face repo."""
-    path = _expanded(name)
+def local_directory(name: str, accepted: str) -> Path | None:
+    """The existing directory `name`, or None if it can only be a Hugging Face repo.
+
+    accepted  what to give instead, for the error
+    """
+    path = expanded(name)
     if name and path.is_dir():
         return path
     if path.is_file():
         raise UserError(f"{name} is a file of a kind that cannot be loaded; give {accepted}")
-    if not _is_repo_id(name):
+    if not is_repo_id(name):
         raise UserError(f"{name!r} is neither an existing path nor org/name; give {accepted}")
     return None
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str], accepted: str) -> Path:
+def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str) -> Path:
+    """The files of a Hugging Face repo that match `patterns`, in the Hugging Face cache."""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"{name} is not a local path, and Hugging Face did not give it: "
-            f"{_hub_reason(error)}; give {accepted}"
+            f"{hub_reason(error)}; give {accepted}"
         ) from error
 
 
-def _hub_reason(error: Exception) -> str:
+def hub_reason(error: Exception) -> str:
     """Why Hugging Face refused, on one line; its own messages run over many."""
     if isinstance(error, GatedRepoError):
         return "the repo is gated (accept its terms on its page and run 'hf auth login')"
@@ -275,7 +280,8 @@ def _hub_reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _is_repo_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
+    """Whether `name` has the form org/name."""
     part = r"[A-Za-z0-9][\w.-]*"
     return bool(re.fullmatch(f"{part}/{part}", name)) and not name.endswith(".gguf")
 

@@ -74,6 +74,23 @@ def test_every_module_has_its_place():
     assert {name for name, _ in modules()} == LEVEL.keys()
 
 
+def test_torch_is_imported_by_the_converter_only():
+    """And there in one place, when a PyTorch file is read or --verify was asked for."""
+    found = {
+        str(path.relative_to(ROOT))
+        for top in ("redrafter_mlx", "convert", "benchmarks")
+        for path in (ROOT / top).rglob("*.py")
+        if re.search(r"^\s*(import|from) torch\b", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert found == {"convert/pickles.py"}
+
+
+def test_the_package_does_not_know_its_converter():
+    for name, path in modules():
+        assert not re.search(r"^\s*(import|from) convert\b", path.read_text(), re.M), name
+        assert "convert" not in {other.split(".")[0] for other in imported(path)}, name
+
+
 def test_no_cache_of_ours_can_be_tested_for_truth():
     """mlx-lm asks `if cache`: with __len__ or __bool__ an empty cache would be no cache."""
     from redrafter_mlx.target.cache import TreeCache

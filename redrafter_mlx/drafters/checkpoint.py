@@ -1,19 +1,26 @@
 """Reads a recurrent head from a directory: config.json and *.safetensors in Apple's layout.
 
 Extensions of the layout: `draft_vocab_size` with the tensor `d2t` (EAGLE-3's convention: the
-target's id of draft id d is d + d2t[d]), and mlx's quantised linear layers with `quantization`
-in the config. Shape letters: D draft vocabulary, V vocabulary, h hidden size, e exit size.
+target's id of draft id d is d + d2t[d]); `tied_output`, the output layer being rows of the target's
+own head; `fused_layers` of the target, read beside its final hidden state; and mlx's quantised
+linear layers with `quantization` in the config. Shape letters: D draft vocabulary, V vocabulary,
+h hidden size, e exit size.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import device
@@ -21,11 +28,12 @@ from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
 from redrafter_mlx.errors import UserError
 
 MODEL_TYPE = "recurrent_drafting_drafter"
-_SAVE_AGAIN = "pickles are never read; save it with safetensors.torch.save_file"
+CONVERTER = "redrafter_mlx.convert"
+_CONVERT = f"pickles are never read here; '{CONVERTER} --input {{}} --output DIR' converts it"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 _LARGEST = 2**30  # of a size: products of two still count in 64 bits, each fits mlx's 32
-_UNUSED = {
+UNUSED = {
     "emb_norm.weight": "the reference code loads it and never applies it",
     "t2d": "d2t says the same",
 }
@@ -40,8 +48,8 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     """
     settings = _read_config(path / "config.json")
     tensors = _read_tensors(path)
-    for name in _UNUSED.keys() & tensors.keys():
-        _log.info("%s: %s is ignored: %s", path, name, _UNUSED[name])
+    for name in UNUSED.keys() & tensors.keys():
+        _log.info("%s: %s is ignored: %s", path, name, UNUSED[name])
         del tensors[name]
     config = _infer_config(path, settings, tensors)
     d2t = _draft_ids(path, config, tensors.pop("d2t", None))
@@ -55,18 +63,51 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     return head, d2t, config
 
 
-def _read_config(path: Path) -> dict:
+def save_head(path: Path, head: RecurrentHead, ids: mx.array, dtype: mx.Dtype) -> None:
+    """Write a head's config.json and model.safetensors into the directory `path`.
+
+    ids    (D,) the target's token id of each draft id
+    dtype  of the weights
+    """
+    config = head.config
+    settings = {
+        "model_type": MODEL_TYPE,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "exit_dim": config.exit_dim,
+        "num_draft_layers": config.num_blocks,
+        "rnn": config.rnn,
+        "draft_vocab_size": config.draft_vocab_size,
+    }
+    if config.tied_output:
+        settings["tied_output"] = True
+    if config.fused_layers:
+        settings["fused_layers"] = list(config.fused_layers)
+    tensors = {name: x.astype(dtype) for name, x in tree_flatten(head.parameters())}
+    tensors["d2t"] = ids.astype(mx.int64) - mx.arange(ids.size, dtype=mx.int64)
+    partial = path / ".model.partial.safetensors"
+    mx.save_safetensors(str(partial), tensors, {"format": "mlx"})
+    os.replace(partial, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; UserError if it cannot be read or is not JSON."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); a drafter needs it") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON: {error}") from error
+
+
+def _read_config(path: Path) -> dict:
+    settings = read_json(path)
     found = settings.get("model_type") if isinstance(settings, dict) else None
     if found != MODEL_TYPE:
         raise UserError(
             f"{path}: model_type is {found!r}, not {MODEL_TYPE!r}: this is not a recurrent draft "
-            "head in the reference implementation's layout, the one this package reads"
+            f"head in the layout that this package reads; {CONVERTER} reads the others"
         )
     return settings
 
@@ -75,12 +116,12 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
-        hint = f"; {pickles[0]} is a PyTorch file: {_SAVE_AGAIN}" if pickles else ""
+        hint = f"; {pickles[0]} is a PyTorch file: {_CONVERT.format(path)}" if pickles else ""
         raise UserError(f"{path}: holds no model*.safetensors{hint}")
     tensors: dict[str, mx.array] = {}
     for file in files:
-        if _first_bytes(file) in _PICKLE_STARTS:
-            raise UserError(f"{file}: is a pickled PyTorch file: {_SAVE_AGAIN}")
+        if looks_pickled(_first_bytes(file)):
+            raise UserError(f"{file}: is a pickled PyTorch file: {_CONVERT.format(file)}")
         try:
             found = mx.load(str(file))
             mx.eval(found)
@@ -93,73 +134,109 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
+def looks_pickled(start: bytes) -> bool:
+    """Whether a file that starts so is PyTorch's, not a safetensors file.
+
+    The length of a safetensors header may begin with the same bytes; its JSON follows.
+    """
+    return start[:2] in _PICKLE_STARTS and start[8:9] != b"{"
+
+
 def _first_bytes(file: Path) -> bytes:
     try:
         with file.open("rb") as opened:
-            return opened.read(2)
+            return opened.read(9)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
+def check_size(where: object, key: str, value: Any) -> int:
+    """`value` if it is a size that an array can have; UserError names the key and the value."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+        raise UserError(f"{where}: {key} is {value!r}, not a positive number")
+    return value
+
+
+def check_rnn(where: object, value: Any) -> bool:
+    """`value` if it is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: rnn is {value!r}, not true or false")
+    return value
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Residual blocks among the tensor names: one exporter's config has another number."""
+    return sum(bool(re.fullmatch(r"lm_head\.\d+\.linear\.weight", name)) for name in names)
+
+
 def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> HeadConfig:
-    """The number of blocks comes from the tensor names: one exporter's config has another."""
-    sizes = {}
+    where = path / "config.json"
     settings = {"draft_vocab_size": settings.get("vocab_size"), **settings}
-    for key in ("vocab_size", "hidden_size", "exit_dim", "draft_vocab_size"):
-        value = settings.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
-            raise UserError(f"{path / 'config.json'}: {key} is {value!r}, not a positive number")
-        sizes[key] = value
-    if sizes["draft_vocab_size"] > sizes["vocab_size"]:
-        raise UserError(
-            f"{path / 'config.json'}: draft_vocab_size {sizes['draft_vocab_size']} is above "
-            f"vocab_size {sizes['vocab_size']}"
-        )
-    if not isinstance(settings.get("rnn", False), bool):
-        raise UserError(f"{path / 'config.json'}: rnn is {settings['rnn']!r}, not true or false")
-    blocks = [name for name in tensors if re.fullmatch(r"lm_head\.\d+\.linear\.weight", name)]
+    keys = ("vocab_size", "hidden_size", "exit_dim", "draft_vocab_size")
+    sizes = {key: check_size(where, key, settings.get(key)) for key in keys}
+    check_draft_size(where, sizes["draft_vocab_size"], sizes["vocab_size"])
+    rnn = check_rnn(where, settings.get("rnn", False))
     return HeadConfig(
         **sizes,
-        num_blocks=len(blocks),
-        rnn=settings.get("rnn", False),
-        tied_output=_tied_output(path, settings),
-        fused_layers=_fused_layers(path, settings),
+        num_blocks=count_blocks(tensors),
+        rnn=rnn,
+        tied_output=_tied_output(where, settings),
+        fused_layers=_fused_layers(where, settings),
     )
 
 
-def _tied_output(path: Path, settings: dict) -> bool:
+def check_draft_size(where: object, draft_vocab_size: int, vocab_size: int) -> None:
+    """A head cannot propose more ids than its target has."""
+    if draft_vocab_size > vocab_size:
+        raise UserError(
+            f"{where}: draft_vocab_size {draft_vocab_size} is above vocab_size {vocab_size}"
+        )
+
+
+def _tied_output(where: Path, settings: dict) -> bool:
     tied = settings.get("tied_output", False)
     if not isinstance(tied, bool):
-        raise UserError(f"{path / 'config.json'}: tied_output is {tied!r}, not true or false")
+        raise UserError(f"{where}: tied_output is {tied!r}, not true or false")
     if tied and settings["exit_dim"] != settings["hidden_size"]:
         raise UserError(
-            f"{path / 'config.json'}: a tied output needs an exit_dim of hidden_size "
+            f"{where}: a tied output needs an exit_dim of hidden_size "
             f"{settings['hidden_size']}, not {settings['exit_dim']}"
         )
     return tied
 
 
-def _fused_layers(path: Path, settings: dict) -> tuple[int, ...]:
+def _fused_layers(where: Path, settings: dict) -> tuple[int, ...]:
     layers = settings.get("fused_layers", [])
     if not isinstance(layers, list) or not all(type(i) is int and 0 <= i < 1000 for i in layers):
-        raise UserError(f"{path / 'config.json'}: fused_layers is {layers!r}, not layer numbers")
+        raise UserError(f"{where}: fused_layers is {layers!r}, not layer numbers")
     return tuple(layers)
 
 
 def _draft_ids(path: Path, config: HeadConfig, offsets: mx.array | None) -> mx.array:
-    ids = mx.arange(config.draft_vocab_size, dtype=mx.int32)
+    found = None if offsets is None else device.read(offsets)[0]
+    return mx.array(draft_ids(path, config, found), dtype=mx.int32)
+
+
+def draft_ids(where: object, config: HeadConfig, offsets: np.ndarray | None) -> np.ndarray:
+    """The target's token id of each draft id, (D,) int64.
+
+    offsets  the tensor d2t (D,), or None if the checkpoint has none
+
+    Raises UserError if it is missing, or does not map to distinct ids of the target.
+    """
+    ids = np.arange(config.draft_vocab_size)
     if offsets is None:
         if config.draft_vocab_size < config.vocab_size:
-            raise UserError(f"{path}: has a draft_vocab_size but no d2t to say which ids it holds")
+            raise UserError(f"{where}: has a draft_vocab_size but no d2t to say which ids it holds")
         return ids
     if offsets.shape != ids.shape:
-        raise UserError(f"{path}: d2t has shape {offsets.shape}, draft_vocab_size is {ids.size}")
-    if not mx.issubdtype(offsets.dtype, mx.integer):
-        raise UserError(f"{path}: d2t holds {offsets.dtype}, not whole numbers")
-    (ids,) = device.read(ids.astype(mx.int64) + offsets.astype(mx.int64))
-    if ids.min() < 0 or ids.max() >= config.vocab_size or len(set(ids.tolist())) < len(ids):
-        raise UserError(f"{path}: d2t does not map to distinct ids below {config.vocab_size}")
-    return mx.array(ids, dtype=mx.int32)
+        raise UserError(f"{where}: d2t has shape {offsets.shape}, draft_vocab_size is {ids.size}")
+    if not np.issubdtype(offsets.dtype, np.integer):
+        raise UserError(f"{where}: d2t holds {offsets.dtype}, not whole numbers")
+    ids = ids + offsets.astype(np.int64)
+    if ids.min() < 0 or ids.max() >= config.vocab_size or len(np.unique(ids)) < len(ids):
+        raise UserError(f"{where}: d2t does not map to distinct ids below {config.vocab_size}")
+    return ids
 
 
 def _quantize_like(path: Path, head: RecurrentHead, settings: dict, tensors: dict) -> None:
@@ -179,22 +256,79 @@ def _quantize_like(path: Path, head: RecurrentHead, settings: dict, tensors: dic
         ) from error
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A tensor that a head must have: its shape, and whether it holds packed integers."""
+
+    shape: tuple[int, ...]
+    packed: bool = False
+
+
+def expected_tensors(
+    config: HeadConfig, quantised: Iterable[str] = (), group_size: int = 64, bits: int = 4
+) -> dict[str, Expected]:
+    """Every tensor of a head but d2t, by name.
+
+    quantised  modules whose weight is packed, with scales and biases beside it; group_size, bits
+               are theirs
+
+    Example: h = 2, e = 4, no blocks, D = 7, no rnn -> {"lm_head.0.weight": Expected((7, 4))}
+    """
+    h, e, n = config.hidden_size, config.exit_dim, config.num_blocks
+    modules = {f"lm_head.{i}.linear": ((e, e), True) for i in range(n)}
+    if not config.tied_output:
+        modules[f"lm_head.{n}"] = (config.draft_vocab_size, e), False
+    if config.has_projection:
+        modules["input_proj"] = (e, config.context_size + h), True
+    if config.rnn:
+        modules |= {"rnn_u": ((h, h), True), "rnn_w": ((h, h), False)}
+    tensors, quantised = {}, set(quantised)
+    for module, ((rows, columns), biased) in modules.items():
+        if module in quantised:
+            tensors[f"{module}.weight"] = Expected((rows, columns * bits // 32), packed=True)
+            tensors[f"{module}.scales"] = Expected((rows, columns // group_size))
+            tensors[f"{module}.biases"] = Expected((rows, columns // group_size))
+        else:
+            tensors[f"{module}.weight"] = Expected((rows, columns))
+        if biased:
+            tensors[f"{module}.bias"] = Expected((rows,))
+    return tensors
+
+
+def check_names_and_shapes(
+    where: object,
+    expected: Mapping[str, Expected],
+    shapes: Mapping[str, tuple[int, ...]],
+    name_of: Mapping[str, str] | None = None,
+) -> None:
+    """Exactly the expected names, each with its shape.
+
+    name_of  what the file calls a tensor, where that is not our name
+    """
+    shown = lambda names: ", ".join((name_of or {}).get(name, name) for name in names)
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise UserError(f"{where}: lacks the tensors {shown(missing)}")
+    if extra := sorted(shapes.keys() - expected.keys()):
+        raise UserError(f"{where}: holds tensors that no part of the head uses: {shown(extra)}")
+    for name, tensor in expected.items():
+        if shapes[name] != tensor.shape:
+            raise UserError(
+                f"{where}: {shown([name])} has shape {shapes[name]}, expected {tensor.shape}"
+            )
+
+
 def _check_tensors(
     path: Path, head: RecurrentHead, tensors: dict[str, mx.array], dtype: mx.Dtype
 ) -> None:
-    """Exactly the expected names, each with its shape, and finite."""
-    expected = {name: parameter.shape for name, parameter in tree_flatten(head.parameters())}
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise UserError(f"{path}: lacks the tensors {', '.join(missing)}")
-    if extra := sorted(tensors.keys() - expected.keys()):
-        raise UserError(f"{path}: holds tensors that no part of the head uses: {', '.join(extra)}")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise UserError(f"{path}: {name} has shape {tensors[name].shape}, expected {shape}")
-    for name, parameter in tree_flatten(head.parameters()):
-        found, packed = tensors[name].dtype, parameter.dtype == mx.uint32
-        if found != mx.uint32 if packed else not mx.issubdtype(found, mx.floating):
-            kind = "packed integers" if packed else "floating-point numbers"
+    """Exactly the expected names, each with its shape and kind, and finite."""
+    layers = {n: m for n, m in head.named_modules() if isinstance(m, nn.QuantizedLinear)}
+    packing = [(layer.group_size, layer.bits) for layer in layers.values()][:1]
+    expected = expected_tensors(head.config, layers, *(packing[0] if packing else ()))
+    check_names_and_shapes(path, expected, {name: x.shape for name, x in tensors.items()})
+    for name, tensor in expected.items():
+        found = tensors[name].dtype
+        if found != mx.uint32 if tensor.packed else not mx.issubdtype(found, mx.floating):
+            kind = "packed integers" if tensor.packed else "floating-point numbers"
             raise UserError(f"{path}: {name} holds {found}, not {kind}")
     finite = device.read(*(mx.isfinite(tensors[name].astype(dtype)).all() for name in expected))
     if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:

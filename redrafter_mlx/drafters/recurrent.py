@@ -70,8 +70,8 @@ class RecurrentHead(nn.Module):
 
     def __init__(self, config: HeadConfig):
         super().__init__()
-        h, e = config.hidden_size, config.exit_dim
         self.config = config
+        h, e = config.hidden_size, config.exit_dim
         if config.has_projection:
             self.input_proj = nn.Linear(config.context_size + h, e)
         self.lm_head = [ResidualBlock(e) for _ in range(config.num_blocks)]
