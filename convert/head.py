@@ -76,6 +76,13 @@ def read_head(source: Source, wanted: str | None = None) -> Head:
 
     Raises UserError that names the tensor or the setting that is wrong.
     """
+    for key in ("tied_output", "fused_layers"):
+        if source.settings.get(key):
+            raise UserError(
+                f"{source.config_path}: {key} is an extension of this package that is not "
+                "converted yet; a head to be served elsewhere is trained with --output-layer "
+                "trained and without --fused-layers"
+            )
     known = recognise(source.path, source.tensors, wanted)
     tensors, notes = _by_our_names(source, known)
     num_blocks = count_blocks(tensors)

@@ -180,9 +180,9 @@ class HeadOptions(Options):
     )
     blocks: int = option(2, "residual blocks before the output layer", low=0, high=64)
     draft_vocab: int = option(8192, "token ids it can propose whatever the prompt", low=16)
-    output: str = option(
+    output_layer: str = option(
         "tied",
-        "output layer: tied (rows of the target's own head; also proposes the prompt's ids) or "
+        "tied (rows of the target's own head; also proposes the prompt's ids) or "
         "trained (stored rows of its own)",
         type=str,
         choices=["tied", "trained"],

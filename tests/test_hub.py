@@ -155,7 +155,8 @@ def test_load_returns_what_mlx_lm_returns(model):
     loaded, tokenizer, config = hub.load(str(model), return_config=True)
     theirs, _, their_config = mlx_lm.load(str(model), return_config=True)
     prompt = mx.array([tokenizer.encode("hello 12")])
-    assert mx.array_equal(loaded(prompt), theirs(prompt))
+    # Weights lie by columns here, by rows there: some BLAS kernels then add in another order.
+    assert mx.allclose(loaded(prompt), theirs(prompt), rtol=1e-5, atol=1e-4)
     assert config == their_config
     assert len(hub.load(model)) == 2
 

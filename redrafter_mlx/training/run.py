@@ -246,11 +246,11 @@ def held_out_answers(directory: Path) -> list[Answer]:
 def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> HeadConfig:
     """The shape that the options mean for a target; UserError if they do not fit together."""
     exit_dim = options.exit_dim or target.hidden_size
-    tied = options.output == "tied"
+    tied = options.output_layer == "tied"
     if tied and exit_dim != target.hidden_size:
         raise UserError(
             f"--exit-dim {exit_dim}: a tied output needs the target's hidden size "
-            f"{target.hidden_size}; leave it out or give --output trained"
+            f"{target.hidden_size}; leave it out or give --output-layer trained"
         )
     return HeadConfig(
         vocab_size=target.vocab_size,
