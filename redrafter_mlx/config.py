@@ -171,6 +171,33 @@ class GenerationOptions(Options):
             raise UserError("--stop '' would end every text at once; give a non-empty string")
 
 
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """What the target writes to learn from; --data gives it prompts."""
+
+    data: str | None = option(
+        None,
+        "prompts to answer: JSON lines of messages, turns, prompt or text, or a .txt file "
+        "(default: the model writes its own)",
+        type=str,
+        metavar="FILE",
+    )
+    skip_bad: bool = option(False, "leave broken lines of --data out")
+    data_tokens: int = option(1_000_000, "tokens of answers to write", low=1)
+    data_minutes: float | None = option(
+        None, "begin no batch of conversations that would end later than this", low=0.0, type=float
+    )
+    answer_tokens: int = option(384, "most tokens of an answer", low=1)
+    rows: int | None = option(
+        None, "conversations side by side (default: what --memory allows)", low=1, type=int
+    )
+    columns: int = option(512, "tokens of a row; longer conversations are cut", low=16)
+    memory: float | None = option(
+        None, "most memory to use, in GB (default: half of the machine's)", low=0.0, type=float
+    )
+    seed: int = option(0, "same seed and model, same data", low=0, high=2**64 - 1)
+
+
 GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)
 
 NOT_HONOURED = {
@@ -211,6 +238,9 @@ def add_flags(parser: ArgumentParser, *groups: type) -> None:
         section = parser.add_argument_group(group.__doc__.split(".")[0].split(";")[0].lower())
         for f in dataclasses.fields(group):
             shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+            if f.metadata["type"] is bool:
+                section.add_argument(flag_name(f), action="store_true", help=f.metadata["help"])
+                continue
             section.add_argument(
                 flag_name(f),
                 type=_token_biases if f.metadata["type"] is dict else f.metadata["type"],
