@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -124,3 +125,34 @@ def stop_one_short(rule):
         return replace(verdict, path=list(verdict.path)[:-1])
 
     return wrong
+
+
+class TinyTokenizer:
+    """A tokenizer for the tiny targets: a token for each printable character, and marks for turns.
+
+    Ids 0 to 93 are the characters from "!" on and the new line; 94 to 96 open a turn, end one and
+    begin a text. Its template has a place for a system turn.
+    """
+
+    OPEN, END, BOS = 94, 95, 96
+
+    def __init__(self, chat: bool = True):
+        self._marks = {"<open>": self.OPEN, "<end>": self.END, "<bos>": self.BOS}
+        self.chat_template = "tiny" if chat else None
+        self.eos_token_ids = {self.END}
+        self.bos_token_id = self.BOS
+
+    def get_added_vocab(self):
+        return self._marks
+
+    def encode(self, text, add_special_tokens=True):
+        pieces = re.findall(r"<open>|<end>|<bos>|.", text.replace(" ", "_"), flags=re.DOTALL)
+        return [self._marks.get(piece) or self._character(piece) for piece in pieces]
+
+    def _character(self, piece):
+        return 93 if piece == "\n" else min(ord(piece) - 33, 93)
+
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False):
+        letter = {"system": "S", "user": "U", "assistant": "A"}
+        turns = [f"<open>{letter[m['role']]}:{m['content']}<end>" for m in messages]
+        return "".join(turns) + ("<open>A:" if add_generation_prompt else "")
