@@ -248,6 +248,8 @@ class _Stage:
         self._rows, self._source, self._progress = rows, source, progress
         self._staggered = can_stagger(target)
         self._begun = time.monotonic()
+        for left_behind in directory.glob(".*.partial*"):
+            left_behind.unlink()
         self.batches = shard_count(directory)
         self.state = (
             _State.of(shard_path(directory, self.batches - 1)) if self.batches else _State()
