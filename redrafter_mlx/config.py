@@ -197,6 +197,13 @@ class DataOptions(Options):
     )
     seed: int = option(0, "same seed and model, same data", low=0, high=2**64 - 1)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.skip_bad, bool):
+            raise UserError(f"--skip-bad must be true or false, not {self.skip_bad!r}")
+        if not (self.data is None or isinstance(self.data, str)):
+            raise UserError(f"--data must be the path of a file, not {self.data!r}")
+
 
 GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)
 
