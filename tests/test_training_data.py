@@ -285,7 +285,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_what_was_complete(tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(shards.mx, "save_safetensors", full)
-        with pytest.raises(UserError, match="the 1 batches before are complete") as told:
+        with pytest.raises(UserError, match="complete batches: 1; make room") as told:
             write(out, data_tokens=300, **OWN)
     assert "\n" not in str(told.value)
     assert not [name for name in files(out) if "partial" in name]

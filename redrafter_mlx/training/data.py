@@ -327,8 +327,8 @@ class _Stage:
             note_counts(self._directory, asdict(state.counts))
         except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
             raise UserError(
-                f"no data could be written to {self._directory}: {one_line(error)}; the "
-                f"{self.batches} batches before are complete: make room and run again"
+                f"no data could be written to {self._directory}: {one_line(error)}; "
+                f"complete batches: {self.batches}; make room and run again"
             ) from error
 
     def _remember(self, path: Path) -> None:
