@@ -172,6 +172,40 @@ class GenerationOptions(Options):
 
 
 @dataclass(frozen=True)
+class DataOptions(Options):
+    """What the target writes to learn from; --data gives it prompts."""
+
+    data: str | None = option(
+        None,
+        "prompts to answer: JSON lines of messages, turns, prompt or text, or a .txt file "
+        "(default: the model writes its own)",
+        type=str,
+        metavar="FILE",
+    )
+    skip_bad: bool = option(False, "leave broken lines of --data out")
+    data_tokens: int = option(1_000_000, "tokens of answers to write", low=1)
+    data_minutes: float | None = option(
+        None, "begin no batch of conversations that would end later than this", low=0.0, type=float
+    )
+    answer_tokens: int = option(384, "most tokens of an answer", low=1)
+    rows: int | None = option(
+        None, "conversations side by side (default: what --memory allows)", low=1, type=int
+    )
+    columns: int = option(512, "tokens of a row; longer conversations are cut", low=16)
+    memory: float | None = option(
+        None, "most memory to use, in GB (default: half of the machine's)", low=0.0, type=float
+    )
+    seed: int = option(0, "same seed and model, same data", low=0, high=2**64 - 1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.skip_bad, bool):
+            raise UserError(f"--skip-bad must be true or false, not {self.skip_bad!r}")
+        if not (self.data is None or isinstance(self.data, str)):
+            raise UserError(f"--data must be the path of a file, not {self.data!r}")
+
+
+@dataclass(frozen=True)
 class HeadOptions(Options):
     """Shape of the draft head to train."""
 
@@ -215,6 +249,7 @@ class TrainingOptions(Options):
         0.8, "a predicted token weighs this much of the one before", low=0.0, high=1.0
     )
 
+
 GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)
 
 NOT_HONOURED = {
@@ -255,6 +290,9 @@ def add_flags(parser: ArgumentParser, *groups: type) -> None:
         section = parser.add_argument_group(group.__doc__.split(".")[0].split(";")[0].lower())
         for f in dataclasses.fields(group):
             shown = "" if f.default in (None, ()) else f" (default: {f.default})"
+            if f.metadata["type"] is bool:
+                section.add_argument(flag_name(f), action="store_true", help=f.metadata["help"])
+                continue
             section.add_argument(
                 flag_name(f),
                 type=_token_biases if f.metadata["type"] is dict else f.metadata["type"],

@@ -7,10 +7,11 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from redrafter_mlx.errors import UserError
 
@@ -61,6 +62,28 @@ def _fill(destination: Path, build: Callable[[Path], None]) -> None:
         complete.mkdir()
         build(complete)
         os.replace(complete, destination)
+
+
+@contextmanager
+def in_use(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep other processes out of it while the block runs.
+
+    Raises UserError when another process is in it, or when it cannot be made.
+    """
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{directory} is in use by another run; wait for it or give another directory"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to: {one_line(error)}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def one_line(error: Exception) -> str:

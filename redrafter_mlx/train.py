@@ -140,19 +140,19 @@ def _train(flags: Namespace, target, tokenizer, options) -> int:
 
 
 def _write_data(flags: Namespace, target, tokenizer, options: DataOptions) -> None:
-    from redrafter_mlx.training import data
+    from redrafter_mlx.training.data import write_data
     from redrafter_mlx.training.run import Places
 
     if flags.minutes is not None and options.data_minutes is None:
         options = replace(options, data_minutes=DATA_SHARE * flags.minutes)
     bar = tqdm(total=options.data_tokens, unit=" tokens", desc="writing data", disable=None)
 
-    def tell(progress: data.Progress) -> None:
+    def tell(progress: Progress) -> None:
         bar.n = progress.counts.tokens
         bar.set_postfix_str(f"batch {progress.batches + 1}: {progress.share:.0%}", refresh=True)
 
     try:
-        written = data.write_data(target, tokenizer, Places(flags.output).data, options, tell)
+        written = write_data(target, tokenizer, Places(flags.output).data, options, tell)
     finally:
         bar.close()
     counts, left_out = written.counts, written.left_out
@@ -246,15 +246,15 @@ def _evaluate(flags: Namespace, model) -> int:
 
 
 def _finish(flags: Namespace, run: TrainingRun) -> int:
-    from redrafter_mlx.training import picture
     from redrafter_mlx.training.card import card
+    from redrafter_mlx.training.picture import draw
     from redrafter_mlx.training.run import ALL_TOKENS, report
 
     found = report(run.drafter, run.answers, ALL_TOKENS)
     shown = table(found)
     words = sys.argv[1:] if flags.command is None else flags.command
     command = shlex.join(["python", "-m", "redrafter_mlx.train", *words])
-    drawn = picture.draw(run.log, flags.output / "training.png", f"drafter for {flags.model}")
+    drawn = draw(run.log, flags.output / "training.png", f"drafter for {flags.model}")
     (flags.output / "README.md").write_text(
         card(run, flags.model, command, shown, drawn), encoding="utf-8"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
-from families import build
 
+from families import build
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
@@ -148,3 +149,34 @@ def grammar_model(seed: int = 0):
     model.model.embed_tokens.weight = mx.array(embedding)
     model.lm_head.weight = mx.array(head)
     return model, rule
+
+
+class TinyTokenizer:
+    """A tokenizer for the tiny targets: a token for each printable character, and marks for turns.
+
+    Ids 0 to 93 are the characters from "!" on and the new line; 94 to 96 open a turn, end one and
+    begin a text. Its template has a place for a system turn.
+    """
+
+    OPEN, END, BOS = 94, 95, 96
+
+    def __init__(self, chat: bool = True):
+        self._marks = {"<open>": self.OPEN, "<end>": self.END, "<bos>": self.BOS}
+        self.chat_template = "tiny" if chat else None
+        self.eos_token_ids = {self.END}
+        self.bos_token_id = self.BOS
+
+    def get_added_vocab(self):
+        return self._marks
+
+    def encode(self, text, add_special_tokens=True):
+        pieces = re.findall(r"<open>|<end>|<bos>|.", text.replace(" ", "_"), flags=re.DOTALL)
+        return [self._marks.get(piece) or self._character(piece) for piece in pieces]
+
+    def _character(self, piece):
+        return 93 if piece == "\n" else min(ord(piece) - 33, 93)
+
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False):
+        letter = {"system": "S", "user": "U", "assistant": "A"}
+        turns = [f"<open>{letter[m['role']]}:{m['content']}<end>" for m in messages]
+        return "".join(turns) + ("<open>A:" if add_generation_prompt else "")

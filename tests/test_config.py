@@ -10,6 +10,7 @@ from redrafter_mlx.cli import Parser
 from redrafter_mlx.config import (
     GROUPS,
     NOT_HONOURED,
+    DataOptions,
     DraftOptions,
     GenerationOptions,
     SamplingOptions,
@@ -320,3 +321,25 @@ def test_the_way_out_names_options_that_exist():
 def test_wrong_keywords_are_told_before_anything_runs():
     with pytest.raises(UserError, match=r"--beam-width 0 is outside its range: 1 to 64"):
         parse_keywords({"beam_width": 0}, *GROUPS)
+
+
+def test_flags_of_the_data_stage_mean_what_its_keywords_mean():
+    made = Parser(prog="test")
+    add_flags(made, DataOptions)
+    assert from_flags(DataOptions, made.parse_args([])) == DataOptions()
+    words = "--data x.jsonl --skip-bad --data-tokens 5 --data-minutes 0.5 --rows 3 --memory 2"
+    assert from_flags(DataOptions, made.parse_args(words.split())) == DataOptions(
+        data="x.jsonl", skip_bad=True, data_tokens=5, data_minutes=0.5, rows=3, memory=2.0
+    )
+    help = made.format_help()
+    assert all(flag_name(f) in help for f in dataclasses.fields(DataOptions))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("data_tokens", 0), ("rows", 0), ("columns", 15), ("memory", -1.0), ("data_minutes", math.nan),
+     ("skip_bad", "no"), ("data", 3)],
+)  # fmt: skip
+def test_wrong_options_of_the_data_stage_are_refused(name, value):
+    with pytest.raises(UserError, match=flag_name(DataOptions.__dataclass_fields__[name])):
+        DataOptions(**{name: value})

@@ -1,4 +1,4 @@
-"""A head learns a known grammar; resumed runs equal uninterrupted ones; replay equals generation."""
+"""A head learns a known grammar; resumed runs equal whole ones; replay equals generation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from support import generation, grammar_model, ids
 
 from redrafter_mlx.config import DraftOptions, TrainingOptions
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter
@@ -21,8 +20,9 @@ from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective, tied_output, trained_output
 from redrafter_mlx.training.replay import BUDGETS, greedy_answers, replay
-from redrafter_mlx.training.shards import read_shard, shard_path, write_shard
+from redrafter_mlx.training.shards import shard_path, write_shard
 from redrafter_mlx.training.windows import Shards
+from support import generation, grammar_model, ids
 
 STEPS = 4
 
@@ -42,7 +42,7 @@ def grammar(tmp_path_factory):
             ]
             for _ in range(1000)
         )
-        conversations = play(target, scripts, (), rows=8, columns=128, key=mx.random.key(number))
+        conversations = play(target, scripts, rows=8, columns=128, key=mx.random.key(number))
         write_shard(shard_path(directory, number), conversations, {})
     return model, rule, directory
 
@@ -60,7 +60,9 @@ def untrained(model, shards: Shards, tied: bool, loss: str, steps: int = STEPS):
     )
     d2t = mx.arange(target.vocab_size)
     batches = list(islice(shards.batches("init", 16, 8), 4))
-    head = initial_head(config, target.embed, target.output_layer, d2t, batches, steps, mx.random.key(0))
+    head = initial_head(
+        config, target.embed, target.output_layer, d2t, batches, steps, mx.random.key(0)
+    )
     output = tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size)
     return head, Objective(LOSSES[loss], steps, 0.8, target.embed, output)
 
@@ -85,7 +87,7 @@ def test_a_head_learns_a_known_grammar(grammar, tied, loss):
     target = adapt(model)
     output = target.output_layer if tied else None
     drafter = RecurrentDrafter(run.head, mx.arange(target.vocab_size), target.embed, output)
-    answers = list(islice(greedy_answers([read_shard(shard_path(directory, 0))]), 10))
+    answers = list(islice(greedy_answers([shard_path(directory, 0)]), 10))
     found = replay(drafter, answers, width=2, length=STEPS + 1)
     assert found.tokens_per_round[16] >= 0.95 * (STEPS + 1) * 30 / 32  # 30 tokens: 6 full rounds
 
@@ -136,7 +138,7 @@ def test_replay_counts_the_rounds_of_real_generation(grammar, width, length, bud
     target = adapt(model)
     output = target.output_layer if tied else None
     drafter = RecurrentDrafter(run.head, mx.arange(target.vocab_size), target.embed, output)
-    answers = list(islice(greedy_answers([read_shard(shard_path(directory, 0))]), 6))
+    answers = list(islice(greedy_answers([shard_path(directory, 0)]), 6))
     lengths = set()
     for answer in answers:
         found = replay(drafter, [answer], width, length)

@@ -126,9 +126,7 @@ class RecurrentHead(nn.Module):
 
     def exit(self, x: mx.array) -> mx.array:
         """Logits (R, D) of context and state side by side (R, c + h): the reference's own form."""
-        return self._output(
-            self._through_blocks(self.input_proj(x) if "input_proj" in self else x)
-        )
+        return self._output(self._through_blocks(self.input_proj(x) if "input_proj" in self else x))
 
     def _through_blocks(self, y: mx.array) -> mx.array:
         for block in self.lm_head[: self.config.num_blocks]:
@@ -266,9 +264,7 @@ class TextVocabulary:
     SPARE = 1024
     BATCH = 16
 
-    def __init__(
-        self, static: mx.array, vocab_size: int, output: Callable[[mx.array], nn.Module]
-    ):
+    def __init__(self, static: mx.array, vocab_size: int, output: Callable[[mx.array], nn.Module]):
         self._static = np.array(static)
         self._vocab_size = vocab_size
         self._output = output

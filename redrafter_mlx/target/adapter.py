@@ -171,7 +171,9 @@ class Target:
         with recording([] if self._head is None else [self._head], heard) as tape:
             logits = self.model(ids, cache=caches.layers)
         hidden = tape.linear[-1].given if tape.linear else mx.zeros((*ids.shape, 0))
-        return Outcome(logits, mx.concatenate([hidden, *tape.layers], axis=-1))
+        if tape.layers:
+            hidden = mx.concatenate([hidden, *tape.layers], axis=-1)
+        return Outcome(logits, hidden)
 
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:

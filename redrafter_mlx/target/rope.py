@@ -32,6 +32,9 @@ def _call_takes_offset(cls: type) -> bool:
 def accept_row_offsets(module: nn.Module) -> None:
     """Let one rope module take an offset (T,) for (1, H, T, D): one position for each row.
 
+    Modules that compute with the offset as a Python number also learn to take one for each batch
+    entry, (B,) for (B, H, T, D), as the others do.
+
     Only the module's class changes, to a subclass of its own that passes every other call on, so
     parameters, names and isinstance stay as they were.
     """
@@ -47,20 +50,26 @@ def _folding(cls: type) -> type:
         folds_rows = True
 
         def __call__(self, x: mx.array, offset: Any = 0, *args, **kwargs):
-            if not _one_per_row(x, offset):
-                return super().__call__(x, offset, *args, **kwargs)
             rotate = partial(super().__call__, *args, **kwargs)
-            rows = x.swapaxes(0, -2)  # (T, H, 1, D)
-            try:
-                rows = rotate(rows, offset=offset)
-            except (TypeError, ValueError):  # computes with the offset as a Python number
-                rows = mx.concatenate(
-                    [rotate(rows[i : i + 1], offset=at) for i, at in enumerate(offset.tolist())]
-                )
-            return rows.swapaxes(0, -2)
+            if _one_per_row(x, offset):
+                rows = x.swapaxes(0, -2)  # (T, H, 1, D)
+                return _one_by_one(rotate, rows, offset).swapaxes(0, -2)
+            if isinstance(offset, mx.array) and offset.size > 1:
+                return _one_by_one(rotate, x, offset)
+            return super().__call__(x, offset, *args, **kwargs)
 
     Folding.__name__ = Folding.__qualname__ = cls.__name__
     return Folding
+
+
+def _one_by_one(rotate: Callable, x: mx.array, offset: mx.array) -> mx.array:
+    """Rotate (B, H, T, D) at offsets (B,): at once if the module can."""
+    try:
+        return rotate(x, offset=offset)
+    except (TypeError, ValueError):  # computes with the offset as a Python number
+        return mx.concatenate(
+            [rotate(x[i : i + 1], offset=at) for i, at in enumerate(offset.tolist())]
+        )
 
 
 def accept_row_scales(model: nn.Module) -> None:

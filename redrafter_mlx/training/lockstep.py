@@ -2,15 +2,15 @@
 
 A conversation is a script of parts: tokens that are given, and stretches that the target writes.
 Each row of the batch plays one script after the other, one column per token, until the columns
-are used up. Rows that start later simply do not see what lies before: rotary positions are
-relative, so no padding and no shifting is needed.
+are used up. A row that starts later does not see what lies before and counts its positions from
+its own start, so nothing is padded or shifted.
 
 Shape letters: R rows, C columns fed at once, S columns so far, K likeliest tokens, E hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -20,11 +20,15 @@ import numpy as np
 from redrafter_mlx import device
 from redrafter_mlx.drafters.beam_search import top_k
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.filters import LOOP, loop_end
 
 CHUNK = 128
 """Most given tokens of each row that one pass takes in."""
 K = 32
 """Likeliest next tokens that are kept of each of the target's distributions."""
+TOLERANCE = {mx.float32: 0.01}
+"""How far hidden states may be off, as a share of their size and spread, by compute dtype."""
+LOW_PRECISION_TOLERANCE = 0.1
 
 
 class Role(IntEnum):
@@ -33,7 +37,6 @@ class Role(IntEnum):
     TEMPLATE = 0
     USER = 1
     ASSISTANT = 2
-    NOBODY = 3
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class Part:
 
     limit     most tokens to write; a conversation that reaches it ends there
     temp      temperature to write at
+    stops     token ids that end what the target writes
+    goes_on   the other way round: the next part follows at the limit, and a stop ends all
     """
 
     role: Role
     tokens: tuple[int, ...] = ()
     limit: int = 0
     temp: float = 0.0
+    stops: frozenset[int] = frozenset()
+    goes_on: bool = False
 
 
 Script = Sequence[Part]
@@ -57,14 +64,16 @@ Script = Sequence[Part]
 class Conversation:
     """What became of a script: T tokens, and the target's view after each of them.
 
+    number        of the script, counted from 0 in the order they were taken
     tokens        (T,) int32
     roles         (T,) uint8
-    hidden        (T, E) the final norm's output after each token
+    hidden        (T, E) 16 bits: the final norm's output after each token, then the tapped layers'
     top_ids       (T, K) int32 likeliest next tokens, in no order
-    top_logits    (T, K) float16 their logits below the highest; all zero where nothing followed
-                  that the target wrote
+    top_logits    (T, K) float16 their logits below the highest; all zero after given tokens that
+                  were taken in many at once, where nobody asked
     """
 
+    number: int
     tokens: np.ndarray
     roles: np.ndarray
     hidden: mx.array
@@ -79,9 +88,9 @@ class _Row:
     queue  (token, role) pairs that are decided but not yet fed; never empty while it plays
     """
 
+    number: int
     script: Script
     start: int
-    stops: Collection[int]
     queue: list[tuple[int, Role]] = field(default_factory=list)
     said: list[tuple[int, Role]] = field(default_factory=list)
     _part: int = -1
@@ -109,16 +118,23 @@ class _Row:
         part = self.part
         assert part is not None
         self._written += 1
-        if token not in self.stops:
-            self.queue = [(token, part.role)]
-            if self._written >= part.limit:
+        stopped = token in part.stops
+        if self._written >= part.limit or stopped:
+            if stopped == part.goes_on or self._goes_round(self._written - 1):
                 self._part = len(self.script)
-            return
-        self._next_part()
-        if not self.queue:
-            self.queue = [(token, part.role)]
-        else:  # the template's own end of turn stands for whichever the target chose
-            self.queue[0] = (self.queue[0][0], part.role)
+            else:
+                self._next_part()
+        elif self._written % LOOP == 0 and self._goes_round(self._written - 1):
+            self._part = len(self.script)
+        if stopped and self.queue:
+            # the template's own end of turn stands for whichever the target chose
+            first, role = self.queue[0]
+            self.queue[0] = (first, part.role if first in part.stops else role)
+        else:
+            self.queue.insert(0, (token, part.role))
+
+    def _goes_round(self, written: int) -> bool:
+        return written > LOOP and loop_end([token for token, _ in self.said[-written:]]) is not None
 
     def _next_part(self) -> None:
         """Queue given parts up to the next one that the target writes."""
@@ -131,29 +147,34 @@ class _Row:
 def play(
     target: Target,
     scripts: Iterator[Script],
-    stops: Collection[int],
     rows: int,
     columns: int,
     key: mx.array,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    staggered: bool = True,
 ) -> list[Conversation]:
     """Play scripts in `rows` rows of `columns` columns; conversations in the order they end.
 
-    stops     token ids that end what the target writes
-    key       of the sampling; the same key, scripts and target give the same conversations
-    progress  told (columns done, columns)
+    key        of the sampling; the same key, scripts and target give the same conversations
+    progress   told (columns done, columns)
+    staggered  whether a row goes on with another script when one ends; not every model can, see
+               `can_stagger`
 
-    The last conversation of each row is cut where the columns end.
+    The last conversation of each row is cut where the columns end, or where it goes round in
+    circles. A script begins with at least one given token.
     """
     caches = target.empty_caches()
-    stage = [_open(scripts, 0, stops) for _ in range(rows)]
+    numbered = enumerate(scripts)
+    stage = [_open(numbered, 0) for _ in range(rows)]
     ended: list[tuple[int, _Row]] = []
     seen: list[tuple[mx.array, ...]] = []
     column = 0
     while column < columns and any(stage):
         count = min(CHUNK, columns - column, *(len(row.queue) for row in stage if row))
+        if staggered and count - 1 == rows:  # R positions for R tokens would be a tree's, see rope
+            count = max(1, count - 1)
         fed = [row.feed(count) if row else [0] * count for row in stage]
-        starts = [row.start if row else column for row in stage]
+        starts = [(row.start if row else column) if staggered else 0 for row in stage]
         batch = _Rows(caches, column, starts)
         for first, last in ((0, count - 1), (count - 1, count)):  # the head reads the last one only
             if first < last:
@@ -171,15 +192,48 @@ def play(
                     row.hear(int(choices[r]))
                 else:
                     ended.append((r, row))
-                    stage[r] = _open(scripts, column, stops)
+                    stage[r] = _open(numbered, column) if staggered else None
         progress(column, columns)
     ended += [(r, row) for r, row in enumerate(stage) if row]
     return _gather(ended, seen)
 
 
-def _open(scripts: Iterator[Script], column: int, stops: Collection[int]) -> _Row | None:
-    script = next(scripts, None)
-    return None if script is None else _Row(script, column, stops)
+def _open(numbered: Iterator[tuple[int, Script]], column: int) -> _Row | None:
+    number, script = next(numbered, (0, None))
+    return None if script is None else _Row(number, script, column)
+
+
+def can_stagger(target: Target) -> bool:
+    """Whether rows that start later come out as they would alone: tried, on 3 short rows.
+
+    Most models of mlx-lm take a position and a mask for each row of a batch; a few do not.
+    """
+    lengths = ((5, 3), (3, 4), (4, 4), (2, 4))
+    draw = np.random.default_rng(0)
+    scripts = [
+        [Part(Role.USER, tuple(draw.integers(0, target.vocab_size, given).tolist())),
+         Part(Role.ASSISTANT, limit=written)]
+        for given, written in lengths
+    ]  # fmt: skip
+    try:
+        played = play(target, iter(scripts), 3, 12, mx.random.key(0))
+        return all(_difference(target, c) <= _tolerance(target) for c in played)
+    except Exception:  # whatever a model file raises when it meets a mask for each row
+        return False
+
+
+def _tolerance(target: Target) -> float:
+    return TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
+
+
+def _difference(target: Target, conversation: Conversation) -> float:
+    """Largest relative difference of the hidden states from a pass over the conversation alone."""
+    caches = target.empty_caches()
+    caches.begin(len(conversation.tokens))
+    alone = target.forward(mx.array(conversation.tokens)[None], caches).hidden[0]
+    alone = alone.astype(mx.float32)
+    off = mx.abs(alone - conversation.hidden.astype(mx.float32)) / (mx.abs(alone) + mx.std(alone))
+    return float(device.read(off.max())[0])
 
 
 class _Rows:
@@ -189,29 +243,35 @@ class _Rows:
     """
 
     def __init__(self, caches, column: int, starts: Sequence[int]):
-        self._caches, self._column, self._starts = caches, column, mx.array(starts)[:, None, None]
-        self._all_began_first = not any(starts)
+        self._caches, self._column, self._starts = caches, column, mx.array(starts)
+        self._together = not any(starts)
 
     def begin(self, count: int) -> None:
         self._count, self._masks = count, {}
-        self.positions = self._column
+        self.positions = self._column if self._together else self._column - self._starts
         self._caches.begin(count, self)
 
     def commit(self) -> None:
         self._caches.commit(range(self._count))
         self._column += self._count
 
-    def mask(self, start: int, window: int | None) -> mx.array | str | None:
-        """(R, 1, C, S + C) bool: the row's own columns up to this one, within the window."""
-        if self._all_began_first and window is None:
-            return None if self._count == 1 else "causal"
+    def mask(self, start: int, window: int | None) -> mx.array | None:
+        """(R, 1, C, S + C) bool: the row's own columns up to this one, within the window.
+
+        Rows that began together need no mask of their own: (C, S + C), or None for all columns.
+        """
+        seen_all = window is None or self._column + self._count <= window
+        if self._together and self._count == 1 and seen_all:
+            return None
         if (start, window) not in self._masks:
-            columns = mx.arange(start, self._column + self._count)[None, None]
-            here = mx.arange(self._column, self._column + self._count)[None, :, None]
-            mask = (columns >= self._starts) & (columns <= here)
+            columns = mx.arange(start, self._column + self._count)
+            here = mx.arange(self._column, self._column + self._count)[:, None]
+            mask = columns <= here
             if window is not None:
                 mask = mask & (here < columns + window)
-            self._masks[start, window] = mask[:, None]
+            if not self._together:
+                mask = mask & (columns >= self._starts[:, None, None, None])
+            self._masks[start, window] = mask
         return self._masks[start, window]
 
 
@@ -222,12 +282,47 @@ def _forward(target: Target, batch: _Rows, ids: mx.array, with_logits: bool):
     batch.commit()
     small = mx.bfloat16 if target.dtype == mx.bfloat16 else mx.float16
     hidden = outcome.hidden.astype(small)
+    k = min(K, outcome.logits.shape[-1])
     if not with_logits:
-        shape = (*ids.shape, K)
+        shape = (*ids.shape, k)
         return hidden, mx.zeros(shape, mx.int32), mx.zeros(shape, mx.float16)
-    top_ids, logits = top_k(outcome.logits[:, -1].astype(mx.float32), K)
+    top_ids, logits = top_k(outcome.logits[:, -1].astype(mx.float32), k)
     logits = logits - logits.max(axis=-1, keepdims=True)
     return hidden, top_ids.astype(mx.int32)[:, None], logits.astype(mx.float16)[:, None]
+
+
+class Probe:
+    """A batch of `rows` rows with `columns` made-up columns behind it, for measuring."""
+
+    def __init__(self, target: Target, rows: int, columns: int):
+        self._target, self._rows, self._column = target, rows, 0
+        self.caches = target.empty_caches()
+        self.hidden_size = 0
+        self.step()
+        if columns > 1:
+            self._pretend(columns - 1)
+
+    def step(self) -> None:
+        """Feed one column and choose what follows."""
+        ids = mx.zeros((self._rows, 1), mx.int32)
+        batch = _Rows(self.caches, self._column, [0] * self._rows)
+        views = _forward(self._target, batch, ids, True)
+        key, temps = mx.random.key(0), mx.ones(self._rows)
+        mx.eval(views, self.caches.state, _choose(*views[1:], temps, key))
+        self.hidden_size = views[0].shape[-1]
+        self._column += 1
+
+    def _pretend(self, columns: int) -> None:
+        self.caches.begin(columns)
+        for cache in self.caches.layers:
+            keys, values = (
+                mx.zeros((*x.shape[:2], columns, x.shape[3]), x.dtype)
+                for x in cache.keys_and_values()
+            )
+            cache.update_and_fetch(keys, values)
+        self.caches.commit(range(columns))
+        mx.eval(self.caches.state)
+        self._column += columns
 
 
 def _choose(top_ids: mx.array, top_logits: mx.array, temps: mx.array, key: mx.array) -> mx.array:
@@ -239,7 +334,11 @@ def _choose(top_ids: mx.array, top_logits: mx.array, temps: mx.array, key: mx.ar
 
 
 def _gather(ended: list[tuple[int, _Row]], seen: list[tuple[mx.array, ...]]) -> list[Conversation]:
-    hidden, top_ids, top_logits = (mx.concatenate(views, axis=1) for views in zip(*seen, strict=True))
+    if not seen:
+        return []
+    hidden, top_ids, top_logits = (
+        mx.concatenate(views, axis=1) for views in zip(*seen, strict=True)
+    )
     conversations = []
     for r, row in ended:
         if not row.said:
@@ -248,6 +347,7 @@ def _gather(ended: list[tuple[int, _Row]], seen: list[tuple[mx.array, ...]]) -> 
         tokens, roles = zip(*row.said, strict=True)
         conversations.append(
             Conversation(
+                row.number,
                 np.array(tokens, np.int32),
                 np.array(roles, np.uint8),
                 hidden[r, span],

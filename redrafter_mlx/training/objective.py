@@ -20,7 +20,6 @@ from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.training.loss import Loss
 from redrafter_mlx.training.windows import Batch
 
-
 Output = Callable[[mx.array, mx.array, RecurrentHead], mx.array]
 """(features (R, e), token ids (C,), head) -> logits (R, C)"""
 

@@ -28,7 +28,9 @@ def draw(log: Sequence[dict], path: Path, title: str) -> bool:
         for name in names:
             points = [(entry["seconds"] / 60, entry[name]) for entry in log if name in entry]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker="." if name != "loss" else "")
+                axes.plot(
+                    *zip(*points, strict=True), label=name, marker="." if name != "loss" else ""
+                )
         axes.set_xlabel("minutes of training")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +21,7 @@ from redrafter_mlx import device
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.round import Transcript
 from redrafter_mlx.training.lockstep import Role
-from redrafter_mlx.training.shards import Shard
+from redrafter_mlx.training.shards import as_mlx, map_shard
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 RECALL = (1, 2, 4, 8)
@@ -32,8 +34,6 @@ class Replay:
     """Sums over the texts replayed so far.
 
     width, length  of the beams
-    ranks          for each text (P, L-1): how many candidates of the whole draft are likelier
-                   than the one on the text's own path at each depth; UNSCORED where it was not found
     tokens         written by the target; rounds[i] it would have taken at BUDGETS[i]
     """
 
@@ -77,24 +77,25 @@ class Answer:
     hidden: mx.array
 
 
-def greedy_answers(shards: Iterable[Shard]) -> Iterator[Answer]:
-    """The answers that are the target's likeliest tokens throughout."""
-    for shard in shards:
-        ends = [*shard.starts[1:].tolist(), len(shard.tokens)]
-        likeliest = np.take_along_axis(
-            shard.top_ids, shard.top_logits.argmax(axis=-1, keepdims=True), axis=-1
-        )[:, 0]
-        for start, end in zip(shard.starts.tolist(), ends, strict=True):
-            spoken = shard.roles[start:end] == Role.ASSISTANT
+def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
+    """The answers in these shards that are the target's likeliest tokens throughout."""
+    for path in paths:
+        shard = map_shard(path)
+        tokens, roles, hidden = shard["tokens"], shard["roles"], shard["hidden"]
+        best = shard["top_logits"].argmax(axis=-1, keepdims=True)
+        likeliest = np.take_along_axis(shard["top_ids"], best, axis=-1)[:, 0]
+        for start, end in pairwise([*shard["starts"].tolist(), len(tokens)]):
+            spoken = roles[start:end] == Role.ASSISTANT
             turns = np.flatnonzero(np.diff(np.r_[False, spoken, False].astype(int)))
             for first, last in zip(start + turns[::2], start + turns[1::2], strict=True):
-                if last - first > 1 and first - start > 1:
-                    if (likeliest[first - 1 : last - 1] == shard.tokens[first:last]).all():
-                        yield Answer(
-                            shard.tokens[start:first],
-                            shard.tokens[first:last],
-                            shard.hidden[first - 1 : last - 1],
-                        )
+                if last - first < 2 or first - start < 2:
+                    continue
+                if (likeliest[first - 1 : last - 1] == tokens[first:last]).all():
+                    yield Answer(
+                        np.array(tokens[start:first]),
+                        np.array(tokens[first:last]),
+                        as_mlx(hidden[first - 1 : last - 1]),
+                    )
 
 
 def replay(
@@ -147,7 +148,8 @@ def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) ->
             tokens = mx.array(np.concatenate([piece.roots[:, None], piece.ahead], axis=1))
             (ranks,) = device.read(ranks_of(piece.hidden, tokens, *vocabulary))
             known = (piece.ahead >= 0).T
-            hits += [[((rank < k) & at).sum() for k in RECALL] for rank, at in zip(ranks, known)]
+            for depth, (rank, at) in enumerate(zip(ranks, known, strict=True)):
+                hits[depth] += [((rank < k) & at).sum() for k in RECALL]
             total += known.sum(axis=1, keepdims=True)
     return hits / np.maximum(total, 1)
 
@@ -173,9 +175,7 @@ def _pieces(answer: Answer, depths: int) -> Iterator[_Piece]:
         for depth in range(depths):
             following = answer.tokens[at + depth + 1 : at + depth + 1 + AT_ONCE]
             ahead[: len(following), depth] = following
-        yield _Piece(
-            hidden.astype(mx.float32), np.pad(roots, (0, missing)), ahead, len(roots)
-        )
+        yield _Piece(hidden.astype(mx.float32), np.pad(roots, (0, missing)), ahead, len(roots))
 
 
 def path_ranks(
@@ -186,8 +186,9 @@ def path_ranks(
     tokens, logprobs (P, M), survivors (P, L-1, W) as `beam_search` returns them
     path             (P, L-1) token ids that came true
 
-    UNSCORED where the path was not scored. `TokenTree.best` takes the budget's likeliest candidates, so
-    a node is in the tree if and only if its rank is below the budget less one, the root.
+    UNSCORED where the path was not scored. `TokenTree.best` takes the budget's likeliest
+    candidates, so a node is in the tree if and only if its rank is below the budget less one, the
+    root.
     """
     positions, steps, width = survivors.shape
     ranks = np.full((positions, steps), UNSCORED)

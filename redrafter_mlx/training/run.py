@@ -1,8 +1,8 @@
 """A whole training run in a directory: data, vocabulary, head, training, what came of it.
 
-    OUTPUT/config.json, model.safetensors, README.md, training.png     the drafter
-    OUTPUT/training/data/         what the target wrote (training.data)
-    OUTPUT/training/checkpoint.safetensors, log.jsonl                  where the run stands
+OUTPUT/config.json, model.safetensors, README.md, training.png     the drafter
+OUTPUT/training/data/         what the target wrote (training.data)
+OUTPUT/training/checkpoint.safetensors, log.jsonl                  where the run stands
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective, tied_output, trained_output
 from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
-from redrafter_mlx.training.shards import held_out_shards, read_shard, training_shards
+from redrafter_mlx.training.shards import held_out_shards, training_shards
 from redrafter_mlx.training.windows import LENGTH, Shards
 
 PASSES = 10
@@ -196,7 +196,9 @@ class TrainingRun:
             if due or ended or now - last["told"] >= TELL_SECONDS:
                 entry = {
                     "loss": float(np.mean(losses)),
-                    "speed": len(losses) * self.positions_per_step / (progress.seconds - last["seconds"]),
+                    "speed": len(losses)
+                    * self.positions_per_step
+                    / (progress.seconds - last["seconds"]),
                 }
                 losses.clear()
                 last["seconds"] = progress.seconds
@@ -240,7 +242,7 @@ class TrainingRun:
 
 def held_out_answers(directory: Path) -> list[Answer]:
     """The greedy answers of the conversations that are kept from training."""
-    return list(greedy_answers(map(read_shard, held_out_shards(directory))))
+    return list(greedy_answers(held_out_shards(directory)))
 
 
 def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> HeadConfig:

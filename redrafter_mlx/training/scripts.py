@@ -7,18 +7,25 @@ an instruction-tuned model continues with a question (Magpie, arXiv 2406.08464).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.storage import one_line
 from redrafter_mlx.training.lockstep import Part, Role, Script
+from redrafter_mlx.training.questions import Question
 
 ANSWER_TEMPS = (0.0, 0.0, 0.7, 1.0)
 """Temperatures of the answers, drawn evenly: most people serve a model greedily or nearly so."""
 QUESTION_TEMP = 1.0
 QUESTION_LIMIT = 160
+TEXT_START = 32
+"""Tokens of a given text that the target continues."""
+WARM_UP = 8
+"""First tokens of a text that the target makes up, written at temperature 1: greedily it would
+begin every text alike."""
 OPENERS = (
     "Write", "Explain", "Summarize", "Translate", "What", "How", "Why", "Who", "When", "Where",
     "Which", "Can you", "Could you", "Give me", "List", "Describe", "Compare", "Create", "Rewrite",
@@ -29,46 +36,78 @@ OPENERS = (
     "Translate the following sentence", "Rewrite the following text", "Answer the question using",
 )  # fmt: skip
 """First words of half of the questions: left alone, a small model asks much the same ones."""
+_SAID = ("\u2460one", "\u2461two", "\u2462three")
 
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template cut into the token ids that stand between what people say.
+    """A chat template cut into the text and token ids that stand between what people say.
 
     opening   before the first user turn
     reply     between a user turn and the answer
     question  between an answer and the next user turn
-    stops     ids that end a turn
+    stops     ids that end an answer
+    asked     ids that end a question that the target writes
+    texts     the text of `opening` and of `question`
     """
 
     opening: tuple[int, ...]
     reply: tuple[int, ...]
     question: tuple[int, ...]
     stops: frozenset[int]
+    asked: frozenset[int]
+    texts: tuple[str, str]
 
     @classmethod
     def of(cls, tokenizer: TokenizerWrapper) -> Template | None:
-        """The tokenizer's template; None if it has none or answers cannot be told apart in it."""
+        """The tokenizer's template; None if it has none. UserError if it cannot be cut."""
         if not getattr(tokenizer, "chat_template", None):
             return None
-        said = ["\u2460one", "\u2461two", "\u2462three"]
-        roles = ["user", "assistant", "user"]
+        roles = ("user", "assistant", "user")
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, _SAID, strict=True)
+        ]
         try:
-            messages = [
-                {"role": role, "content": text} for role, text in zip(roles, said, strict=True)
-            ]
-            first = _render(tokenizer, messages[:1])
-            whole = _render(tokenizer, messages)
+            first, whole = _render(tokenizer, messages[:1]), _render(tokenizer, messages)
         except Exception as error:  # templates raise what they like
-            raise UserError(f"the chat template of the model cannot be used: {error}") from error
-        if said[0] not in first or not all(text in whole for text in said):
-            raise UserError("the chat template of the model changes what people say; give --data")
-        opening, reply = first.split(said[0])
-        question = whole[whole.index(said[1]) + len(said[1]) : whole.index(said[2])]
-        pieces = (_encode(tokenizer, text) for text in (opening, reply, question))
-        opening_ids, reply_ids, question_ids = pieces
-        stops = set(tokenizer.eos_token_ids) | set(reply_ids[:1]) | set(question_ids[:1])
-        return cls(opening_ids, reply_ids, question_ids, frozenset(stops))
+            raise UserError(
+                f"the chat template of the model cannot be used: {one_line(error)}"
+            ) from error
+        if any(whole.count(text) != 1 for text in _SAID) or first.count(_SAID[0]) != 1:
+            raise UserError(
+                "the chat template of the model changes what people say, so no data can be "
+                "written with it; load the model without it (tokenizer_config) for plain texts"
+            )
+        opening, reply = first.split(_SAID[0])
+        before, rest = whole.split(_SAID[1])
+        question = rest[: rest.index(_SAID[2])]
+        reply_ids = _after(tokenizer, opening + _SAID[0], reply)
+        question_ids = _after(tokenizer, before + _SAID[1], question)
+        # a mark that is ordinary text, such as a new line, may stand within an answer
+        marks = set(tokenizer.get_added_vocab().values()) & {*reply_ids[:1], *question_ids[:1]}
+        stops = frozenset(tokenizer.eos_token_ids) | marks
+        asked = stops | set(reply_ids[:1])
+        texts = (opening, question)
+        return cls(_encode(tokenizer, opening), reply_ids, question_ids, stops, asked, texts)
+
+    @staticmethod
+    def system_opening(tokenizer: TokenizerWrapper, system: str) -> str | None:
+        """The text before the first user turn with a system turn; None if that has no place."""
+        messages = [
+            {"role": "system", "content": system}, {"role": "user", "content": _SAID[0]}
+        ]  # fmt: skip
+        try:
+            opening, *rest = _render(tokenizer, messages).split(_SAID[0])
+        except Exception:  # templates without a system turn raise what they like
+            return None
+        return opening if system.strip() in opening and len(rest) == 1 else None
+
+    def opened(self, tokenizer: TokenizerWrapper, system: str) -> tuple[str, tuple[int, ...]]:
+        """Text and ids before the first user turn, with the system turn if it has a place."""
+        with_system = self.system_opening(tokenizer, system) if system else None
+        if with_system is None:
+            return self.texts[0], self.opening
+        return with_system, _encode(tokenizer, with_system)
 
 
 def _render(tokenizer: TokenizerWrapper, messages: list[dict]) -> str:
@@ -76,7 +115,19 @@ def _render(tokenizer: TokenizerWrapper, messages: list[dict]) -> str:
 
 
 def _encode(tokenizer: TokenizerWrapper, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
+    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+
+def _after(tokenizer: TokenizerWrapper, before: str, text: str) -> tuple[int, ...]:
+    """The ids of `text` where it follows `before`: some tokenizers put a space before a text."""
+    head, whole = _encode(tokenizer, before), _encode(tokenizer, before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else _encode(tokenizer, text)
+
+
+def text_opening(tokenizer: TokenizerWrapper) -> tuple[int, ...]:
+    """What a text begins with: the tokenizer's own first token, or a new line."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return (bos,) if bos is not None else _encode(tokenizer, "\n")[-1:]
 
 
 def own_conversations(
@@ -88,52 +139,70 @@ def own_conversations(
     limit  most tokens of an answer
     """
     draw = random.Random(seed)
-    openers = [_encode(tokenizer, text) for text in OPENERS]
+    openers = [_after(tokenizer, template.texts[0], text) for text in OPENERS]
     while True:
         opener = draw.choice(openers) if draw.random() < 0.5 else ()
         turns = draw.choice((1, 1, 1, 2, 3))
-        temp = draw.choice(ANSWER_TEMPS)
+        answer = Part(Role.ASSISTANT, (), limit, draw.choice(ANSWER_TEMPS), template.stops)
         script = [Part(Role.TEMPLATE, template.opening), Part(Role.USER, opener)]
         for turn in range(turns):
             if turn:
                 script.append(Part(Role.TEMPLATE, template.question))
             script += [
-                Part(Role.USER, limit=QUESTION_LIMIT, temp=QUESTION_TEMP),
+                Part(Role.USER, (), QUESTION_LIMIT, QUESTION_TEMP, template.asked),
                 Part(Role.TEMPLATE, template.reply),
-                Part(Role.ASSISTANT, limit=limit, temp=temp),
+                answer,
             ]
         yield script
 
 
-def own_texts(opening: Sequence[int], seed: str, limit: int) -> Iterator[Script]:
-    """Plain texts without end, for a target that has no chat template."""
+def own_texts(tokenizer: TokenizerWrapper, seed: str, limit: int) -> Iterator[Script]:
+    """Plain texts without end, for a target that has no chat template; arguments as above."""
     draw = random.Random(seed)
+    stops = frozenset(tokenizer.eos_token_ids)
+    opening = Part(Role.TEMPLATE, text_opening(tokenizer))
+    warm_up = Part(Role.ASSISTANT, (), WARM_UP, 1.0, stops, goes_on=True)
     while True:
-        temp = draw.choice(ANSWER_TEMPS[1:] or (1.0,))
-        start = Part(Role.TEMPLATE, tuple(opening))
-        warm_up = Part(Role.USER, limit=8, temp=1.0)
-        del warm_up
-        yield [start, Part(Role.ASSISTANT, limit=limit, temp=max(temp, 0.7))]
+        temp = draw.choice(ANSWER_TEMPS)
+        yield [opening, warm_up, Part(Role.ASSISTANT, (), limit, temp, stops)]
 
 
 def answered(
-    template: Template,
+    template: Template | None,
     tokenizer: TokenizerWrapper,
-    questions: Sequence[Sequence[str]],
+    question: Question,
     seed: str,
     limit: int,
-) -> Iterator[Script]:
-    """The user's turns of given conversations, each answered by the target."""
-    draw = random.Random(seed)
-    for turns in questions:
-        temp = draw.choice(ANSWER_TEMPS)
-        script: list[Part] = []
-        for turn, text in enumerate(turns):
-            before = template.question if turn else template.opening
-            script += [
-                Part(Role.TEMPLATE, before),
-                Part(Role.USER, _encode(tokenizer, text)),
-                Part(Role.TEMPLATE, template.reply),
-                Part(Role.ASSISTANT, limit=limit, temp=temp),
-            ]
-        yield script
+) -> Script:
+    """A given conversation, its user's turns answered by the target, or a given text, continued.
+
+    seed   of the temperature; other arguments as above
+    """
+    temp = random.Random(seed).choice(ANSWER_TEMPS)
+    if template is None or question.is_text:
+        text = _encode(tokenizer, question.turns[0])
+        answer = Part(Role.ASSISTANT, (), limit, temp, frozenset(tokenizer.eos_token_ids))
+        given = text[:TEXT_START] if question.is_text else text
+        opening = Part(Role.TEMPLATE, text_opening(tokenizer))
+        return [opening, Part(Role.USER, given), answer]
+    script: list[Part] = []
+    before, ids = template.opened(tokenizer, question.system)
+    for text in question.turns:
+        script += [
+            Part(Role.TEMPLATE, ids),
+            Part(Role.USER, _after(tokenizer, before, text)),
+            Part(Role.TEMPLATE, template.reply),
+            Part(Role.ASSISTANT, (), limit, temp, template.stops),
+        ]
+        before, ids = template.texts[1], template.question
+    return script
+
+
+def prompt_length(script: Script) -> int:
+    """Tokens that are given before the target first writes."""
+    length = 0
+    for part in script:
+        if part.limit:
+            break
+        length += len(part.tokens)
+    return length

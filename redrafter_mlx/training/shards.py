@@ -1,4 +1,4 @@
-"""Conversations on disk, as the target said them: one safetensors file for each batch of rows.
+"""Conversations on disk, as the target said them: safetensors files for each batch of rows.
 
 A shard holds T tokens of several conversations end to end:
 
@@ -9,14 +9,16 @@ A shard holds T tokens of several conversations end to end:
     top_ids     (T, K)  int32 the likeliest next tokens, in no order
     top_logits  (T, K)  float16 their logits below the highest
 
-A file appears complete or not at all, so a killed run loses the batch that was under way.
+Some whole conversations of each batch go into a file of their own and are never trained on. A
+file appears complete or not at all, so a killed run loses the batch that was under way.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,41 +27,114 @@ import numpy as np
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.lockstep import Conversation
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One file, opened: numpy views of its arrays, except `hidden`, which stays with mlx."""
-
-    tokens: np.ndarray
-    roles: np.ndarray
-    starts: np.ndarray
-    hidden: mx.array
-    top_ids: np.ndarray
-    top_logits: np.ndarray
+HELD_OUT_EVERY = 16
+"""One of so many conversations is held out."""
+_NUMPY = {"I32": np.int32, "U8": np.uint8, "F16": np.float16, "BF16": np.uint16}
+_COLUMNS = ("tokens", "roles", "hidden", "top_ids", "top_logits")
 
 
 def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05}.safetensors"
 
 
-def write_shard(path: Path, conversations: Sequence[Conversation], metadata: dict[str, str]) -> None:
-    """Write the conversations to `path`, whole or not at all."""
+def held_out_path(directory: Path, number: int) -> Path:
+    return directory / f"held-out-{number:05}.safetensors"
+
+
+def training_shards(directory: Path) -> list[Path]:
+    """The files to train on, in order."""
+    return [shard_path(directory, number) for number in range(shard_count(directory))]
+
+
+def held_out_shards(directory: Path) -> list[Path]:
+    """The files of conversations to evaluate on, in order: one conversation of 16."""
+    paths = (held_out_path(directory, number) for number in range(shard_count(directory)))
+    return [path for path in paths if path.exists()]
+
+
+def shard_count(directory: Path) -> int:
+    """Batches that are complete."""
+    number = 0
+    while shard_path(directory, number).exists():
+        number += 1
+    return number
+
+
+def write_shard(
+    path: Path, conversations: Sequence[Conversation], metadata: dict[str, str]
+) -> None:
+    """Write the conversations, one or more, to `path`: whole or not at all."""
     lengths = [len(c.tokens) for c in conversations]
-    joined = lambda name: mx.concatenate([mx.array(getattr(c, name)) for c in conversations])
     arrays = {
-        name: joined(name) for name in ("tokens", "roles", "hidden", "top_ids", "top_logits")
+        name: mx.concatenate([mx.array(getattr(c, name)) for c in conversations])
+        for name in _COLUMNS
     }
     arrays["starts"] = mx.array(np.cumsum([0, *lengths[:-1]]).astype(np.int32))
     partial = path.with_name(f".{path.stem}.partial.safetensors")
-    mx.save_safetensors(str(partial), arrays, metadata)
-    os.replace(partial, path)
-
-
-def read_shard(path: Path) -> Shard:
-    """The shard in `path`; UserError if it is damaged."""
     try:
-        arrays = mx.load(str(path))
-        small = {name: np.array(x) for name, x in arrays.items() if name != "hidden"}
-        return Shard(hidden=arrays["hidden"], **small)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a complete shard of training data: {error}") from error
+        mx.save_safetensors(str(partial), arrays, metadata)
+        if partial.stat().st_size < sum(array.nbytes for array in arrays.values()):
+            raise OSError(f"{partial} was cut short")  # not every mlx tells of a full disk
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_batch(
+    directory: Path, number: int, conversations: Sequence[Conversation], metadata: dict[str, str]
+) -> None:
+    """Write a batch's conversations, one or more: those held out first, for they do not count."""
+    held_out = conversations[1::HELD_OUT_EVERY]
+    rest = [c for i, c in enumerate(conversations) if i % HELD_OUT_EVERY != 1]
+    if held_out:
+        write_shard(held_out_path(directory, number), held_out, {})
+    write_shard(shard_path(directory, number), rest, metadata)
+
+
+def map_shard(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a shard, mapped into memory; bfloat16 as uint16. UserError if it is damaged."""
+    try:
+        header, begin = _header(path)
+        arrays = {
+            name: _mapped(path, begin, entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        length = len(arrays["tokens"])
+        wrong = [name for name in _COLUMNS if len(arrays[name]) != length]
+        if wrong or not len(arrays["starts"]):
+            raise ValueError(f"its {', '.join(wrong) or 'starts'} do not fit its tokens")
+        return arrays
+    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a complete shard of training data ({type(error).__name__}: {error}); "
+            "delete it and all later ones, they will be written again"
+        ) from error
+
+
+def as_mlx(hidden: np.ndarray) -> mx.array:
+    """Hidden states of a mapped shard, or a part of them, as an array of mlx."""
+    array = mx.array(hidden)
+    return array.view(mx.bfloat16) if hidden.dtype == np.uint16 else array
+
+
+def _mapped(path: Path, begin: int, entry: dict) -> np.ndarray:
+    first, last = entry["data_offsets"]
+    if begin + last > path.stat().st_size:
+        raise ValueError(f"it ends {begin + last - path.stat().st_size} bytes early")
+    return np.memmap(path, _NUMPY[entry["dtype"]], "r", begin + first, tuple(entry["shape"]))
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    """The header of a safetensors file and where its data begin."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > path.stat().st_size:
+            raise ValueError("no safetensors header")
+        return json.loads(file.read(size)), 8 + size
+
+
+def shard_metadata(path: Path) -> dict[str, str]:
+    """What was noted with a shard; UserError if it is damaged."""
+    map_shard(path)
+    return _header(path)[0].get("__metadata__") or {}

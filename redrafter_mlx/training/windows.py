@@ -9,8 +9,7 @@ Shape letters: B windows, L positions of a window, n steps predicted at each, K 
 
 from __future__ import annotations
 
-import json
-import struct
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.lockstep import Role
+from redrafter_mlx.training.shards import as_mlx, map_shard
 
 LENGTH = 16
-_NUMPY = {"I32": np.int32, "U8": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32}
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,14 @@ class Shards:
     """The shards of a directory, mapped into memory: only what is asked for is read."""
 
     def __init__(self, paths: Sequence[Path]):
-        self._files = [_mapped(path) for path in paths]
+        self._files = [map_shard(path) for path in paths]
         if not self._files:
             raise UserError("there is no training data yet")
         self.tokens = sum(len(file["tokens"]) for file in self._files)
         self.hidden_size = self._files[0]["hidden"].shape[1]
+        for path, file in zip(paths, self._files, strict=True):
+            if file["hidden"].shape[1] != self.hidden_size:
+                raise UserError(f"{path} was written by another target than {paths[0]}")
 
     def windows(self, seed: str, steps: int) -> list[tuple[int, int, int]]:
         """(file, first, end of the conversation) of every window, shuffled by the seed.
@@ -62,7 +64,7 @@ class Shards:
         found = []
         for f, file in enumerate(self._files):
             starts = [*file["starts"].tolist(), len(file["tokens"])]
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in itertools.pairwise(starts):
                 phase = int(draw.integers(LENGTH))
                 for first in range(start - phase, end - 2, LENGTH):
                     if _speaks(file["roles"][max(first + 2, start) : first + 2 + LENGTH]):
@@ -82,9 +84,8 @@ class Shards:
         top_logits = cut("top_logits", 1, -1)
         written = (roles == Role.ASSISTANT) + 0.5 * (roles == Role.USER)
         has_view = (top_logits != 0).any(axis=-1)
-        view = mx.array(hidden)
         return Batch(
-            hidden=view.view(mx.bfloat16) if hidden.dtype == np.uint16 else view,
+            hidden=as_mlx(hidden),
             tokens=cut("tokens", 1, None),
             top_ids=cut("top_ids", 1, -1),
             top_logits=top_logits,
@@ -113,17 +114,3 @@ class Shards:
 
 def _speaks(roles: np.ndarray) -> bool:
     return bool(((roles == Role.ASSISTANT) | (roles == Role.USER)).any())
-
-
-def _mapped(path: Path) -> dict[str, np.ndarray]:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        name: np.memmap(
-            path, _NUMPY[entry["dtype"]], "r", 8 + size + entry["data_offsets"][0],
-            tuple(entry["shape"]),
-        )
-        for name, entry in header.items()
-    }  # fmt: skip

@@ -1,0 +1,380 @@
+"""The first stage of training: the target writes what the head will learn from.
+
+Batches of conversations are played and written one after the other, until there are enough
+tokens, or no time, or no questions left. What a batch holds depends on the target, the options,
+its number and the batches before it and on nothing else, so a run that was killed goes on to the
+same files as one that was not. `data.json` says what a directory was made with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from redrafter_mlx.config import DataOptions
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.storage import in_use, one_line
+from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.filters import Sieve, loop_end
+from redrafter_mlx.training.lockstep import Conversation, Role, Script, can_stagger, play
+from redrafter_mlx.training.manifest import note_counts, settle
+from redrafter_mlx.training.questions import Question, read_questions
+from redrafter_mlx.training.scripts import (
+    Template,
+    answered,
+    own_conversations,
+    own_texts,
+    prompt_length,
+)
+from redrafter_mlx.training.shards import (
+    held_out_path,
+    map_shard,
+    shard_count,
+    shard_metadata,
+    shard_path,
+    write_batch,
+)
+
+BLOCK = 8
+"""Batches' worth of questions that are sorted by length among themselves: rows whose prompts are
+alike take them in many tokens at once."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the conversations so far.
+
+    conversations  kept
+    tokens         of the target's answers, kept
+    near_repeats   left out because their question was much like an earlier one
+    loops          cut where an answer went round in circles
+    unanswered     left out because the columns ended before an answer began
+    """
+
+    conversations: int = 0
+    tokens: int = 0
+    near_repeats: int = 0
+    loops: int = 0
+    unanswered: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the stage stands: tokens kept of the goal; batches done, and share of the next."""
+
+    counts: Counts
+    goal: int
+    batches: int
+    share: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What of --data is not used.
+
+    bad_lines   broken ones
+    repeated    questions much like an earlier one
+    too_long    prompts that leave no room for an answer in a row's columns
+    systems     system turns for which the chat template has no place; their questions are used
+    """
+
+    bad_lines: int = 0
+    repeated: int = 0
+    too_long: int = 0
+    systems: int = 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """How the stage ended.
+
+    ended      "tokens": there are enough; "time"; "questions": all of --data is answered;
+               "repeats": the target only asks what it asked before
+    """
+
+    counts: Counts
+    batches: int
+    ended: str
+    left_out: LeftOut
+
+
+@dataclass(frozen=True)
+class _State:
+    """After a batch: counts, the next question of --data, and questions still to be answered."""
+
+    counts: Counts = Counts()
+    next: int = 0
+    again: tuple[int, ...] = ()
+
+    def metadata(self) -> dict[str, str]:
+        return {"state": json.dumps(asdict(self), sort_keys=True)}
+
+    @classmethod
+    def of(cls, path: Path) -> _State:
+        try:
+            state = json.loads(shard_metadata(path)["state"])
+            return cls(Counts(**state["counts"]), state["next"], tuple(state["again"]))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} was not written by this command; delete it") from error
+
+
+class _Own:
+    """What the target makes up itself."""
+
+    left_out = LeftOut()
+    digest = None
+
+    def __init__(
+        self, template: Template | None, tokenizer: TokenizerWrapper, options: DataOptions
+    ):
+        self._make = lambda seed: (
+            own_texts(tokenizer, seed, options.answer_tokens)
+            if template is None
+            else own_conversations(template, tokenizer, seed, options.answer_tokens)
+        )
+        self._seed = options.seed
+
+    def indices(self, state: _State) -> Sequence[int] | None:
+        return None
+
+    def scripts(self, number: int, state: _State) -> Iterator[Script]:
+        return self._make(f"{self._seed}/{number}")
+
+
+class _Given:
+    """The questions of --data in a shuffled order, those of alike length near each other."""
+
+    def __init__(self, template, tokenizer: TokenizerWrapper, options: DataOptions):
+        questions, bad_lines = read_questions(Path(options.data), options.skip_bad)
+        text = json.dumps([dataclasses.astuple(question) for question in questions])
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._script = lambda i: answered(
+            template, tokenizer, questions[i], f"{options.seed}/{i}", options.answer_tokens
+        )
+        room = min(options.answer_tokens, options.columns // 4)
+        sieve, repeated, too_long, systems = Sieve(), 0, 0, 0
+        self._lengths: dict[int, int] = {}
+        for i, question in enumerate(questions):
+            length = prompt_length(self._script(i))
+            if length > options.columns - room:
+                too_long += 1
+            elif not sieve.admits(_ids(tokenizer, question)):
+                repeated += 1
+            else:
+                self._lengths[i] = length
+                systems += bool(question.system) and not _has_system(template, tokenizer, question)
+        if not self._lengths:
+            raise UserError(
+                f"--data {options.data}: all {len(questions)} prompts are longer than "
+                f"{options.columns - room} tokens; raise --columns"
+            )
+        self.left_out = LeftOut(bad_lines, repeated, too_long, systems)
+        self._seed = options.seed
+
+    def arrange(self, rows: int) -> None:
+        """Fix the order for batches of `rows` rows."""
+        kept = np.array(list(self._lengths))
+        kept = kept[np.random.default_rng(self._seed).permutation(len(kept))]
+        size = BLOCK * rows
+        blocks = (kept[first : first + size] for first in range(0, len(kept), size))
+        self._order = [int(i) for block in blocks for i in sorted(block, key=self._lengths.get)]
+
+    def indices(self, state: _State) -> Sequence[int]:
+        """The questions that are left, in order."""
+        return [*state.again, *self._order[state.next :]]
+
+    def scripts(self, number: int, state: _State) -> Iterator[Script]:
+        return (self._script(i) for i in self.indices(state))
+
+
+def _has_system(template: Template | None, tokenizer: TokenizerWrapper, question: Question) -> bool:
+    return (
+        template is not None
+        and not question.is_text
+        and template.system_opening(tokenizer, question.system) is not None
+    )
+
+
+def _ids(tokenizer: TokenizerWrapper, question: Question) -> list[int]:
+    """What two questions are compared by: system and user turns, as token ids."""
+    return tokenizer.encode("\n".join((question.system, *question.turns)), add_special_tokens=False)
+
+
+def write_data(
+    target: Target,
+    tokenizer: TokenizerWrapper,
+    directory: Path,
+    options: DataOptions,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Written:
+    """Fill `directory` with conversations of the target, from wherever an earlier run left off.
+
+    target     with the layers to keep in `taps`
+    progress   called after every column
+
+    Batches are whole: the goal is overshot by less than one, and with `data_minutes` none is
+    begun that would end later, except the first. Raises UserError when the directory is in use,
+    was made with another target or other options, or the disk is full.
+    """
+    with in_use(directory):
+        template = Template.of(tokenizer)
+        source = (_Given if options.data else _Own)(template, tokenizer, options)
+        rows = settle(directory, target, options, template, source.digest)
+        if isinstance(source, _Given):
+            source.arrange(rows)
+        stage = _Stage(target, directory, options, rows, source, progress)
+        ended = stage.run()
+        return Written(stage.state.counts, stage.batches, ended, source.left_out)
+
+
+class _Stage:
+    """The batches of one directory, one after the other."""
+
+    def __init__(self, target, directory: Path, options: DataOptions, rows: int, source, progress):
+        self._target, self._directory, self._options = target, directory, options
+        self._rows, self._source, self._progress = rows, source, progress
+        self._staggered = can_stagger(target)
+        self._begun = time.monotonic()
+        for left_behind in directory.glob(".*.partial*"):
+            left_behind.unlink()
+        self.batches = shard_count(directory)
+        self.state = (
+            _State.of(shard_path(directory, self.batches - 1)) if self.batches else _State()
+        )
+        self._sieve = Sieve()
+        if isinstance(source, _Own):
+            for number in range(self.batches):
+                self._remember(shard_path(directory, number))
+                if held_out_path(directory, number).exists():
+                    self._remember(held_out_path(directory, number))
+
+    def run(self) -> str:
+        """Write batches; why there are no more of them."""
+        took = 0.0
+        while self.state.counts.tokens < self._options.data_tokens:
+            minutes, begun = self._options.data_minutes, time.monotonic()
+            if minutes is not None and self.batches and begun - self._begun + took > 60 * minutes:
+                return "time"
+            if self._source.indices(self.state) == []:
+                return "questions"
+            kept, state = self._play()
+            if not kept:
+                return "repeats"
+            self._write(kept, state)
+            took = time.monotonic() - begun
+        return "tokens"
+
+    def _play(self) -> tuple[list[Conversation], _State]:
+        """The next batch's conversations, filtered, and the state after it."""
+        seed = hashlib.sha256(f"{self._options.seed}/{self.batches}".encode()).digest()
+        taken = 0
+
+        def counted():
+            nonlocal taken
+            for script in self._source.scripts(self.batches, self.state):
+                taken += 1
+                yield script
+
+        played = play(
+            self._target, counted(), self._rows, self._options.columns,
+            mx.random.key(int.from_bytes(seed[:8], "little")), self._tell, self._staggered,
+        )  # fmt: skip
+        kept, counts = self._filter(played)
+        indices = self._source.indices(self.state)
+        if indices is None:
+            return kept, _State(counts)
+        done = {c.number for c in played if _answered(c)}
+        again = tuple(indices[i] for i in range(taken) if i not in done)
+        taken_anew = taken - min(taken, len(self.state.again))
+        left = self.state.again[taken:]  # few rows may not even reach all of them
+        return kept, _State(counts, self.state.next + taken_anew, again + left)
+
+    def _filter(self, played: Sequence[Conversation]) -> tuple[list[Conversation], Counts]:
+        kept, repeats, loops, unanswered, tokens = [], 0, 0, 0, 0
+        for conversation in played:
+            if not _answered(conversation):
+                unanswered += 1
+                continue
+            if isinstance(self._source, _Own) and not self._sieve.admits(
+                _question(conversation.tokens, conversation.roles)
+            ):
+                repeats += 1
+                continue
+            end = _loop_end(conversation)
+            loops += end is not None
+            kept.append(conversation if end is None else _cut(conversation, end))
+            tokens += int((kept[-1].roles == Role.ASSISTANT).sum())
+        return kept, _total(self.state.counts, len(kept), tokens, repeats, loops, unanswered)
+
+    def _write(self, kept: Sequence[Conversation], state: _State) -> None:
+        try:
+            write_batch(self._directory, self.batches, kept, state.metadata())
+            mx.clear_cache()
+            self.batches, self.state = self.batches + 1, state
+            note_counts(self._directory, asdict(state.counts))
+        except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
+            raise UserError(
+                f"no data could be written to {self._directory}: {one_line(error)}; "
+                f"complete batches: {self.batches}; make room and run again"
+            ) from error
+
+    def _remember(self, path: Path) -> None:
+        arrays = map_shard(path)
+        starts = [*arrays["starts"].tolist(), len(arrays["tokens"])]
+        for first, last in itertools.pairwise(starts):
+            span = slice(first, last)
+            self._sieve.remember(_question(arrays["tokens"][span], arrays["roles"][span]))
+
+    def _tell(self, done: int, total: int) -> None:
+        seconds = time.monotonic() - self._begun
+        self._progress(
+            Progress(
+                self.state.counts, self._options.data_tokens, self.batches, done / total, seconds
+            )
+        )
+
+
+def _answered(conversation: Conversation) -> bool:
+    return bool((conversation.roles == Role.ASSISTANT).any())
+
+
+def _question(tokens: np.ndarray, roles: np.ndarray) -> np.ndarray:
+    """What the user first asks, or how a text begins."""
+    role = Role.USER if (roles == Role.USER).any() else Role.ASSISTANT
+    first = int(np.argmax(roles == role))
+    ends = np.flatnonzero(roles[first:] != role)
+    return tokens[first : first + int(ends[0]) if len(ends) else len(tokens)][:256]
+
+
+def _loop_end(conversation: Conversation) -> int | None:
+    """Where the first answer that goes round in circles is to be cut."""
+    speaks = np.concatenate([[False], conversation.roles == Role.ASSISTANT, [False]])
+    edges = np.flatnonzero(speaks[1:] != speaks[:-1])
+    for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        end = loop_end(conversation.tokens[first:last])
+        if end is not None:
+            return first + end
+    return None
+
+
+def _total(before: Counts, *added: int) -> Counts:
+    return Counts(*(a + b for a, b in zip(dataclasses.astuple(before), added, strict=True)))
+
+
+def _cut(conversation: Conversation, end: int) -> Conversation:
+    names = ("tokens", "roles", "hidden", "top_ids", "top_logits")
+    parts = {name: getattr(conversation, name)[:end] for name in names}
+    return dataclasses.replace(conversation, **parts)
