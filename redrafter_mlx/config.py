@@ -240,7 +240,7 @@ class TrainingOptions(Options):
     steps: int | None = option(
         None, "updates to take (default: as many as the time allows)", low=1, type=int
     )
-    learning_rate: float = option(1e-3, "highest learning rate", low=0.0)
+    learning_rate: float = option(5e-4, "highest learning rate", low=0.0)
     windows: int = option(32, "windows of 16 positions in a batch", low=1)
     accumulate: int = option(1, "batches per update", low=1)
     candidates: int = option(2048, "tokens that the soft-max of a batch runs over", low=16)

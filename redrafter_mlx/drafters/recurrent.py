@@ -296,7 +296,6 @@ class TextVocabulary:
         if "scales" not in self._linear:
             self._linear.weight = device.by_columns(self._linear.weight)
         self._current = ids, self._linear.parameters()
-        mx.eval(self._current)
 
     def project(self, features: mx.array, parameters: dict) -> mx.array:
         """Logits (R, D') of what the target's head would read (R, h)."""

@@ -23,7 +23,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.objective import Objective, candidates
 from redrafter_mlx.training.windows import Batch, Shards
 
-WARM_UP = 0.05
+WARM_UP = 0.02
 """Share of the steps over which the learning rate rises."""
 _BETAS = (0.9, 0.98)
 PROBES = 6

@@ -56,7 +56,8 @@ def candidates(batch: Batch, allowed: np.ndarray, size: int, seed: list[int]) ->
     others = np.setdiff1d(allowed, likely, assume_unique=True)
     sampled = np.random.default_rng(seed).choice(others, size - len(likely), replace=False)
     bias = np.zeros(size, np.float32)
-    bias[len(likely) :] = np.log(len(others) / max(len(sampled), 1))
+    if len(sampled):
+        bias[len(likely) :] = np.log(len(others) / len(sampled))
     return Candidates(
         mx.array(np.concatenate([likely, sampled]).astype(np.int32)),
         mx.array(bias),

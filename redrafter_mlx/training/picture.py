@@ -34,7 +34,8 @@ def draw(log: Sequence[dict], path: Path, title: str) -> bool:
         axes.set_xlabel("minutes of training")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    right.legend()
+    if right.lines:
+        right.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     return True

@@ -136,12 +136,9 @@ class TrainingRun:
             Progress(training.steps or 1),
             seed,
         )
-        self.settings = {
-            **asdict(head),
-            **asdict(training),
-            "seed": seed,
-            "data_tokens": self.shards.tokens,
-        }
+        depends_on = {**asdict(head), **asdict(training), "seed": seed}
+        depends_on["data_tokens"] = self.shards.tokens
+        self.settings = json.loads(json.dumps(depends_on))  # as they will be read back
         self.drafter = RecurrentDrafter(
             self.head, d2t, target.embed, target.output_layer if tied else None
         )

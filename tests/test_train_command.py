@@ -1,0 +1,143 @@
+"""python -m redrafter_mlx.train from end to end, on a tiny target."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import mlx.core as mx
+import pytest
+
+from families import build
+from redrafter_mlx import hub, train
+from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.storage import in_use
+from redrafter_mlx.training import run as training_run
+from support import TinyTokenizer, generation, ids, tiny_prompt
+
+SMALL = ["--data-tokens", "1500", "--rows", "8", "--columns", "96", "--answer-tokens", "24",
+         "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def target(monkeypatch):
+    """What --model loads, whatever its name."""
+    model = build("llama")
+    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, TinyTokenizer()))
+    return model
+
+
+def command(output, *more) -> int:
+    return train.main(["--model", "tiny", "--output", str(output), *SMALL, *map(str, more)])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[], ["--output-layer", "trained", "--exit-dim", 40], ["--fused-layers", 0, 1, "--blocks", 1]],
+    ids=["tied", "trained", "fused"],
+)
+def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, shape, capsys):
+    output = tmp_path / "drafter"
+    assert command(output, "--steps", 6, *shape) == 0
+    shown = capsys.readouterr()
+    assert "step 6/6" in shown.err
+    assert "| 4 x 5 |" in shown.out
+    drafter = hub.load_drafter(str(output), target)
+    prompt = tiny_prompt()
+    run = generation(target, prompt, drafter)
+    assert ids(run) == ids(generation(build("llama"), prompt))
+    assert run.stats.nodes > run.stats.rounds
+    card = (output / "README.md").read_text()
+    assert "python -m redrafter_mlx.train --model tiny" in card
+    assert shown.out.strip() in card
+    entries = [json.loads(line) for line in (output / "training/log.jsonl").open()]
+    assert entries[-1]["step"] == 6
+    assert {"loss", "tree", "chain"} <= entries[-1].keys()
+
+
+def test_ctrl_c_saves_and_resume_ends_like_a_whole_run(tmp_path, monkeypatch, capsys):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert command(whole, "--steps", 8) == 0
+    monkeypatch.setattr(training_run, "TELL_SECONDS", 0.0)
+    tell = train._tell
+
+    def press(progress, entry):
+        tell(progress, entry)
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, "_tell", press)
+    assert command(halves, "--steps", 8) == 130
+    assert "stopped after step 4 of 8" in capsys.readouterr().err
+    load_head(halves, mx.float32)
+    monkeypatch.setattr(train, "_tell", tell)
+    assert command(halves, "--steps", 8, "--resume") == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (whole / name).read_bytes() == (halves / name).read_bytes()
+
+
+def test_resume_refuses_other_settings(tmp_path, capsys):
+    assert command(tmp_path / "out", "--steps", 2) == 0
+    assert command(tmp_path / "out", "--steps", 2, "--resume", "--loss", "hard") == 2
+    assert "loss was kl, is hard" in capsys.readouterr().err
+
+
+def test_evaluate_measures_what_is_there(tmp_path, capsys):
+    assert command(tmp_path / "out", "--steps", 2) == 0
+    trained = capsys.readouterr().out
+    assert command(tmp_path / "out", "--evaluate") == 0
+    evaluated = capsys.readouterr().out
+    assert evaluated.splitlines()[0] == trained.splitlines()[0]
+    assert evaluated.count("|") == trained.count("|")
+
+
+def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, capsys):
+    assert command(tmp_path / "out", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "GB on disk" in said
+    assert "GB of memory" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_in_use_is_refused(tmp_path, capsys):
+    with in_use(tmp_path / "out" / "training"):
+        assert command(tmp_path / "out", "--resume", "--steps", 2) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+
+
+def test_a_time_too_short_for_all_data_still_gives_a_drafter(tmp_path, capsys):
+    assert command(tmp_path / "out", "--minutes", 0.005, "--data-tokens", 10**9) == 0
+    assert "steps of 64 positions" in capsys.readouterr().err
+    load_head(tmp_path / "out", mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--minutes", "0"], "--minutes 0.0 must be above 0"),
+        (["--resume"], "holds no training run; leave --resume out"),
+        (["--evaluate"], "holds no training run"),
+        (["--exit-dim", "40"], "--exit-dim 40: a tied output needs the target's hidden size 64"),
+        (["--fused-layers", "0", "7"], "fused_layers [0, 7]: llama has 2 layers"),
+        (["--loss", "magic"], "invalid choice: 'magic'"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0 is outside its range"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, flags, complaint):
+    try:
+        code = command(tmp_path / "out", *flags)
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err.strip()
+    assert code == 2
+    assert complaint in said
+    assert len(said.splitlines()) == 1
+
+
+def test_another_directory_is_never_written_into(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("keep")
+    assert command(tmp_path) == 2
+    assert "is not empty; give another directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
