@@ -69,7 +69,7 @@ def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
         **{
             "vocab_size": target.vocab_size,
             "hidden_size": target.hidden_size,
-            "exit_dim": 2 * target.hidden_size,
+            "exit_dim": (1 if shape.get("tied_output") else 2) * target.hidden_size,
             "num_blocks": 1,
             "rnn": True,
             "draft_vocab_size": draft_vocab_size,
@@ -79,7 +79,10 @@ def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
     mx.random.seed(seed)
     head = RecurrentHead(config)
     ids = mx.arange(draft_vocab_size, dtype=mx.int32) if d2t is None else mx.array(d2t)
-    return RecurrentDrafter(head, ids, target.embed)
+    if config.fused_layers:
+        target.tap(config.fused_layers)
+    output = target.output_layer if config.tied_output else None
+    return RecurrentDrafter(head, ids, target.embed, output)
 
 
 def generation(model, prompt, drafter=None, max_tokens=40, eos=(), draft=None, **sampling):

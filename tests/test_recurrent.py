@@ -4,11 +4,17 @@ import itertools
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
+from families import build
 from redrafter_mlx.drafters.beam_search import beam_search, collect
 from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
+from redrafter_mlx.round import Transcript
+from redrafter_mlx.target.adapter import adapt
+from support import random_drafter
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 CASES = ["full_exit", "projected_exit", "sum_state"]
@@ -45,6 +51,50 @@ def search(head, embeddings, context, root, width, length, cut=None):
         length=length,
     )
     return collect(root.item(), *(np.array(x[0]) for x in found))
+
+
+def test_a_tied_output_proposes_the_ids_of_the_text_too():
+    model = build("llama")
+    target = adapt(model)
+    drafter = random_drafter(model, d2t=np.arange(10), tied_output=True)
+    drafter._vocabulary.SPARE = 16
+    text = Transcript([3, 50, 60, 50])
+    ids, rows = drafter.vocabulary_of(text)
+    assert ids.tolist()[:12] == [*range(10), 50, 60]
+    assert len(set(ids.tolist())) == ids.size == 16
+    assert mx.array_equal(rows["weight"], target.output_layer(ids).weight)
+    again, _ = drafter.vocabulary_of(text)
+    assert again is ids
+    text.extend([70], 71)  # too few to be worth a change
+    assert drafter.vocabulary_of(text)[0] is ids
+    text.extend(range(20, 40), 41)
+    later, _ = drafter.vocabulary_of(text)
+    assert {70, 71, 41, *range(20, 40)} <= set(later.tolist())
+    other, _ = drafter.vocabulary_of(Transcript([3, 90]))
+    assert 90 in other.tolist()
+    assert 50 not in other.tolist()[:11]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_of_a_quantised_head_are_its_own(bits):
+    model = build("llama")
+    fits = lambda _, module: hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+    nn.quantize(model, group_size=32, bits=bits, class_predicate=fits)
+    target = adapt(model)
+    x, ids = mx.random.normal((3, target.hidden_size)), mx.array([5, 0, 96])
+    whole = target._head(x)
+    assert np.allclose(target.output_layer(ids)(x), whole[:, ids], atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_projection_in_halves_equals_the_whole(bits):
+    config = HeadConfig(97, 64, 32, 1, True, 97, fused_layers=(1,))
+    head = RecurrentHead(config)
+    if bits:
+        nn.quantize(head, group_size=32, bits=bits)
+    hidden, state = mx.random.normal((2, 128)), mx.random.normal((6, 64))
+    whole = mx.concatenate([mx.repeat(head.normed(hidden), 3, axis=0), state], axis=-1)
+    assert np.allclose(head(head.read(hidden), state), head.exit(whole), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)

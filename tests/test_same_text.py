@@ -46,7 +46,8 @@ def test_tiny_targets(model, sampling):
     plain = ids(generation(model, prompt, **sampling))
     assert len(set(plain)) > 3, "a text this dull would hide differences"
     reduced = random_drafter(model, seed=1, d2t=D2T, rnn=False, exit_dim=24)
-    for drafter in (random_drafter(model), reduced):
+    tied = random_drafter(model, seed=2, d2t=D2T[:20], tied_output=True, fused_layers=(0, 1))
+    for drafter in (random_drafter(model), reduced, tied):
         for draft in BUDGETS:
             assert ids(generation(model, prompt, drafter, draft=draft, **sampling)) == plain
     for script in ({"right": 3, "wrong": 1, "decoys": True}, {"right": 0, "wrong": 3}):
