@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from redrafter_mlx.drafters.checkpoint import expected_tensors
+from redrafter_mlx.drafters.checkpoint import expected_tensors, own_settings
 from redrafter_mlx.drafters.recurrent import HeadConfig
 from redrafter_mlx.errors import UserError
 
@@ -94,6 +94,12 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
 def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
     """What to make of this head, and what the user should know about it."""
     notes = []
+    extensions = ", ".join(own_settings(head.config))
+    if extensions and order.layout.name != "mlx":
+        raise UserError(
+            f"--to {order.layout.name}: {extensions} of {head.source.path} are known to this "
+            "package alone; train a head with --output-layer trained and without --fused-layers"
+        )
     if order.packing and not order.layout.packed:
         raise UserError(f"--quantize is for --to mlx; {order.layout.name} has no packed weights")
     if order.packing and head.packing:
@@ -206,6 +212,7 @@ def _settings(
         "exit_dim": config.exit_dim,
         "num_draft_layers": config.num_blocks,
         "rnn": config.rnn,
+        **own_settings(config),
     }
     if config.draft_vocab_size < config.vocab_size:
         values["draft_vocab_size"] = config.draft_vocab_size

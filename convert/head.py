@@ -19,6 +19,8 @@ from redrafter_mlx.drafters.checkpoint import (
     count_blocks,
     draft_ids,
     expected_tensors,
+    fused_layers,
+    tied_output,
 )
 from redrafter_mlx.drafters.recurrent import HeadConfig
 from redrafter_mlx.errors import UserError
@@ -76,13 +78,6 @@ def read_head(source: Source, wanted: str | None = None) -> Head:
 
     Raises UserError that names the tensor or the setting that is wrong.
     """
-    for key in ("tied_output", "fused_layers"):
-        if source.settings.get(key):
-            raise UserError(
-                f"{source.config_path}: {key} is an extension of this package that is not "
-                "converted yet; a head to be served elsewhere is trained with --output-layer "
-                "trained and without --fused-layers"
-            )
     known = recognise(source.path, source.tensors, wanted)
     tensors, notes = _by_our_names(source, known)
     num_blocks = count_blocks(tensors)
@@ -162,16 +157,24 @@ class _Sizes:
 
     def head_config(self, offsets: Tensor | None, lookup: Tensor | None) -> HeadConfig:
         """All sizes; a setting that the tensors contradict is an error."""
-        output = f"lm_head.{self._num_blocks}.weight"
-        draft_size, exit_dim = self._matrix(output)
+        where, settings = self._source.config_path, self._source.settings
+        tied, fused = tied_output(where, settings), fused_layers(where, settings)
         rnn = any(name.startswith("rnn_") for name in self._tensors)
-        evidence, hidden = self._hidden_size(output, exit_dim)
+        if tied:  # its rows are the target's: only d2t tells how many there are
+            output = "input_proj.weight"
+            exit_dim = self._matrix(output)[0]
+            draft_size = offsets.shape[0] if offsets else self._setting("vocab_size")
+        else:
+            output = f"lm_head.{self._num_blocks}.weight"
+            draft_size, exit_dim = self._matrix(output)
+        evidence, hidden = self._hidden_size(output, len(fused))
         self._check("exit_dim", exit_dim, output)
         self._check("hidden_size", hidden, evidence)
         self._check_rnn(rnn)
         self._check_blocks()
         vocab_size = self._vocab_size(output, draft_size, offsets, lookup)
-        return HeadConfig(vocab_size, hidden, exit_dim, self._num_blocks, rnn, draft_size)
+        sizes = vocab_size, hidden, exit_dim, self._num_blocks, rnn, draft_size
+        return HeadConfig(*sizes, tied_output=tied, fused_layers=fused)
 
     def _matrix(self, name: str) -> tuple[int, int]:
         """Rows and columns of a weight, counted unpacked."""
@@ -185,13 +188,13 @@ class _Sizes:
             columns = columns * 32 // self._packing.bits
         return check_size(self._source.path, name, rows), columns
 
-    def _hidden_size(self, output: str, exit_dim: int) -> tuple[str, int]:
+    def _hidden_size(self, output: str, fused: int) -> tuple[str, int]:
         """The tensor that tells it, and the size."""
         for name in ("rnn_w.weight", "rnn_u.weight"):
             if name in self._tensors:
                 return name, self._matrix(name)[0]
         name = "input_proj.weight" if "input_proj.weight" in self._tensors else output
-        return name, self._matrix(name)[1] // 2
+        return name, self._matrix(name)[1] // (2 + fused)
 
     def _setting(self, key: str) -> Any:
         found = setting(self._source.settings, self._layout.config.get(key, key))

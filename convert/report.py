@@ -78,6 +78,8 @@ def _head(head: Head) -> dict[str, Any]:
         "residual_blocks": c.num_blocks,
         "rnn": c.rnn,
         "draft_vocab_size": c.draft_vocab_size,
+        "tied_output": c.tied_output,
+        "fused_layers": list(c.fused_layers),
         "quantization": vars(head.packing) if head.packing else None,
         "dtypes": sorted({t.dtype for t in head.tensors.values()}),
         "parameters": parameter_count(c),
@@ -117,6 +119,9 @@ def _summary(f: dict[str, Any]) -> list[str]:
     share = (
         "" if full else f" ({f['draft_vocab_size'] / f['vocab_size']:.0%} of {f['vocab_size']:,})"
     )
+    own = ["rows of the target's own head, and of each text's ids"] * f["tied_output"]
+    if f["fused_layers"]:
+        own.append(f"also reads layers {', '.join(map(str, f['fused_layers']))}")
     parts = ", ".join(f"{k} {megabytes(v)}" for k, v in f["bytes_by_part"].items() if v)
     known = f"; {f['same_sizes_as']} has these sizes" if f["same_sizes_as"] else ""
     return [
@@ -127,6 +132,7 @@ def _summary(f: dict[str, Any]) -> list[str]:
         f"{f['residual_blocks']} residual blocks, "
         f"{'recurrent state' if f['rnn'] else 'sum of embeddings'}",
         f"  draft vocabulary       {f['draft_vocab_size']:,} ids{share}",
+        *([f"  output                 {'; '.join(own)}"] if own else []),
         f"  read per draft step    {megabytes(f['bytes_per_draft_step'])}: {parts}",
         f"  fits                   targets with hidden_size {f['hidden_size']} and vocab_size "
         f"{f['vocab_size']}{known}",

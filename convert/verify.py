@@ -34,7 +34,7 @@ that is swapped, transposed or missing makes it about 1."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of the source and of the result.
+    """Logits of the source and of the result; of a tied head, what the target's head would read.
 
     largest   absolute difference
     relative  that, over the largest absolute logit
@@ -68,7 +68,7 @@ def verify(head: Head, directory: Path, recipe: Recipe, seed: int = 0) -> Compar
     torch = import_torch("--verify")
     config = head.config
     rng = np.random.default_rng(seed)
-    context = rng.standard_normal((ROWS, config.hidden_size), np.float32)
+    context = rng.standard_normal((ROWS, config.context_size), np.float32)
     embeddings = rng.standard_normal((STEPS, ROWS, config.hidden_size), np.float32)
     kept = recipe.kept
     theirs = _logits_in_torch(torch, head, context, embeddings, kept)
@@ -106,8 +106,11 @@ def _logits_in_torch(
     """Logits (STEPS * ROWS, D) of the source, in float32; written from the paper's formulas."""
     linear = lambda module, x: _torch_linear(torch, head, module, x)
     silu = lambda x: x * torch.sigmoid(x)
-    c, found = torch.from_numpy(context), []
-    state = torch.zeros_like(c)
+    found, size = [], head.config.hidden_size
+    final, *fused = torch.from_numpy(context).split(size, dim=-1)
+    state = torch.zeros_like(final)
+    scaled = [x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + 1e-6) for x in fused]
+    c = torch.cat([final, *scaled], dim=-1)
     for step in embeddings:
         embedding = torch.from_numpy(step)
         if head.config.rnn:
@@ -119,9 +122,9 @@ def _logits_in_torch(
             y = linear("input_proj", y)
         for i in range(head.config.num_blocks):
             y = y + silu(linear(f"lm_head.{i}.linear", y))
-        found.append(linear(head.output, y))
+        found.append(y if head.config.tied_output else linear(head.output, y))
     logits = torch.cat(found).numpy()
-    return logits if kept is None else logits[:, kept]
+    return logits if kept is None or head.config.tied_output else logits[:, kept]
 
 
 def _torch_linear(torch: Any, head: Head, module: str, x: Any) -> Any:
@@ -166,7 +169,7 @@ def _logits_in_mlx(directory: Path, context: np.ndarray, embeddings: np.ndarray)
     c, state, found = mx.array(context), None, []
     for step in embeddings:
         state = head.advance(state, mx.array(step))
-        found.append(head(c, state))
+        found.append(head(head.read(c), state))
     (logits,) = device.read(mx.concatenate(found))
     return logits
 

@@ -49,7 +49,7 @@ def likeliest(path: Path, states) -> np.ndarray:
     state, found = None, []
     for depth in range(DEPTHS):
         state = head.advance(state, embeddings[:, depth])
-        found.append(d2t[mx.argmax(head(hidden, state), axis=-1)])
+        found.append(d2t[mx.argmax(head(head.read(hidden), state), axis=-1)])
     return np.array(mx.stack(found, axis=1))
 
 

@@ -63,6 +63,16 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     return head, d2t, config
 
 
+def own_settings(config: HeadConfig) -> dict[str, Any]:
+    """The keys of config.json that only this package knows; none for a head as the paper has it."""
+    settings: dict[str, Any] = {}
+    if config.tied_output:
+        settings["tied_output"] = True
+    if config.fused_layers:
+        settings["fused_layers"] = list(config.fused_layers)
+    return settings
+
+
 def save_head(path: Path, head: RecurrentHead, ids: mx.array, dtype: mx.Dtype) -> None:
     """Write a head's config.json and model.safetensors into the directory `path`.
 
@@ -79,10 +89,7 @@ def save_head(path: Path, head: RecurrentHead, ids: mx.array, dtype: mx.Dtype) -
         "rnn": config.rnn,
         "draft_vocab_size": config.draft_vocab_size,
     }
-    if config.tied_output:
-        settings["tied_output"] = True
-    if config.fused_layers:
-        settings["fused_layers"] = list(config.fused_layers)
+    settings |= own_settings(config)
     tensors = {name: x.astype(dtype) for name, x in tree_flatten(head.parameters())}
     tensors["d2t"] = ids.astype(mx.int64) - mx.arange(ids.size, dtype=mx.int64)
     partial = path / ".model.partial.safetensors"
@@ -180,8 +187,8 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
         **sizes,
         num_blocks=count_blocks(tensors),
         rnn=rnn,
-        tied_output=_tied_output(where, settings),
-        fused_layers=_fused_layers(where, settings),
+        tied_output=tied_output(where, settings),
+        fused_layers=fused_layers(where, settings),
     )
 
 
@@ -193,19 +200,21 @@ def check_draft_size(where: object, draft_vocab_size: int, vocab_size: int) -> N
         )
 
 
-def _tied_output(where: Path, settings: dict) -> bool:
+def tied_output(where: object, settings: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the output layer is rows of the target's head."""
     tied = settings.get("tied_output", False)
     if not isinstance(tied, bool):
         raise UserError(f"{where}: tied_output is {tied!r}, not true or false")
-    if tied and settings["exit_dim"] != settings["hidden_size"]:
+    exit_dim, hidden_size = settings.get("exit_dim"), settings.get("hidden_size")
+    if tied and exit_dim != hidden_size:
         raise UserError(
-            f"{where}: a tied output needs an exit_dim of hidden_size "
-            f"{settings['hidden_size']}, not {settings['exit_dim']}"
+            f"{where}: a tied output needs an exit_dim of hidden_size {hidden_size}, not {exit_dim}"
         )
     return tied
 
 
-def _fused_layers(where: Path, settings: dict) -> tuple[int, ...]:
+def fused_layers(where: object, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers of the target that config.json says the head reads beside its hidden state."""
     layers = settings.get("fused_layers", [])
     if not isinstance(layers, list) or not all(type(i) is int and 0 <= i < 1000 for i in layers):
         raise UserError(f"{where}: fused_layers is {layers!r}, not layer numbers")
