@@ -245,6 +245,22 @@ def test_a_draft_vocabulary_that_is_no_positive_number_is_refused(path, value):
     assert f"draft_vocab_size is {value!r}" in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"tied_output": "yes"}, "tied_output is 'yes', not true or false"),
+        ({"tied_output": True}, "a tied output needs an exit_dim of hidden_size 32, not 64"),
+        ({"fused_layers": 3}, "fused_layers is 3, not layer numbers"),
+        ({"fused_layers": [1, True]}, "fused_layers is [1, True], not layer numbers"),
+        ({"fused_layers": [-1]}, "fused_layers is [-1], not layer numbers"),
+        ({"fused_layers": [1]}, "lacks the tensors input_proj.bias, input_proj.weight"),
+    ],
+)
+def test_extensions_that_cannot_be_are_refused(path, changes, fault):
+    change_config(path, **changes)
+    assert fault in refused(path)
+
+
 @pytest.mark.parametrize("value", [2**31, 10**30], ids=["2**31", "10**30"])
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "exit_dim", "draft_vocab_size"])
 def test_a_size_that_no_array_can_have_is_refused(path, key, value):
