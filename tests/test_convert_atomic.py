@@ -12,7 +12,8 @@ from convert_heads import apple_config, apple_tensors, convert, read, run, same_
 
 ROOT = Path(__file__).parents[1]
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs of a shell
 import redrafter_mlx
 from convert import __main__, safetensors
 write = safetensors.Writer.write

@@ -10,7 +10,8 @@ from mlx_lm import batch_generate
 
 from convert_heads import convert
 from redrafter_mlx import hub
-from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.round import Transcript
+from redrafter_mlx.target.adapter import adapt
 
 ROOT = Path(__file__).parents[1]
 HEAD = ROOT / "redrafter_mlx" / "demo_drafter"
@@ -19,10 +20,11 @@ DEPTHS = 4
 
 @pytest.fixture(scope="module")
 def states(demo_path):
-    """The target's hidden states at P places (P, h), the embeddings of the next DEPTHS tokens
+    """The target; its hidden states at P places (P, c), the embeddings of the next DEPTHS tokens
     (P, DEPTHS, h), and what the target says after each of those (P, DEPTHS)."""
     model, tokenizer = hub.load("demo")
-    inner = model.model
+    hub.load_drafter("demo", model)  # tells which of its layers are read
+    target = adapt(model)
     texts = (ROOT / "benchmarks" / "prompts.jsonl").read_text().splitlines()
     messages = [[{"role": "user", "content": json.loads(text)["turns"][0]}] for text in texts]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True) for m in messages]
@@ -31,25 +33,27 @@ def states(demo_path):
     hidden, embeddings, says = [], [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = mx.array(prompt + tokenizer.encode(answer, add_special_tokens=False))
-        h, e = inner(tokens[None])[0], inner.embed_tokens(tokens)
-        best = mx.argmax(inner.embed_tokens.as_linear(h), axis=-1)
+        caches = target.empty_caches()
+        caches.begin(len(tokens))
+        outcome, e = target.forward(tokens[None], caches), target.embed(tokens)
+        h, best = outcome.hidden[0], mx.argmax(outcome.logits[0], axis=-1)
         place = mx.arange(len(prompt) - 1, len(tokens) - DEPTHS)
         after = place[:, None] + 1 + mx.arange(DEPTHS)
         hidden.append(h[place])
         embeddings.append(e[after])
         says.append(best[after])
-    return tuple(mx.concatenate(each) for each in (hidden, embeddings, says))
+    return model, *(mx.concatenate(each) for each in (hidden, embeddings, says))
 
 
 def likeliest(path: Path, states) -> np.ndarray:
     """The head's likeliest token ids, (P, DEPTHS)."""
-    hidden, embeddings, _ = states
-    head, d2t, _ = load_head(path, mx.float32)
-    hub.compute_in_float32(head)
-    state, found = None, []
+    model, hidden, embeddings, _ = states
+    drafter = hub.load_drafter(str(path), model)
+    d2t, rows = drafter.vocabulary_of(Transcript([0]))
+    read, state, found = drafter.head.read(hidden), None, []
     for depth in range(DEPTHS):
-        state = head.advance(state, embeddings[:, depth])
-        found.append(d2t[mx.argmax(head(head.read(hidden), state), axis=-1)])
+        state = drafter.head.advance(state, embeddings[:, depth])
+        found.append(d2t[mx.argmax(drafter.logits(read, state, rows), axis=-1)])
     return np.array(mx.stack(found, axis=1))
 
 
@@ -65,7 +69,7 @@ def test_quantised_heads_keep_the_agreement_with_the_target(
     bits, share, group_size, states, full, tmp_path
 ):
     packed = convert(HEAD, tmp_path / "out", "--quantize", bits, "--group-size", group_size)
-    says = np.array(states[2])
+    says = np.array(states[3])
     found = likeliest(packed, states)
     before, after = (full == says).mean(), (found == says).mean()
     same = (full == found).mean()
