@@ -213,7 +213,7 @@ class HeadOptions(Options):
         None, "width before the output layer (default: the target's hidden size)", low=8, type=int
     )
     blocks: int = option(2, "residual blocks before the output layer", low=0, high=64)
-    draft_vocab: int = option(8192, "token ids it can propose whatever the prompt", low=16)
+    draft_vocab: int = option(4096, "token ids it can propose whatever the prompt", low=16)
     output_layer: str = option(
         "tied",
         "tied (rows of the target's own head; also proposes the prompt's ids) or "
