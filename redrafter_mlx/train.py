@@ -260,7 +260,7 @@ def _finish(flags: Namespace, run: TrainingRun) -> int:
     )
     print(shown)
     _say(f"the drafter is in {flags.output}; use it with "
-         f"redrafter_mlx.generate --model {flags.model} --drafter {flags.output}")  # fmt: skip
+         f"redrafter_mlx.generate --model {flags.model} --drafter {shlex.quote(str(flags.output))}")  # fmt: skip
     return 0
 
 
