@@ -259,8 +259,8 @@ def _finish(flags: Namespace, run: TrainingRun) -> int:
         card(run, flags.model, command, shown, drawn), encoding="utf-8"
     )
     print(shown)
-    _say(f"the drafter is in {flags.output}; use it with "
-         f"redrafter_mlx.generate --model {flags.model} --drafter {shlex.quote(str(flags.output))}")  # fmt: skip
+    use = ["redrafter_mlx.generate", "--model", flags.model, "--drafter", str(flags.output)]
+    _say(f"the drafter is in {flags.output}; use it with {shlex.join(use)} --prompt ...")
     return 0
 
 
