@@ -33,12 +33,10 @@ UNSCORED = 2**30
 class Replay:
     """Sums over the texts replayed so far.
 
-    width, length  of the beams
-    tokens         written by the target; rounds[i] it would have taken at BUDGETS[i]
+    tokens  written by the target
+    rounds  (len(BUDGETS),) it would have taken at each budget
     """
 
-    width: int
-    length: int
     tokens: int = 0
     rounds: np.ndarray = field(default_factory=lambda: np.zeros(len(BUDGETS), int))
 
@@ -111,7 +109,7 @@ def replay(
             width, length, False, hidden, root, None, None, None, d2t, rows
         )
     )
-    found = Replay(width, length)
+    found = Replay()
     for answer in answers:
         ranks = []
         vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))

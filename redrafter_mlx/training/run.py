@@ -167,7 +167,7 @@ class TrainingRun:
                 entries = map(json.loads, self.places.log.read_text().splitlines())
                 self.log = [entry for entry in entries if entry["step"] <= self.progress.step]
         elif self._options.steps is None:
-            windows = len(self.shards.windows("count", self._options.ahead))
+            windows = len(self.shards.windows("count"))
             batch = self._options.windows * self._options.accumulate
             steps = PASSES * windows // batch
             if minutes is not None:

@@ -55,7 +55,7 @@ class Shards:
             if file["hidden"].shape[1] != self.hidden_size:
                 raise UserError(f"{path} was written by another target than {paths[0]}")
 
-    def windows(self, seed: str, steps: int) -> list[tuple[int, int, int]]:
+    def windows(self, seed: str) -> list[tuple[int, int, int]]:
         """(file, first, end of the conversation) of every window, shuffled by the seed.
 
         Windows tile each conversation from a random phase on.
@@ -96,7 +96,7 @@ class Shards:
         """Epoch after epoch of batches, from the `first`-th on."""
         epoch = 0
         while True:
-            windows = self.windows(f"{seed}/{epoch}", steps)
+            windows = self.windows(f"{seed}/{epoch}")
             count = max(1, len(windows) // size)
             for i in range(min(first, count), count):
                 yield self.batch(windows[i * size : (i + 1) * size], steps)
