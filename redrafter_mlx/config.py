@@ -191,6 +191,14 @@ class DataOptions(Options):
     rows: int | None = option(
         None, "conversations side by side (default: what --memory allows)", low=1, type=int
     )
+    jobs: int | None = option(
+        None,
+        "processes that write side by side (default: one for each core, at most 4, on a CPU; "
+        "else 1)",
+        low=1,
+        high=64,
+        type=int,
+    )
     columns: int = option(512, "tokens of a row; longer conversations are cut", low=16)
     memory: float | None = option(
         None, "most memory to use, in GB (default: half of the machine's)", low=0.0, type=float

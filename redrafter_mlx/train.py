@@ -6,6 +6,7 @@ learns to guess what it says. Stop it with Ctrl-C whenever you like and go on wi
 
 from __future__ import annotations
 
+import functools
 import shlex
 import signal
 import sys
@@ -13,7 +14,8 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +32,18 @@ from redrafter_mlx.config import (
 from redrafter_mlx.errors import UserError
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
-    from redrafter_mlx.training.loop import Progress
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from redrafter_mlx.target.adapter import Target
+    from redrafter_mlx.training.data import Progress, Written
+    from redrafter_mlx.training.estimate import Estimate
+    from redrafter_mlx.training.loop import Progress as TrainingProgress
     from redrafter_mlx.training.run import Report, TrainingRun
 
 DATA_SHARE = 0.4
 """Of --minutes, what may be spent on data."""
+TELL_SECONDS = 0.2
+"""Between two reports of a job that writes data."""
 
 
 def make_parser() -> cli.Parser:
@@ -78,27 +87,24 @@ def _main(flags: Namespace) -> int:
         raise UserError(f"--minutes {flags.minutes} must be above 0")
     options = [from_flags(group, flags) for group in (DataOptions, HeadOptions, TrainingOptions)]
     _check_output(flags)
-    from redrafter_mlx import hub
     from redrafter_mlx.storage import in_use
-    from redrafter_mlx.target.adapter import adapt
     from redrafter_mlx.training.run import head_config
 
-    model, tokenizer = hub.load(
+    source = Source(
         flags.model,
-        revision=flags.revision,
-        adapter_path=flags.adapter_path,
-        tokenizer_config={"trust_remote_code": flags.trust_remote_code},
-    )[:2]
-    target = adapt(model)
-    if options[1].fused_layers:
-        target.tap(options[1].fused_layers)
+        flags.revision,
+        flags.adapter_path,
+        flags.trust_remote_code,
+        options[1].fused_layers,
+    )
+    target = source.load()[0]
     head_config(target, options[1], options[1].draft_vocab)  # refuses what cannot be, before hours
     if flags.dry_run:
-        return _foretell(target, options)
+        return _foretell(source, options)
     if flags.evaluate:
-        return _evaluate(flags, model)
+        return _evaluate(flags, target.model)
     with in_use(flags.output / "training"):
-        return _train(flags, target, tokenizer, options)
+        return _train(flags, source, options)
 
 
 def _check_output(flags: Namespace) -> None:
@@ -113,18 +119,55 @@ def _check_output(flags: Namespace) -> None:
         raise UserError(f"--output {flags.output} is not empty; {way_out} another directory")
 
 
-def _train(flags: Namespace, target, tokenizer, options) -> int:
+@dataclass(frozen=True)
+class Source:
+    """Where the target comes from; `layers` of it are kept with the data."""
+
+    name: str
+    revision: str | None
+    adapter_path: str | None
+    trust_remote_code: bool
+    layers: tuple[int, ...]
+
+    def load(self) -> tuple[Target, TokenizerWrapper]:
+        """The target and its tokenizer, loaded once in each process."""
+        return _loaded(self)
+
+
+@functools.cache
+def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
+    from redrafter_mlx import hub
+    from redrafter_mlx.target.adapter import adapt
+
+    model, tokenizer = hub.load(
+        source.name,
+        revision=source.revision,
+        adapter_path=source.adapter_path,
+        tokenizer_config={"trust_remote_code": source.trust_remote_code},
+    )[:2]
+    target = adapt(model)
+    if source.layers:
+        target.tap(source.layers)
+    return target, tokenizer
+
+
+def _train(flags: Namespace, source: Source, options) -> int:
     from redrafter_mlx.training.run import Places, TrainingRun
 
     data_options, head_options, training_options = options
     began = time.monotonic()
-    _write_data(flags, target, tokenizer, data_options)
+    _write_data(flags, source, data_options)
     minutes = None
     if flags.minutes is not None:
         spent = (time.monotonic() - began) / 60
         minutes = max(flags.minutes - spent, (1 - DATA_SHARE) * flags.minutes)
     run = TrainingRun(
-        target, Places(flags.output), head_options, training_options, data_options.seed, minutes
+        source.load()[0],
+        Places(flags.output),
+        head_options,
+        training_options,
+        data_options.seed,
+        minutes,
     )
     _introduce(run)
     with _interrupts() as interrupted:
@@ -139,23 +182,34 @@ def _train(flags: Namespace, target, tokenizer, options) -> int:
     return _finish(flags, run)
 
 
-def _write_data(flags: Namespace, target, tokenizer, options: DataOptions) -> None:
-    from redrafter_mlx.training.data import write_data
+def _write_data(flags: Namespace, source: Source, options: DataOptions) -> None:
+    from redrafter_mlx.training.data import Counts
+    from redrafter_mlx.training.estimate import choose_jobs
+    from redrafter_mlx.training.jobs import side_by_side
     from redrafter_mlx.training.run import Places
+    from redrafter_mlx.training.shards import parts
 
     if flags.minutes is not None and options.data_minutes is None:
         options = replace(options, data_minutes=DATA_SHARE * flags.minutes)
+    directory = Places(flags.output).data
+    there = len(parts(directory))
+    jobs = options.jobs or there or choose_jobs(source.load()[0], options)
+    if there > jobs:
+        raise UserError(f"--jobs {jobs}: {directory} was written by {there} jobs; give that number")
     bar = tqdm(total=options.data_tokens, unit=" tokens", desc="writing data", disable=None)
+    standing: dict[int, Progress] = {}
 
-    def tell(progress: Progress) -> None:
-        bar.n = progress.counts.tokens
-        bar.set_postfix_str(f"batch {progress.batches + 1}: {progress.share:.0%}", refresh=True)
+    def tell(job: int, progress: Progress) -> None:
+        standing[job] = progress
+        bar.n = sum(p.counts.tokens for p in standing.values())
+        at = ", ".join(f"{p.batches + 1}: {p.share:.0%}" for _, p in sorted(standing.items()))
+        bar.set_postfix_str(f"batch {at}", refresh=True)
 
     try:
-        written = write_data(target, tokenizer, Places(flags.output).data, options, tell)
+        written = side_by_side(jobs, partial(_write_part, source, directory, options, jobs), tell)
     finally:
         bar.close()
-    counts, left_out = written.counts, written.left_out
+    counts, left_out = sum((part.counts for part in written), Counts()), written[0].left_out
     _say(
         f"data: {counts.tokens:,} tokens of answers in {counts.conversations:,} conversations; "
         f"left out: {counts.near_repeats:,} near repeats, {counts.unanswered:,} without an answer; "
@@ -167,6 +221,24 @@ def _write_data(flags: Namespace, target, tokenizer, options: DataOptions) -> No
             f"{left_out.too_long} too long prompts left out; {left_out.systems} system turns for "
             "which the chat template has no place"
         )
+
+
+def _write_part(
+    source: Source, directory: Path, options: DataOptions, jobs: int, job: int, tell
+) -> Written:
+    from redrafter_mlx.training.data import write_data
+    from redrafter_mlx.training.shards import part_path
+
+    told = 0.0
+
+    def now_and_then(progress: Progress) -> None:
+        nonlocal told
+        if time.monotonic() - told > TELL_SECONDS:
+            told = time.monotonic()
+            tell(progress)
+
+    part = part_path(directory, job)
+    return write_data(*source.load(), part, options, now_and_then, job, jobs)
 
 
 def _introduce(run: TrainingRun) -> None:
@@ -183,7 +255,7 @@ def _introduce(run: TrainingRun) -> None:
     )
 
 
-def _tell(progress: Progress, entry: dict) -> None:
+def _tell(progress: TrainingProgress, entry: dict) -> None:
     left = progress.seconds_left
     parts = [f"step {progress.step:,}/{progress.steps:,}"]
     if "loss" in entry:
@@ -217,22 +289,32 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _foretell(target, options) -> int:
-    from redrafter_mlx.training.estimate import estimate
+def _foretell(source: Source, options) -> int:
+    from redrafter_mlx.training.estimate import choose_jobs
+    from redrafter_mlx.training.jobs import side_by_side
     from redrafter_mlx.training.run import head_config, training_bytes
 
     data, head, training = options
-    expected = estimate(target, data)
+    target = source.load()[0]
+    jobs = choose_jobs(target, data)
+    expected = side_by_side(jobs, partial(_estimate_part, source, data, jobs), lambda *told: None)
     config = head_config(target, head, head.draft_vocab)
+    total = lambda name: sum(getattr(part, name) for part in expected)
     print(
-        f"data: {expected.batches} batches of {expected.rows} x {expected.columns} tokens, about "
-        f"{expected.tokens_per_second:.0f} tokens of answers per second: "
-        f"{expected.seconds / 60:.0f} minutes, {expected.disk / 1e9:.2f} GB on disk, "
-        f"{expected.memory / 1e9:.2f} GB of memory\n"
+        f"data: {jobs} jobs, {total('batches')} batches of {expected[0].rows} x "
+        f"{expected[0].columns} tokens, about {total('tokens_per_second'):.0f} tokens of answers "
+        f"per second: {max(part.seconds for part in expected) / 60:.0f} minutes, "
+        f"{total('disk') / 1e9:.2f} GB on disk, {total('memory') / 1e9:.2f} GB of memory\n"
         f"training: {training_bytes(target, config, training) / 1e9:.2f} GB of memory; its time is "
         "measured and told when the data is there"
     )
     return 0
+
+
+def _estimate_part(source: Source, options: DataOptions, jobs: int, job: int, tell) -> Estimate:
+    from redrafter_mlx.training.estimate import estimate, share
+
+    return estimate(source.load()[0], share(options, job, jobs))
 
 
 def _evaluate(flags: Namespace, model) -> int:

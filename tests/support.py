@@ -172,6 +172,12 @@ class TinyTokenizer:
     def get_added_vocab(self):
         return self._marks
 
+    def get_vocab(self):
+        return {self.decode([i]): i for i in range(94)} | self._marks
+
+    def decode(self, ids):
+        return "".join("\n" if i == 93 else chr(33 + i) for i in ids)
+
     def encode(self, text, add_special_tokens=True):
         pieces = re.findall(r"<open>|<end>|<bos>|.", text.replace(" ", "_"), flags=re.DOTALL)
         return [self._marks.get(piece) or self._character(piece) for piece in pieces]

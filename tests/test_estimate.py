@@ -33,7 +33,7 @@ def test_disk_is_what_the_shards_take(target, tmp_path):
     options = DataOptions(data_tokens=1, rows=16, columns=128)
     promised = estimate(target, options)
     write_data(target, TinyTokenizer(chat=False), tmp_path, options)
-    paths = [*training_shards(tmp_path), *held_out_shards(tmp_path)]
+    paths = [*training_shards([tmp_path]), *held_out_shards([tmp_path])]
     taken = sum(path.stat().st_size for path in paths)
     assert (promised.batches, promised.rows) == (1, 16)
     assert 0.9 * promised.disk < taken < 1.1 * promised.disk

@@ -38,7 +38,7 @@ LAYERS = [
     ["sampling"],
     ["tree", "device"],
     ["cli"],
-    ["config"],
+    ["config", "training.jobs"],
     ["blas", "errors", "training.filters", "training.loss", "training.picture"],
 ]
 """From the top down: a module may import from lower lines only."""

@@ -66,8 +66,8 @@ def test_one_conversation_of_sixteen_is_held_out(tmp_path):
     for number, count in enumerate((1, 2, 34)):
         write_batch(tmp_path, number, several(count), {})
     counts = lambda paths: [len(map_shard(path)["starts"]) for path in paths]
-    assert counts(training_shards(tmp_path)) == [1, 1, 31]
-    assert counts(held_out_shards(tmp_path)) == [1, 3]
+    assert counts(training_shards([tmp_path])) == [1, 1, 31]
+    assert counts(held_out_shards([tmp_path])) == [1, 3]
     assert shard_count(tmp_path) == 3
     held_out = map_shard(held_out_path(tmp_path, 2))["tokens"].tolist()
     assert held_out == [t for i in (1, 17, 33) for t in several(34)[i].tokens.tolist()]
@@ -85,7 +85,7 @@ def test_a_batch_counts_once_its_last_file_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.mx, "save_safetensors", full)
     with pytest.raises(RuntimeError):
         write_batch(tmp_path, 1, several(2), {})
-    assert shard_count(tmp_path) == len(held_out_shards(tmp_path)) == 1
+    assert shard_count(tmp_path) == len(held_out_shards([tmp_path])) == 1
 
 
 def test_a_file_that_was_silently_cut_short_does_not_count(tmp_path, monkeypatch):

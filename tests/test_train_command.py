@@ -17,7 +17,7 @@ from redrafter_mlx.training import run as training_run
 from support import TinyTokenizer, generation, ids, tiny_prompt
 
 SMALL = ["--data-tokens", "1500", "--rows", "8", "--columns", "96", "--answer-tokens", "24",
-         "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
+         "--jobs", "1", "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,7 @@ def target(monkeypatch):
     """What --model loads, whatever its name."""
     model = build("llama")
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, TinyTokenizer()))
+    train._loaded.cache_clear()
     return model
 
 

@@ -59,7 +59,7 @@ def conversations(paths):
 
 
 def everything(directory):
-    return list(conversations([*training_shards(directory), *held_out_shards(directory)]))
+    return list(conversations([*training_shards([directory]), *held_out_shards([directory])]))
 
 
 def prompts(tmp_path, count=30, name="prompts.jsonl"):
@@ -124,7 +124,7 @@ def test_a_file_left_behind_half_written_is_written_over(tmp_path):
     (tmp_path / ".shard-00001.partial.safetensors").write_bytes(b"half")
     shards.held_out_path(tmp_path, 1).write_bytes(b"half")  # its shard never came
     assert shard_count(tmp_path) == 1
-    assert len(held_out_shards(tmp_path)) == 1
+    assert len(held_out_shards([tmp_path])) == 1
     assert write(tmp_path, data_tokens=500, **OWN).batches > 1
     assert files(tmp_path).items() >= {k: v for k, v in before.items() if "data" not in k}.items()
     assert ".shard-00001.partial.safetensors" not in files(tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from redrafter_mlx.training.shards import parts
+
 if TYPE_CHECKING:
     from redrafter_mlx.training.run import TrainingRun
 
@@ -18,7 +20,7 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
     drawn    whether there is a picture
     """
     c, progress = run.config, run.progress
-    manifest = json.loads((run.places.data / "data.json").read_text(encoding="utf-8"))
+    manifest = json.loads((parts(run.places.data)[0] / "data.json").read_text(encoding="utf-8"))
     output = (
         "rows of the target's own head: nothing is stored for it, and the ids of each prompt are "
         "proposed too"
@@ -39,7 +41,8 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
         f"{run.vocabulary.coverage:.1%} of held-out answers (with the prompt's ids "
         f"{run.vocabulary.with_prompt:.1%}).",
         f"- Data: {run.shards.tokens:,} tokens that the target wrote; fingerprint "
-        f"`{json.dumps(manifest.get('target'), sort_keys=True)}`.",
+        f"`{json.dumps(manifest.get('target'), sort_keys=True)}`; made with "
+        f"`{json.dumps(manifest.get('options'), sort_keys=True)}`.",
         f"- Training: {progress.steps:,} steps of {run.positions_per_step:,} positions in "
         f"{progress.seconds / 60:.0f} minutes; last loss {progress.loss:.3f}.",
         f"- Settings: `{json.dumps(run.settings, sort_keys=True)}`.", "",

@@ -25,6 +25,7 @@ from redrafter_mlx.config import DataOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import in_use, one_line
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.estimate import share
 from redrafter_mlx.training.filters import Sieve, loop_end
 from redrafter_mlx.training.lockstep import Conversation, Role, Script, can_stagger, play
 from redrafter_mlx.training.manifest import note_counts, settle
@@ -66,6 +67,10 @@ class Counts:
     near_repeats: int = 0
     loops: int = 0
     unanswered: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Counts(*(a + b for a, b in pairs))
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,11 @@ class _Own:
 
 
 class _Given:
-    """The questions of --data in a shuffled order, those of alike length near each other."""
+    """One job's questions of --data, shuffled, those of alike length near each other."""
 
-    def __init__(self, template, tokenizer: TokenizerWrapper, options: DataOptions):
+    def __init__(
+        self, template, tokenizer: TokenizerWrapper, options: DataOptions, job: int, jobs: int
+    ):
         questions, bad_lines = read_questions(Path(options.data), options.skip_bad)
         text = json.dumps([dataclasses.astuple(question) for question in questions])
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -181,6 +188,7 @@ class _Given:
                 f"--data {options.data}: all {len(questions)} prompts are longer than "
                 f"{options.columns - room} tokens; raise --columns"
             )
+        self._lengths = dict(list(self._lengths.items())[job::jobs])
         self.left_out = LeftOut(bad_lines, repeated, too_long, systems)
         self._seed = options.seed
 
@@ -219,11 +227,15 @@ def write_data(
     directory: Path,
     options: DataOptions,
     progress: Callable[[Progress], None] = lambda progress: None,
+    job: int = 0,
+    jobs: int = 1,
 ) -> Written:
     """Fill `directory` with conversations of the target, from wherever an earlier run left off.
 
     target     with the layers to keep in `taps`
     progress   called after every column
+    job, jobs  which of several that share the work this is: its part of the tokens and of the
+               questions, and a seed of its own
 
     Batches are whole: the goal is overshot by less than one, and with `data_minutes` none is
     begun that would end later, except the first. Raises UserError when the directory is in use,
@@ -231,8 +243,12 @@ def write_data(
     """
     with in_use(directory):
         template = Template.of(tokenizer)
-        source = (_Given if options.data else _Own)(template, tokenizer, options)
-        rows = settle(directory, target, options, template, source.digest)
+        options = share(options, job, jobs)
+        if options.data:
+            source = _Given(template, tokenizer, options, job, jobs)
+        else:
+            source = _Own(template, tokenizer, options)
+        rows = settle(directory, target, options, template, source.digest, jobs)
         if isinstance(source, _Given):
             source.arrange(rows)
         stage = _Stage(target, directory, options, rows, source, progress)
@@ -317,7 +333,8 @@ class _Stage:
             loops += end is not None
             kept.append(conversation if end is None else _cut(conversation, end))
             tokens += int((kept[-1].roles == Role.ASSISTANT).sum())
-        return kept, _total(self.state.counts, len(kept), tokens, repeats, loops, unanswered)
+        here = Counts(len(kept), tokens, repeats, loops, unanswered)
+        return kept, self.state.counts + here
 
     def _write(self, kept: Sequence[Conversation], state: _State) -> None:
         try:
@@ -368,10 +385,6 @@ def _loop_end(conversation: Conversation) -> int | None:
         if end is not None:
             return first + end
     return None
-
-
-def _total(before: Counts, *added: int) -> Counts:
-    return Counts(*(a + b for a, b in zip(dataclasses.astuple(before), added, strict=True)))
 
 
 def _cut(conversation: Conversation, end: int) -> Conversation:

@@ -32,10 +32,12 @@ def settle(
     options: DataOptions,
     template: Template | None,
     data: str | None,
+    jobs: int,
 ) -> int:
     """Write the manifest or check it; the rows of a batch.
 
     data  what tells the questions of --data from others
+    jobs  that share the work
 
     Raises UserError that says what differs when the directory was made otherwise.
     """
@@ -48,7 +50,7 @@ def settle(
             "target": fingerprint(target),
             "options": {
                 "columns": options.columns, "rows": rows, "answer_tokens": options.answer_tokens,
-                "seed": options.seed, "data": data, "likeliest": K,
+                "seed": options.seed, "data": data, "likeliest": K, "jobs": jobs,
                 "template": _digest(repr(template and _pieces(template))),
             },
         }  # fmt: skip

@@ -29,7 +29,7 @@ from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective, tied_output, trained_output
 from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
-from redrafter_mlx.training.shards import held_out_shards, training_shards
+from redrafter_mlx.training.shards import held_out_shards, parts, training_shards
 from redrafter_mlx.training.windows import LENGTH, Shards
 
 PASSES = 10
@@ -106,7 +106,7 @@ class TrainingRun:
         minutes: float | None = None,
     ):
         self.target, self.places, self._options = target, places, training
-        self.shards = Shards(training_shards(places.data))
+        self.shards = Shards(training_shards(parts(places.data)))
         self.answers = held_out_answers(places.data)
         self.vocabulary = Vocabulary.choose(
             self.shards, self.answers, head.draft_vocab, target.vocab_size
@@ -239,7 +239,7 @@ class TrainingRun:
 
 def held_out_answers(directory: Path) -> list[Answer]:
     """The greedy answers of the conversations that are kept from training."""
-    return list(greedy_answers(held_out_shards(directory)))
+    return list(greedy_answers(held_out_shards(parts(directory))))
 
 
 def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> HeadConfig:

@@ -20,7 +20,8 @@ from redrafter_mlx.training.questions import Question
 ANSWER_TEMPS = (0.0, 0.0, 0.7, 1.0)
 """Temperatures of the answers, drawn evenly: most people serve a model greedily or nearly so."""
 QUESTION_TEMP = 1.0
-QUESTION_LIMIT = 160
+QUESTION_LIMIT, PASSAGE_LIMIT = 160, 320
+"""Most tokens of a question the target makes up, without and with a text to work on."""
 TEXT_START = 32
 """Tokens of a given text that the target continues."""
 WARM_UP = 8
@@ -31,11 +32,30 @@ OPENERS = (
     "Which", "Can you", "Could you", "Give me", "List", "Describe", "Compare", "Create", "Rewrite",
     "Tell me", "Help me", "I", "My", "The", "A", "In", "If", "Is", "Do", "Please", "Read",
     "Solve", "Calculate", "Find", "Imagine", "You are", "Identify", "Classify", "Here is",
-    "Given", "Question:", "Context:", "Passage:", "Article:", "Python", "Let's",
-    "Summarize the following article:", "Read the passage and answer the question.",
-    "Translate the following sentence", "Rewrite the following text", "Answer the question using",
+    "Given", "Question:", "Python", "Let's", "A train", "There are", "Write a function that",
+    "How many", "What is the difference between", "Act as", "Suppose", "Convert", "Complete",
 )  # fmt: skip
-"""First words of half of the questions: left alone, a small model asks much the same ones."""
+"""First words of a question: left alone, a small model asks much the same ones."""
+TOPICAL = (
+    "Explain", "What is", "Write about", "Write a story about", "Tell me about", "Who was",
+    "Describe", "Give me three facts about", "Write a poem about", "Why is", "How does",
+    "What is the meaning of", "Write a short essay on", "Compare", "What are the benefits of",
+    "Write an email about", "Can you explain", "I want to learn about", "The history of",
+    "Where is", "When did", "Give me a list of", "Teach me about", "Is it true that",
+)  # fmt: skip
+"""First words that a word of the target's vocabulary follows, for topics without end."""
+PASSAGES = (
+    "Summarize the following article:", "Read the passage and answer the question.\n\n",
+    "Summarize this text in one paragraph:", "Rewrite the following text:", "Context:", "Passage:",
+    "Answer the question using the text below.\n\n", "Article:", "Correct the following text:",
+    "Here is a report about", "What is the main idea of this text?\n\n", "Document:", "(News)",
+)  # fmt: skip
+"""First words of a question that holds a text to work on, again followed by a word."""
+LANGUAGES = ("English", "German", "French", "Spanish", "Italian", "Portuguese", "Dutch")
+FOLLOW_UPS = (
+    "Summarize", "Translate that", "Now", "Why", "Can you", "Rewrite", "What about", "And", "Give",
+    "Explain", "In the text", "Is", "Shorten", "How", "Are you sure", "Write", "Thanks", "Who",
+)  # fmt: skip
 _SAID = ("\u2460one", "\u2461two", "\u2462three")
 
 
@@ -137,23 +157,54 @@ def own_conversations(
 
     seed   the same seed gives the same scripts
     limit  most tokens of an answer
+
+    A third of the questions are all the target's own; the others begin with given words.
     """
     draw = random.Random(seed)
-    openers = [_after(tokenizer, template.texts[0], text) for text in OPENERS]
+    words = _words(tokenizer)
+    begun = lambda before, text: _after(tokenizer, before, text) if text else ()
+
+    def opener() -> tuple[str, int]:
+        """First words of a question, and how long it may become."""
+        kind = draw.choice(("none", "none", "opener", "topic", "topic", "passage"))
+        if kind == "none":
+            return "", QUESTION_LIMIT
+        if kind == "opener":
+            return draw.choice(OPENERS), QUESTION_LIMIT
+        if kind == "topic":
+            return draw.choice(TOPICAL) + draw.choice(words), QUESTION_LIMIT
+        if draw.random() < 0.2:
+            first, second = draw.sample(LANGUAGES, 2)
+            return f"Translate from {first} to {second}:" + draw.choice(words), PASSAGE_LIMIT
+        return draw.choice(PASSAGES) + draw.choice(words), PASSAGE_LIMIT
+
     while True:
-        opener = draw.choice(openers) if draw.random() < 0.5 else ()
         turns = draw.choice((1, 1, 1, 2, 3))
         answer = Part(Role.ASSISTANT, (), limit, draw.choice(ANSWER_TEMPS), template.stops)
-        script = [Part(Role.TEMPLATE, template.opening), Part(Role.USER, opener)]
+        script = []
         for turn in range(turns):
-            if turn:
-                script.append(Part(Role.TEMPLATE, template.question))
+            before, ids = (
+                template.texts[bool(turn)],
+                (template.opening, template.question)[bool(turn)],
+            )
+            first, most = (
+                opener() if turn == 0 else (draw.choice(("", *FOLLOW_UPS)), QUESTION_LIMIT)
+            )
             script += [
-                Part(Role.USER, (), QUESTION_LIMIT, QUESTION_TEMP, template.asked),
+                Part(Role.TEMPLATE, ids),
+                Part(Role.USER, begun(before, first)),
+                Part(Role.USER, (), most, QUESTION_TEMP, template.asked),
                 Part(Role.TEMPLATE, template.reply),
                 answer,
             ]
         yield script
+
+
+def _words(tokenizer: TokenizerWrapper) -> list[str]:
+    """Vocabulary entries that are whole words of four letters or more, each after a space."""
+    texts = (tokenizer.decode([i]) for i in sorted(set(tokenizer.get_vocab().values())))
+    words = [text for text in texts if len(text) > 4 and text[0] == " " and text[1:].isalpha()]
+    return words or [""]
 
 
 def own_texts(tokenizer: TokenizerWrapper, seed: str, limit: int) -> Iterator[Script]:

@@ -41,14 +41,24 @@ def held_out_path(directory: Path, number: int) -> Path:
     return directory / f"held-out-{number:05}.safetensors"
 
 
-def training_shards(directory: Path) -> list[Path]:
+def part_path(directory: Path, job: int) -> Path:
+    """Where one of several jobs writes."""
+    return directory / f"part-{job}"
+
+
+def parts(directory: Path) -> list[Path]:
+    """The directories of the jobs that wrote the data, in order."""
+    return sorted(directory.glob("part-*"), key=lambda path: int(path.name.removeprefix("part-")))
+
+
+def training_shards(directories: Sequence[Path]) -> list[Path]:
     """The files to train on, in order."""
-    return [shard_path(directory, number) for number in range(shard_count(directory))]
+    return [shard_path(d, number) for d in directories for number in range(shard_count(d))]
 
 
-def held_out_shards(directory: Path) -> list[Path]:
+def held_out_shards(directories: Sequence[Path]) -> list[Path]:
     """The files of conversations to evaluate on, in order: one conversation of 16."""
-    paths = (held_out_path(directory, number) for number in range(shard_count(directory)))
+    paths = (held_out_path(d, number) for d in directories for number in range(shard_count(d)))
     return [path for path in paths if path.exists()]
 
 
