@@ -256,6 +256,12 @@ class TrainingOptions(Options):
     step_decay: float = option(
         0.8, "a predicted token weighs this much of the one before", low=0.0, high=1.0
     )
+    lost: float = option(
+        1.0,
+        "weight of tokens after one that the head's own beams would have lost",
+        low=0.0,
+        high=1.0,
+    )
 
 
 GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)

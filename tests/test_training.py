@@ -17,8 +17,13 @@ from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.lockstep import Part, Role, play
 from redrafter_mlx.training.loop import Progress, Trainer
-from redrafter_mlx.training.loss import LOSSES
-from redrafter_mlx.training.objective import Objective, tied_output, trained_output
+from redrafter_mlx.training.loss import LOSSES, log_normaliser
+from redrafter_mlx.training.objective import (
+    Objective,
+    candidates,
+    tied_output,
+    trained_output,
+)
 from redrafter_mlx.training.replay import BUDGETS, greedy_answers, replay
 from redrafter_mlx.training.shards import shard_path, write_shard
 from redrafter_mlx.training.windows import Shards
@@ -155,3 +160,34 @@ def test_replay_counts_the_rounds_of_real_generation(grammar, width, length, bud
         assert abs(real.stats.rounds - simulated) <= 1
         lengths.add(real.stats.rounds)
     assert min(lengths) < 30
+
+
+def test_the_normaliser_has_the_value_and_gradient_of_logsumexp():
+    draw = np.random.default_rng(0)
+    logits = mx.array(draw.normal(size=(6, 50)).astype(np.float32) * 8)
+    weights = mx.array(draw.normal(size=6).astype(np.float32))
+    ours, theirs = (
+        mx.compile(mx.value_and_grad(lambda x, f=f: (f(x) * weights).sum()))(logits)
+        for f in (log_normaliser, lambda x: mx.logsumexp(x, axis=-1))
+    )
+    assert mx.allclose(ours[0], theirs[0], rtol=1e-5)
+    assert mx.allclose(ours[1], theirs[1], atol=1e-6)
+
+
+def test_what_follows_a_token_the_beams_lost_weighs_less():
+    objective = Objective(LOSSES["kl"], 3, 1.0, None, None, lost=0.25)
+    logits = mx.array(np.tile(-np.arange(8.0), (6, 1)))  # 3 steps of 2 rows; column 0 is likeliest
+    columns = mx.array([0, 5, -1, 3, 0, 0])
+    weights = objective._reached(logits, columns)
+    assert weights.tolist() == [1, 1, 1, 0.25, 0.25, 0.25]
+
+
+def test_the_columns_of_candidates_are_those_of_the_tokens_that_came(grammar):
+    _, _, directory = grammar
+    batch = next(Shards([shard_path(directory, 0)]).batches("x", 4, STEPS))
+    chosen = candidates(batch, np.arange(97), 64, [0])
+    columns, ids = np.array(chosen.columns), np.array(chosen.ids)
+    came = batch.tokens[:, 1:]
+    found = columns >= 0
+    assert found.mean() > 0.5
+    assert (ids[columns[found]] == came[found]).all()

@@ -160,6 +160,7 @@ class Trainer:
             chosen.ids,
             chosen.bias,
             chosen.teacher,
+            chosen.columns,
             mx.array(batch.weights),
         )
 

@@ -12,18 +12,36 @@ import mlx.core as mx
 Loss = Callable[[mx.array, mx.array], mx.array]
 
 
+@mx.custom_function
+def _normaliser(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """log sum exp (R,) and the probabilities (R, C), which are its gradient: exponentials are what
+    a loss spends its time on, so they are taken once."""
+    probs = mx.softmax(logits, axis=-1)
+    return logits.max(axis=-1) - mx.log(probs.max(axis=-1)), probs
+
+
+@_normaliser.vjp
+def _(logits, cotangents, outputs):
+    return cotangents[0][:, None] * outputs[1]
+
+
+def log_normaliser(logits: mx.array) -> mx.array:
+    """log sum exp (R,) of logits (R, C)."""
+    return _normaliser(logits)[0]
+
+
 def kl(logits: mx.array, teacher: mx.array) -> mx.array:
     """Cross-entropy (R,) of the target's distribution `teacher` (R, C) under softmax(logits).
 
     The Kullback-Leibler divergence up to the teacher's entropy, which no head can change.
     """
-    return mx.logsumexp(logits, axis=-1) - (teacher * logits).sum(axis=-1)
+    return log_normaliser(logits) - (teacher * logits).sum(axis=-1)
 
 
 def hard(logits: mx.array, teacher: mx.array) -> mx.array:
     """Cross-entropy (R,) of the target's likeliest token alone: the reference code's loss."""
     best = mx.argmax(teacher, axis=-1, keepdims=True)
-    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, best, axis=-1)[:, 0]
+    return log_normaliser(logits) - mx.take_along_axis(logits, best, axis=-1)[:, 0]
 
 
 def acceptance(logits: mx.array, teacher: mx.array) -> mx.array:
@@ -39,7 +57,7 @@ def top_k(logits: mx.array, teacher: mx.array, k: int = 10, weight: float = 1.0)
     """`kl`, and once more on the teacher's k likeliest tokens alone (HASS, arXiv 2408.15766)."""
     kth = -mx.sort(mx.stop_gradient(-teacher), axis=-1)[:, k - 1 : k]
     of_top = mx.where(teacher >= kth, teacher, 0.0)
-    normaliser = mx.logsumexp(logits, axis=-1)
+    normaliser = log_normaliser(logits)
     return (1 + weight * of_top.sum(axis=-1)) * normaliser - (
         (teacher + weight * of_top) * logits
     ).sum(axis=-1)

@@ -20,6 +20,8 @@ from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.training.loss import Loss
 from redrafter_mlx.training.windows import Batch
 
+BEAMS = 4
+"""Likeliest tokens of a step that beams of the usual width can go on from."""
 Output = Callable[[mx.array, mx.array, RecurrentHead], mx.array]
 """(features (R, e), token ids (C,), head) -> logits (R, C)"""
 
@@ -31,11 +33,13 @@ class Candidates:
     ids      (C,) token ids, distinct; the target's own come first
     bias     (C,) log of how many tokens each one stands for
     teacher  (B, L + n - 1, C) the target's distribution over them
+    columns  (B, L + n - 1) where among them the token that came is; -1 if it is not
     """
 
     ids: mx.array
     bias: mx.array
     teacher: mx.array
+    columns: mx.array
 
 
 def candidates(batch: Batch, allowed: np.ndarray, size: int, seed: list[int]) -> Candidates:
@@ -46,7 +50,8 @@ def candidates(batch: Batch, allowed: np.ndarray, size: int, seed: list[int]) ->
     where = batch.weights[..., None] > 0
     probs = np.exp(batch.top_logits.astype(np.float32)) * where
     probs /= np.maximum(probs.sum(axis=-1, keepdims=True), 1e-9)
-    highest = np.zeros(max(int(allowed.max()), int(batch.top_ids.max())) + 1, np.float32)
+    largest = max(int(ids.max()) for ids in (allowed, batch.top_ids, batch.tokens))
+    highest = np.zeros(largest + 1, np.float32)
     np.maximum.at(highest, batch.top_ids.ravel(), probs.ravel())
     likely = allowed[highest[allowed] > 0]
     size = min(size, len(allowed))
@@ -58,17 +63,18 @@ def candidates(batch: Batch, allowed: np.ndarray, size: int, seed: list[int]) ->
     bias = np.zeros(size, np.float32)
     if len(sampled):
         bias[len(likely) :] = np.log(len(others) / len(sampled))
+    column = np.full(len(highest), -1)
+    column[likely] = np.arange(len(likely))
     return Candidates(
         mx.array(np.concatenate([likely, sampled]).astype(np.int32)),
         mx.array(bias),
-        mx.array(_dense(batch.top_ids, probs, likely, len(highest), size)),
+        mx.array(_dense(batch.top_ids, probs, column, size)),
+        mx.array(column[batch.tokens[:, 1:]].astype(np.int32)),
     )
 
 
-def _dense(top_ids, probs, likely, vocab_size: int, size: int) -> np.ndarray:
-    """(B, M, K) probabilities of ids as (B, M, C) over the columns of `likely`, renormalised."""
-    column = np.full(vocab_size, -1)
-    column[likely] = np.arange(len(likely))
+def _dense(top_ids, probs, column, size: int) -> np.ndarray:
+    """(B, M, K) probabilities of ids as (B, M, C), where column[id] >= 0; renormalised."""
     columns = column[top_ids.reshape(-1, top_ids.shape[-1])]
     rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
     kept = columns >= 0
@@ -86,6 +92,7 @@ class Objective:
     loss    per row
     steps   n predicted from each position
     decay   a step weighs this much of the one before: it is reached only if that was accepted
+    lost    a step after a token that the head's own beams would not have kept weighs this much
     embed   the target's embedding
     output  the output layer
     """
@@ -95,14 +102,15 @@ class Objective:
     decay: float
     embed: Callable[[mx.array], mx.array]
     output: Output
+    lost: float = 1.0
 
     def __call__(
-        self, head: RecurrentHead, hidden, tokens, ids, bias, teacher, weights
+        self, head: RecurrentHead, hidden, tokens, ids, bias, teacher, columns, weights
     ) -> mx.array:
         """The weighted mean loss ().
 
-        hidden (B, L, E), tokens (B, L + n), weights (B, L + n - 1) as in Batch; ids, bias and
-        teacher as in Candidates
+        hidden (B, L, E), tokens (B, L + n), weights (B, L + n - 1) as in Batch; ids, bias,
+        teacher and columns as in Candidates
         """
         B, L = hidden.shape[:2]
         features = self.features(head, hidden, tokens)
@@ -112,8 +120,23 @@ class Objective:
         )
         decay = mx.repeat(self.decay ** mx.arange(self.steps), B * L)
         weights = at_step(weights) * decay
+        if self.lost < 1:
+            weights = weights * self._reached(logits, at_step(columns))
         losses = self.loss(logits, at_step(teacher))
         return (losses * weights).sum() / mx.maximum(weights.sum(), 1.0)
+
+    def _reached(self, logits: mx.array, columns: mx.array) -> mx.array:
+        """(n·B·L,) 1 where the beams would hold the tokens before a step, else `lost`.
+
+        logits   (n·B·L, C)
+        columns  (n·B·L,) of the token that came after each step
+        """
+        logits = mx.stop_gradient(logits)
+        own = mx.take_along_axis(logits, mx.maximum(columns, 0)[:, None], axis=-1)
+        kept = (columns >= 0) & ((logits > own).sum(axis=-1) < BEAMS)
+        kept = mx.cumprod(kept.reshape(self.steps, -1).astype(mx.float32), axis=0)
+        before = mx.concatenate([mx.ones_like(kept[:1]), kept[:-1]])
+        return mx.where(before.flatten() > 0, 1.0, self.lost)
 
     def features(self, head: RecurrentHead, hidden: mx.array, tokens: mx.array) -> mx.array:
         """(n·B·L, e): what the head's output layer reads, step after step."""

@@ -129,6 +129,7 @@ class TrainingRun:
                 tied_output(target.output_layer)
                 if tied
                 else trained_output(d2t, target.vocab_size),
+                training.lost,
             ),
             self.shards,
             np.arange(target.vocab_size) if tied else np.sort(self.vocabulary.ids),
