@@ -64,8 +64,8 @@ def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Ans
         places = Places(Path(scratch))
         places.data.parent.mkdir()
         places.data.symlink_to(flags.data.resolve(), target_is_directory=True)
-        run = TrainingRun(target, places, head, training, flags.seed)
-        run.run(lambda progress, entry: print(entry, file=sys.stderr))
+        with TrainingRun(lambda: target, places, head, training, flags.seed) as run:
+            run.run(lambda progress, entry: print(entry, file=sys.stderr))
     answers = first_tokens(run.answers, TOKENS)
     rate = lambda some: replay(run.drafter, some, WIDTH, BEAM_LENGTH).tokens_per_round[BUDGET]
     depths = recall(run.drafter, answers, BEAM_LENGTH - 1)[:, 0]

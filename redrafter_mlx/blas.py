@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 VARIABLE = "REDRAFTER_MLX_BLAS"
 
@@ -56,6 +57,21 @@ def preload() -> str | None:
             VARIABLE,
         )
     return loaded
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """OpenBLAS, if it was loaded, works in so many threads while the block runs."""
+    library = ctypes.CDLL(name) if (name := preload()) else None
+    if not hasattr(library, "openblas_set_num_threads"):
+        yield
+        return
+    before = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(count)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(before)
 
 
 def _runs_on_cpu() -> bool:

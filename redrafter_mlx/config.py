@@ -193,8 +193,8 @@ class DataOptions(Options):
     )
     jobs: int | None = option(
         None,
-        "processes that write side by side (default: one for each core, at most 4, on a CPU; "
-        "else 1)",
+        "processes that write side by side, and that share the batches of an update (default: "
+        "one for each core, at most 4, on a CPU; else 1)",
         low=1,
         high=64,
         type=int,
@@ -249,8 +249,8 @@ class TrainingOptions(Options):
         None, "updates to take (default: as many as the time allows)", low=1, type=int
     )
     learning_rate: float = option(5e-4, "highest learning rate", low=0.0)
-    windows: int = option(32, "windows of 16 positions in a batch", low=1)
-    accumulate: int = option(1, "batches per update", low=1)
+    windows: int = option(16, "windows of 16 positions in a batch", low=1)
+    accumulate: int = option(2, "batches per update; several processes share them", low=1)
     candidates: int = option(2048, "tokens that the soft-max of a batch runs over", low=16)
     ahead: int = option(5, "tokens predicted from each position", low=1, high=16)
     step_decay: float = option(

@@ -97,7 +97,7 @@ def _main(flags: Namespace) -> int:
         flags.trust_remote_code,
         options[1].fused_layers,
     )
-    target = source.load()[0]
+    target = source.target()
     head_config(target, options[1], options[1].draft_vocab)  # refuses what cannot be, before hours
     if flags.dry_run:
         return _foretell(source, options)
@@ -133,6 +133,10 @@ class Source:
         """The target and its tokenizer, loaded once in each process."""
         return _loaded(self)
 
+    def target(self) -> Target:
+        """The target alone."""
+        return self.load()[0]
+
 
 @functools.cache
 def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
@@ -156,22 +160,18 @@ def _train(flags: Namespace, source: Source, options) -> int:
 
     data_options, head_options, training_options = options
     began = time.monotonic()
-    _write_data(flags, source, data_options)
+    jobs = _write_data(flags, source, data_options)
     minutes = None
     if flags.minutes is not None:
         spent = (time.monotonic() - began) / 60
         minutes = max(flags.minutes - spent, (1 - DATA_SHARE) * flags.minutes)
-    run = TrainingRun(
-        source.load()[0],
-        Places(flags.output),
-        head_options,
-        training_options,
-        data_options.seed,
-        minutes,
-    )
-    _introduce(run)
-    with _interrupts() as interrupted:
-        whole = run.run(_tell, interrupted)
+    with TrainingRun(
+        source.target, Places(flags.output), head_options, training_options, data_options.seed,
+        minutes, jobs,
+    ) as run:  # fmt: skip
+        _introduce(run)
+        with _interrupts() as interrupted:
+            whole = run.run(_tell, interrupted)
     run.save(flags.dtype)
     if not whole:
         _say(
@@ -182,7 +182,8 @@ def _train(flags: Namespace, source: Source, options) -> int:
     return _finish(flags, run)
 
 
-def _write_data(flags: Namespace, source: Source, options: DataOptions) -> None:
+def _write_data(flags: Namespace, source: Source, options: DataOptions) -> int:
+    """How many jobs wrote it."""
     from redrafter_mlx.training.data import Counts
     from redrafter_mlx.training.estimate import choose_jobs
     from redrafter_mlx.training.jobs import side_by_side
@@ -193,7 +194,7 @@ def _write_data(flags: Namespace, source: Source, options: DataOptions) -> None:
         options = replace(options, data_minutes=DATA_SHARE * flags.minutes)
     directory = Places(flags.output).data
     there = len(parts(directory))
-    jobs = options.jobs or there or choose_jobs(source.load()[0], options)
+    jobs = options.jobs or there or choose_jobs(source.target(), options)
     if there > jobs:
         raise UserError(f"--jobs {jobs}: {directory} was written by {there} jobs; give that number")
     bar = tqdm(total=options.data_tokens, unit=" tokens", desc="writing data", disable=None)
@@ -221,6 +222,7 @@ def _write_data(flags: Namespace, source: Source, options: DataOptions) -> None:
             f"{left_out.too_long} too long prompts left out; {left_out.systems} system turns for "
             "which the chat template has no place"
         )
+    return jobs
 
 
 def _write_part(
@@ -295,7 +297,7 @@ def _foretell(source: Source, options) -> int:
     from redrafter_mlx.training.run import head_config, training_bytes
 
     data, head, training = options
-    target = source.load()[0]
+    target = source.target()
     jobs = choose_jobs(target, data)
     expected = side_by_side(jobs, partial(_estimate_part, source, data, jobs), lambda *told: None)
     config = head_config(target, head, head.draft_vocab)
@@ -314,7 +316,7 @@ def _foretell(source: Source, options) -> int:
 def _estimate_part(source: Source, options: DataOptions, jobs: int, job: int, tell) -> Estimate:
     from redrafter_mlx.training.estimate import estimate, share
 
-    return estimate(source.load()[0], share(options, job, jobs))
+    return estimate(source.target(), share(options, job, jobs))
 
 
 def _evaluate(flags: Namespace, model) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ from redrafter_mlx.config import DraftOptions, TrainingOptions
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.training.gradients import Crew, Gradients
 from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.lockstep import Part, Role, play
 from redrafter_mlx.training.loop import Progress, Trainer
@@ -72,12 +75,24 @@ def untrained(model, shards: Shards, tied: bool, loss: str, steps: int = STEPS):
     return head, Objective(LOSSES[loss], steps, 0.8, target.embed, output)
 
 
-def trainer(grammar, options: TrainingOptions, tied=True) -> Trainer:
-    model, _, directory = grammar
+def gradients_of(model, directory, options: TrainingOptions, tied=True) -> Gradients:
     shards = Shards([shard_path(directory, 1)])
     head, objective = untrained(model, shards, tied, options.loss)
-    allowed = np.arange(adapt(model).vocab_size)
-    return Trainer(head, objective, shards, allowed, options, Progress(options.steps), 0)
+    return Gradients(head, objective, shards, np.arange(adapt(model).vocab_size), options, 0)
+
+
+def in_another_process(directory, options: TrainingOptions) -> Gradients:
+    return gradients_of(grammar_model()[0], directory, options)
+
+
+def trainer(grammar, options: TrainingOptions, tied=True) -> Trainer:
+    model, _, directory = grammar
+    return Trainer(gradients_of(model, directory, options, tied), options, Progress(options.steps))
+
+
+def alone(trainer: Trainer) -> Crew:
+    """This process computes all gradients."""
+    return Crew(trainer._gradients, None, 1, trainer._options.accumulate)
 
 
 OPTIONS = TrainingOptions(steps=60, windows=8, candidates=64, learning_rate=3e-3, ahead=STEPS)
@@ -88,7 +103,7 @@ OPTIONS = TrainingOptions(steps=60, windows=8, candidates=64, learning_rate=3e-3
 def test_a_head_learns_a_known_grammar(grammar, tied, loss):
     model, _, directory = grammar
     run = trainer(grammar, replace(OPTIONS, loss=loss), tied)
-    run.run()
+    run.run(alone(run))
     target = adapt(model)
     output = target.output_layer if tied else None
     drafter = RecurrentDrafter(run.head, mx.arange(target.vocab_size), target.embed, output)
@@ -101,19 +116,43 @@ def test_a_head_learns_a_known_grammar(grammar, tied, loss):
 def test_a_resumed_run_ends_with_the_same_weights(grammar, stopped_at, tmp_path):
     options = replace(OPTIONS, steps=12, accumulate=2)
     whole = trainer(grammar, options)
-    whole.run()
+    whole.run(alone(whole))
     first = trainer(grammar, options)
-    first.run(stop=lambda progress: progress.step == stopped_at)
+    first.run(alone(first), lambda progress: progress.step == stopped_at)
     first.save(tmp_path / "checkpoint.safetensors", {"seed": 0})
     second = trainer(grammar, options)
     second.restore(tmp_path / "checkpoint.safetensors", {"seed": 0})
     assert second.progress.step == stopped_at
-    second.run()
+    second.run(alone(second))
     assert second.progress.loss == whole.progress.loss
     for (name, a), (_, b) in zip(
         tree_flatten(whole.head.parameters()), tree_flatten(second.head.parameters()), strict=True
     ):
         assert (np.array(a) == np.array(b)).all(), name
+
+
+def test_the_weights_do_not_depend_on_how_many_processes_compute_them(grammar):
+    options = replace(OPTIONS, steps=6, accumulate=3)
+    one, two = trainer(grammar, options), trainer(grammar, options)
+    one.run(alone(one))
+    make = partial(in_another_process, grammar[2], options)
+    with Crew(two._gradients, make, 2, options.accumulate) as crew:
+        two.run(crew)
+    for (name, a), (_, b) in zip(
+        tree_flatten(one.head.parameters()), tree_flatten(two.head.parameters()), strict=True
+    ):
+        assert mx.allclose(a, b, rtol=1e-4, atol=1e-5), name
+    assert two.progress.loss == pytest.approx(one.progress.loss, rel=1e-4)
+
+
+def test_a_process_that_ends_is_told(grammar):
+    options = replace(OPTIONS, steps=6, accumulate=2)
+    run = trainer(grammar, options)
+    with (
+        Crew(run._gradients, partial(os._exit, 3), 2, options.accumulate) as crew,
+        pytest.raises(RuntimeError, match="ended with exit code 3"),
+    ):
+        run.run(crew)
 
 
 def test_other_settings_do_not_resume(grammar, tmp_path):
@@ -139,7 +178,7 @@ def test_replay_counts_the_rounds_of_real_generation(grammar, width, length, bud
     """Half-trained, so that rounds of every length occur."""
     model, _, directory = grammar
     run = trainer(grammar, replace(OPTIONS, steps=12), tied)
-    run.run()
+    run.run(alone(run))
     target = adapt(model)
     output = target.output_layer if tied else None
     drafter = RecurrentDrafter(run.head, mx.arange(target.vocab_size), target.embed, output)

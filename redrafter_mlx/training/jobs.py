@@ -43,7 +43,7 @@ def side_by_side(jobs: int, work: Work, tell: Callable[[int, Any], None]) -> lis
     ]
     results: dict[int, Any] = {}
     try:
-        with _threads(max(1, (os.cpu_count() or 1) // jobs)):
+        with blas_threads(jobs):
             for process in processes:
                 process.start()
         while len(results) < jobs:
@@ -95,8 +95,9 @@ def _next(messages, processes, results) -> tuple[int, int, Any]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processes started in the block give their BLAS so many threads."""
+def blas_threads(jobs: int) -> Iterator[None]:
+    """Each of so many processes started in the block has its share of the cores for its BLAS."""
+    count = max(1, (os.cpu_count() or 1) // jobs)
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(count)))
     try:

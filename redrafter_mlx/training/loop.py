@@ -8,20 +8,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from redrafter_mlx import device
 from redrafter_mlx.config import TrainingOptions
-from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.training.objective import Objective, candidates
-from redrafter_mlx.training.windows import Batch, Shards
+from redrafter_mlx.training.gradients import Crew, Gradients
 
 WARM_UP = 0.02
 """Share of the steps over which the learning rate rises."""
@@ -50,28 +46,14 @@ class Progress:
 class Trainer:
     """Trains a head on shards.
 
-    head       in float32; changed in place
-    objective  the loss of a batch
-    shards     training data
-    allowed    (D,) token ids the soft-max may run over
+    gradients  of its batches; its head is in float32 and is changed in place
     options    batch and learning rate
     progress   how many steps, and how many are done
-    seed       of the batches
     """
 
-    def __init__(
-        self,
-        head: RecurrentHead,
-        objective: Objective,
-        shards: Shards,
-        allowed: np.ndarray,
-        options: TrainingOptions,
-        progress: Progress,
-        seed: int,
-    ):
-        self.head, self.shards, self.progress = head, shards, progress
-        self._objective, self._allowed, self._options = objective, allowed, options
-        self._seed = seed
+    def __init__(self, gradients: Gradients, options: TrainingOptions, progress: Progress):
+        self.head, self.progress = gradients.head, progress
+        self._gradients, self._options = gradients, options
         self.plan(progress.steps)
 
     def plan(self, steps: int) -> None:
@@ -89,80 +71,49 @@ class Trainer:
         self._optimizer = optim.AdamW(rate, betas=list(_BETAS), weight_decay=0.0)
         self._optimizer.init(self.head.trainable_parameters())
 
-    def run(self, stop: Callable[[Progress], bool] = lambda progress: False) -> None:
+    def run(self, crew: Crew, stop: Callable[[Progress], bool] = lambda progress: False) -> None:
         """Train to the end, or until `stop(progress)`, asked after each step, is true."""
         done = self.progress
-        o = self._options
-        batches = self.shards.batches(
-            f"{self._seed}", o.windows, self._objective.steps, done.step * o.accumulate
-        )
-        gradients_of, updated = self._compiled()
+        updated = self._compiled_update()
         parameters = self.head.trainable_parameters()
         while done.step < done.steps:
             began = time.perf_counter()
-            losses, total = [], None
-            for part in range(o.accumulate):
-                loss, gradients = gradients_of(parameters, *self._arrays(next(batches), part))
-                losses.append(loss)
-                total = gradients if total is None else tree_map(mx.add, total, gradients)
-            parameters = updated(parameters, tree_map(lambda g: g / o.accumulate, total))
+            loss, gradients = crew.of(parameters, done.step)
+            parameters = updated(parameters, gradients)
             self.head.update(parameters)
-            (loss,) = device.read(sum(losses) / o.accumulate)
-            mx.eval(parameters, self._optimizer.state)
+            mx.eval(loss, parameters, self._optimizer.state)
             done.step += 1
             done.seconds += time.perf_counter() - began
-            done.loss = float(loss)
+            done.loss = loss.item()
             if not math.isfinite(done.loss):
                 raise UserError(
                     f"the loss is {done.loss} at step {done.step}: the training data or the "
-                    f"learning rate {o.learning_rate} is unusable; resume with a lower one"
+                    f"learning rate {self._options.learning_rate} is unusable; resume with a "
+                    "lower one"
                 )
             if stop(done):
                 return
 
-    def seconds_per_step(self) -> float:
+    def seconds_per_step(self, crew: Crew) -> float:
         """Measured on a few steps that change nothing."""
-        gradients_of, _ = self._compiled()
         parameters = self.head.trainable_parameters()
-        batches = self.shards.batches("probe", self._options.windows, self._objective.steps)
         times = []
-        for batch in islice(batches, PROBES):
+        for step in range(PROBES):
             began = time.perf_counter()
-            mx.eval(gradients_of(parameters, *self._arrays(batch, 0)))
+            mx.eval(crew.of(parameters, step))
             times.append(time.perf_counter() - began)
         self.head.update(parameters)
-        return float(np.median(times[1:])) * self._options.accumulate
+        return float(np.median(times[1:]))
 
-    def _compiled(self):
-        """Pure functions: (parameters, batch) -> loss and gradients; and one update."""
-
-        def loss(parameters, *arrays):
-            self.head.update(parameters)
-            return self._objective(self.head, *arrays)
+    def _compiled_update(self):
+        """A pure function: (parameters, gradients) -> parameters."""
 
         def update(parameters, gradients):
             gradients, _ = optim.clip_grad_norm(gradients, 1.0)
             return self._optimizer.apply_gradients(gradients, parameters)
 
         state = [self._optimizer.state]
-        return (
-            mx.compile(mx.value_and_grad(loss)),
-            mx.compile(update, inputs=state, outputs=state),
-        )
-
-    def _arrays(self, batch: Batch, part: int) -> tuple[mx.array, ...]:
-        o = self._options
-        seed = [self._seed, self.progress.step, part]
-        chosen = candidates(batch, self._allowed, o.candidates, seed)
-        return (
-            batch.hidden,
-            mx.array(batch.tokens),
-            chosen.ids,
-            chosen.bias,
-            chosen.teacher,
-            chosen.columns,
-            mx.array(batch.weights),
-        )
+        return mx.compile(update, inputs=state, outputs=state)
 
     def save(self, path: Path, settings: dict) -> None:
         """Everything needed to go on, whole or not at all; `settings` must match on resuming."""

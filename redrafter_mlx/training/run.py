@@ -11,7 +11,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from redrafter_mlx.drafters.checkpoint import save_head
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.gradients import Crew, Gradients
 from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
@@ -92,20 +95,26 @@ class Vocabulary:
 class TrainingRun:
     """Training on data that is there: the head, its trainer, and how it is measured.
 
-    target    with the layers that the head fuses in `taps`
+    load      gives the target, with the layers that the head fuses in `taps`
+    jobs      processes that compute gradients; with several, `load` is called in each and must be
+              picklable. The weights do not depend on it.
     settings  everything the weights depend on; a checkpoint made with others is refused
+
+    A context: the other processes end with it.
     """
 
     def __init__(
         self,
-        target: Target,
+        load: Callable[[], Target],
         places: Places,
         head: HeadOptions,
         training: TrainingOptions,
         seed: int,
         minutes: float | None = None,
+        jobs: int = 1,
     ):
-        self.target, self.places, self._options = target, places, training
+        self.target, self.places, self._options = load(), places, training
+        target = self.target
         self.shards = Shards(training_shards(parts(places.data)))
         self.answers = held_out_answers(places.data)
         self.vocabulary = Vocabulary.choose(
@@ -118,33 +127,30 @@ class TrainingRun:
             self.config, target.embed, target.output_layer, d2t, fit, training.ahead,
             mx.random.key(seed),
         )  # fmt: skip
-        tied = self.config.tied_output
-        self._trainer = Trainer(
-            self.head,
-            Objective(
-                LOSSES[training.loss],
-                training.ahead,
-                training.step_decay,
-                target.embed,
-                tied_output(target.output_layer)
-                if tied
-                else trained_output(d2t, target.vocab_size),
-                training.lost,
-            ),
-            self.shards,
-            np.arange(target.vocab_size) if tied else np.sort(self.vocabulary.ids),
-            training,
-            Progress(training.steps or 1),
-            seed,
+        gradients = gradients_of(target, self.head, d2t, self.shards, training, seed)
+        self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
+        make = partial(
+            make_gradients, load, places.data, self.config, self.vocabulary.ids, training, seed
         )
+        self._crew = Crew(gradients, make, jobs, training.accumulate)
         depends_on = {**asdict(head), **asdict(training), "seed": seed}
         depends_on["data_tokens"] = self.shards.tokens
         self.settings = json.loads(json.dumps(depends_on))  # as they will be read back
         self.drafter = RecurrentDrafter(
-            self.head, d2t, target.embed, target.output_layer if tied else None
+            self.head, d2t, target.embed, target.output_layer if self.config.tied_output else None
         )
         self.log: list[dict] = []
-        self._set_out(minutes)
+        self._minutes = minutes
+
+    def __enter__(self) -> TrainingRun:
+        with ExitStack() as stack:
+            stack.enter_context(self._crew)
+            self._set_out(self._minutes)
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._leave.close()
 
     @property
     def progress(self) -> Progress:
@@ -172,7 +178,7 @@ class TrainingRun:
             batch = self._options.windows * self._options.accumulate
             steps = PASSES * windows // batch
             if minutes is not None:
-                steps = int(60 * minutes / self._trainer.seconds_per_step())
+                steps = int(60 * minutes / self._trainer.seconds_per_step(self._crew))
             self._trainer.plan(max(1, steps))
 
     def run(
@@ -210,7 +216,7 @@ class TrainingRun:
                 last["saved"] = time.monotonic()
             return ended
 
-        self._trainer.run(after)
+        self._trainer.run(self._crew, after)
         return self.progress.step == self.progress.steps
 
     def measure(self, tokens: int) -> dict[str, float]:
@@ -236,6 +242,39 @@ class TrainingRun:
     def save(self, dtype: str) -> None:
         """Write the drafter's config.json and model.safetensors."""
         save_head(self.places.output, self.head, self.drafter.d2t, getattr(mx, dtype))
+
+
+def gradients_of(
+    target: Target,
+    head: RecurrentHead,
+    d2t: mx.array,
+    shards: Shards,
+    training: TrainingOptions,
+    seed: int,
+) -> Gradients:
+    """What training a head minimises, and its gradients."""
+    tied = head.config.tied_output
+    output = tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size)
+    objective = Objective(
+        LOSSES[training.loss], training.ahead, training.step_decay, target.embed, output,
+        training.lost,
+    )  # fmt: skip
+    allowed = np.arange(target.vocab_size) if tied else np.sort(np.array(d2t))
+    return Gradients(head, objective, shards, allowed, training, seed)
+
+
+def make_gradients(
+    load: Callable[[], Target],
+    data: Path,
+    config: HeadConfig,
+    ids: np.ndarray,
+    training: TrainingOptions,
+    seed: int,
+) -> Gradients:
+    """The same in another process: `ids` (D,) of the draft vocabulary."""
+    d2t = mx.array(ids.astype(np.int32))
+    shards = Shards(training_shards(parts(data)))
+    return gradients_of(load(), RecurrentHead(config), d2t, shards, training, seed)
 
 
 def held_out_answers(directory: Path) -> list[Answer]:

@@ -22,6 +22,8 @@ from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard
 
 LENGTH = 16
+Window = tuple[int, int, int]
+"""Shard, first token, end of the conversation."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Shards:
             if file["hidden"].shape[1] != self.hidden_size:
                 raise UserError(f"{path} was written by another target than {paths[0]}")
 
-    def windows(self, seed: str) -> list[tuple[int, int, int]]:
-        """(file, first, end of the conversation) of every window, shuffled by the seed.
+    def windows(self, seed: str) -> list[Window]:
+        """Every window, shuffled by the seed.
 
         Windows tile each conversation from a random phase on.
         """
@@ -71,7 +73,7 @@ class Shards:
                         found.append((f, max(first, start), end))
         return [found[i] for i in draw.permutation(len(found))]
 
-    def batch(self, windows: Sequence[tuple[int, int, int]], steps: int) -> Batch:
+    def batch(self, windows: Sequence[Window], steps: int) -> Batch:
         """Cut the windows out; what lies beyond a conversation's end weighs nothing."""
         reach = LENGTH + steps + 1
         spans = [(self._files[f], np.arange(a, a + reach), end) for f, a, end in windows]
@@ -92,16 +94,20 @@ class Shards:
             weights=(written * inside * has_view).astype(np.float32),
         )
 
-    def batches(self, seed: str, size: int, steps: int, first: int = 0) -> Iterator[Batch]:
-        """Epoch after epoch of batches, from the `first`-th on."""
+    def draws(self, seed: str, size: int, first: int = 0) -> Iterator[list[Window]]:
+        """Epoch after epoch of batches' windows, from the `first`-th batch on."""
         epoch = 0
         while True:
             windows = self.windows(f"{seed}/{epoch}")
             count = max(1, len(windows) // size)
             for i in range(min(first, count), count):
-                yield self.batch(windows[i * size : (i + 1) * size], steps)
+                yield windows[i * size : (i + 1) * size]
             first = max(0, first - count)
             epoch += 1
+
+    def batches(self, seed: str, size: int, steps: int) -> Iterator[Batch]:
+        """Batches without end, in the order of `draws`."""
+        return (self.batch(windows, steps) for windows in self.draws(seed, size))
 
     def counts(self, vocab_size: int) -> np.ndarray:
         """(V,) how often each token was written."""
