@@ -1,0 +1,116 @@
+"""How much of the machine's matrix-product speed a training step reaches.
+
+    python -m benchmarks.training_step --data my-drafter/training/data
+
+Times the gradients of an update as training computes them, and the matrix products of that
+update alone, of the same shapes and with all cores, in turn; prints the medians and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+from redrafter_mlx import blas, hub
+from redrafter_mlx.config import HeadOptions, TrainingOptions
+from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.target.adapter import Target, adapt
+from redrafter_mlx.training.gradients import Crew
+from redrafter_mlx.training.initial import initial_head
+from redrafter_mlx.training.run import Vocabulary, gradients_of, head_config, make_gradients
+from redrafter_mlx.training.shards import parts, training_shards
+from redrafter_mlx.training.windows import LENGTH, Shards
+
+Shape = tuple[int, int, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--model", default="demo")
+    flag("--data", type=Path, required=True, help="training/data of a training run")
+    flag("--fused-layers", type=int, nargs="*", default=[])
+    flag("--jobs", type=int, default=os.cpu_count())
+    flag("--repeats", type=int, default=9)
+    flags = parser.parse_args()
+    load = partial(target_of, flags.model, tuple(flags.fused_layers))
+    target, options = load(), TrainingOptions()
+    shards = Shards(training_shards(parts(flags.data)))
+    head_options = HeadOptions(fused_layers=tuple(flags.fused_layers))
+    ids = Vocabulary.choose(shards, [], head_options.draft_vocab, target.vocab_size).ids
+    config = head_config(target, head_options, len(ids))
+    d2t = mx.array(ids.astype(np.int32))
+    fit = shards.batches("fit", 8, 2 * options.ahead)
+    head = initial_head(
+        config, target.embed, target.output_layer, d2t, [next(fit)], options.ahead,
+        mx.random.key(0),
+    )  # fmt: skip
+    own = gradients_of(target, head, d2t, shards, options, 0)
+    make = partial(make_gradients, load, flags.data, config, ids, options, 0)
+    shapes = products(config, options)
+    operands = [
+        (mx.random.normal((rows, inner)), mx.random.normal((inner, columns)))
+        for rows, inner, columns in shapes
+    ]
+    mx.eval(operands)
+    parameters = head.trainable_parameters()
+    times: dict[str, list[float]] = {"step": [], "products": []}
+    with Crew(own, make, flags.jobs, options.accumulate) as crew:
+        for step in range(flags.repeats + 2):  # the first two load the target and compile
+            times["step"].append(timed(partial(crew.of, parameters, step)))
+            with blas.threads(os.cpu_count() or 1):
+                times["products"].append(timed(lambda: [a @ b for a, b in operands]))
+    step = statistics.median(times["step"][2:])
+    product = options.accumulate * statistics.median(times["products"][2:])
+    flops = 2 * options.accumulate * sum(a * b * c for a, b, c in shapes)
+    positions = options.accumulate * options.windows * LENGTH
+    print(
+        f"step of {positions} positions: {1e3 * step:.0f} ms ({positions / step:.0f} positions/s, "
+        f"{flops / step / 1e9:.0f} GFLOP/s), {flags.jobs} processes\n"
+        f"its matrix products alone: {1e3 * product:.0f} ms ({flops / product / 1e9:.0f} GFLOP/s)\n"
+        f"the step runs at {product / step:.0%} of their speed"
+    )
+
+
+@functools.cache
+def target_of(model: str, layers: tuple[int, ...]) -> Target:
+    """The target, loaded once in each process."""
+    target = adapt(hub.load(model)[0])
+    if layers:
+        target.tap(layers)
+    return target
+
+
+def products(config: HeadConfig, options: TrainingOptions) -> list[Shape]:
+    """(rows, inner, columns) of every matrix product of a part, forward and backward."""
+    h, e, c = config.hidden_size, config.exit_dim, config.context_size
+    positions = options.windows * LENGTH
+    rows = positions * options.ahead
+    layers = [(rows, e, e)] * config.num_blocks + [(rows, h, e)]  # blocks, state's projection
+    if config.rnn:
+        layers.append((rows, h, h))  # rnn_u
+    found = [*layers, (rows, e, options.candidates), (positions, c, e), (rows, h, h)]  # rnn_w last
+    for r, i, o in layers:
+        found += [(r, o, i), (i, r, o)]  # gradients of inputs and weights
+    found += [(rows, options.candidates, e)]  # the output's inputs only: its rows are fixed
+    return [*found, (c, positions, e), (h, rows, h)]  # weights only: the target is fixed
+
+
+def timed(work) -> float:
+    began = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
