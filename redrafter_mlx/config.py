@@ -252,9 +252,9 @@ class TrainingOptions(Options):
     windows: int = option(16, "windows of 16 positions in a batch", low=1)
     accumulate: int = option(2, "batches per update; several processes share them", low=1)
     candidates: int = option(2048, "tokens that the soft-max of a batch runs over", low=16)
-    ahead: int = option(5, "tokens predicted from each position", low=1, high=16)
+    ahead: int = option(4, "tokens predicted from each position", low=1, high=16)
     step_decay: float = option(
-        0.8, "a predicted token weighs this much of the one before", low=0.0, high=1.0
+        0.7, "a predicted token weighs this much of the one before", low=0.0, high=1.0
     )
     lost: float = option(
         1.0,
