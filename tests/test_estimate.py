@@ -9,7 +9,13 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import estimate as module
 from redrafter_mlx.training.data import write_data
-from redrafter_mlx.training.estimate import choose_rows, estimate, memory_needed
+from redrafter_mlx.training.estimate import (
+    choose_jobs,
+    choose_rows,
+    estimate,
+    memory_needed,
+    share,
+)
 from redrafter_mlx.training.shards import held_out_shards, training_shards
 from support import TinyTokenizer
 
@@ -96,3 +102,21 @@ def test_families_without_the_usual_names_are_reckoned_too():
     for name in ("deepseek_v3", "gemma3_text", "mixtral"):
         assert memory_needed(Target(build(name)), 8, 512) > 0
         assert estimate(Target(build(name)), DataOptions(rows=2, columns=64)).seconds > 0
+
+
+def test_jobs_are_as_asked_for_or_as_fit(target, monkeypatch):
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 3)
+    assert choose_jobs(target, DataOptions(jobs=7)) == 7
+    if mx.default_device() == mx.gpu:
+        assert choose_jobs(target, DataOptions()) == 1
+        return
+    assert choose_jobs(target, DataOptions()) == 3
+    two = 2.5 * memory_needed(target, 64, 512) / 1e9
+    assert choose_jobs(target, DataOptions(memory=two)) == 2
+    assert choose_jobs(target, DataOptions(memory=0.0001)) == 1
+
+
+def test_a_job_has_its_share_of_the_tokens_and_the_memory():
+    first, second = (share(DataOptions(data_tokens=9, memory=4.0, seed=5), j, 2) for j in (0, 1))
+    assert (first.data_tokens, first.memory) == (second.data_tokens, second.memory) == (5, 2.0)
+    assert first.seed == 5 != second.seed

@@ -207,6 +207,25 @@ def test_texts_are_continued(tmp_path):
     assert starts == {tuple(CHAT.encode(text)) for text in ("Once upon a time", "In a hole")}
 
 
+def test_jobs_share_the_questions_and_have_seeds_of_their_own(tmp_path):
+    options = DataOptions(data=str(prompts(tmp_path)), data_tokens=10**6, **ANSWERS)
+    asked = []
+    for job in range(2):
+        written = write_data(target(), CHAT, tmp_path / str(job), options, job=job, jobs=2)
+        assert written.ended == "questions"
+        asked += [
+            tuple(tokens[roles == Role.USER].tolist())
+            for tokens, roles in everything(tmp_path / str(job))
+        ]
+    lines = prompts(tmp_path).read_text("utf-8").splitlines()
+    assert sorted(asked) == sorted(tuple(CHAT.encode(json.loads(x)["prompt"])) for x in lines)
+    own = DataOptions(data_tokens=10, **OWN)
+    for job in range(2):
+        write_data(target(), CHAT, tmp_path / f"own-{job}", own, job=job, jobs=2)
+    first, second = (files(tmp_path / f"own-{job}") for job in range(2))
+    assert first["shard-00000.safetensors"] != second["shard-00000.safetensors"]
+
+
 def test_time_ends_the_stage_between_batches(tmp_path):
     written = write(tmp_path, data_tokens=10**6, data_minutes=0.0, **OWN)
     assert (written.ended, written.batches) == ("time", 1)
