@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from redrafter_mlx.config import DraftOptions
+from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.pricing.policy import Policy
+from redrafter_mlx.round import Step
 from redrafter_mlx.tree import Candidates, TokenTree
 
 
@@ -15,8 +20,14 @@ class Budget(Protocol):
     width: int
     length: int
 
+    def plan(self, position: int) -> bool:
+        """A round begins at `position`: whether to draft. Sets `width` and `length` for it."""
+
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        """Told after each round what was verified and what became of it."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,84 @@ class FixedBudget:
     def from_options(cls, options: DraftOptions) -> FixedBudget:
         return cls(options.beam_width, options.beam_length, options.budget)
 
+    def plan(self, position: int) -> bool:
+        return True
+
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
         if self.nodes == 0:
             return TokenTree.from_beams(*candidates.beam_tokens())
         c = candidates
         return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, self.nodes)
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        pass
+
+
+@dataclass
+class _Round:
+    """What a budget remembers of a round until its time is known."""
+
+    position: int
+    setting: Setting | None
+    began: float
+    nodes: int = 1
+    draft_seconds: float = 0.0
+    is_known: bool = False
+
+
+@dataclass
+class AutoBudget:
+    """One text's use of a Policy: tells it what each round cost.
+
+    A round lasts until the next one begins, so that everything is priced: passes, reading, and
+    what the caller does with the tokens. The device works on while the host takes a plain round's
+    token, so a plain round is timed after another one only, and a drafted one only when it did
+    not wait for a round before it.
+    """
+
+    policy: Policy
+    clock: Callable[[], float] = time.perf_counter
+    width: int = field(init=False)
+    length: int = field(init=False)
+    _last: _Round | None = field(default=None, init=False)
+    _before: _Round | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        self.width, self.length = self.policy.full
+        self.policy.begin_text()
+
+    def plan(self, position: int) -> bool:
+        now = self.clock()
+        if self._last is not None:
+            self._price(now - self._last.began)
+        setting = self.policy.plan(position)
+        self.width, self.length = setting or self.policy.full
+        self._before, self._last = self._last, _Round(position, setting, now)
+        return setting is not None
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        """The tree to verify."""
+        return self.policy.choose(Setting(self.width, self.length), candidates, self._position)
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        last = self._last
+        last.nodes, last.draft_seconds = step.nodes, step.draft_seconds
+        last.is_known = step.is_known
+        if last.setting is not None:
+            self.policy.observe(tree, list(step.verdict.path))
+
+    @property
+    def _position(self) -> int:
+        return self._last.position if self._last else 0
+
+    def _price(self, seconds: float) -> None:
+        last, before = self._last, self._before
+        costs = self.policy.costs
+        if last.setting is None:
+            if before is not None and before.setting is None:
+                costs.observe(1, last.position, seconds)
+        elif last.is_known and (before is None or before.is_known):
+            self.policy.draft_costs.observe(last.setting, last.draft_seconds)
+            if last.nodes > 1:
+                costs.observe(last.nodes, last.position, seconds - last.draft_seconds)

@@ -30,9 +30,13 @@ class Transcript:
     @property
     def tokens(self) -> list[int]:
         """Token ids, the pending one last."""
-        for i in range(self._read, len(self._tokens)):
-            if isinstance(self._tokens[i], mx.array):
-                self._tokens[i] = int(device.read(self._tokens[i])[0][0])
+        unread = [
+            i for i in range(self._read, len(self._tokens)) if isinstance(self._tokens[i], mx.array)
+        ]
+        if unread:
+            values = device.read(*(self._tokens[i] for i in unread))
+            for i, value in zip(unread, values, strict=True):
+                self._tokens[i] = int(value[0])
         self._read = len(self._tokens)
         return self._tokens
 

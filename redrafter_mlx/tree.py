@@ -44,7 +44,7 @@ class TokenTree:
         return cls(np.array([token], np.int32), np.array([-1], np.int32), np.zeros(1, np.float32))
 
     @classmethod
-    def best(cls, root: int, tokens, parents, logprobs, budget: int) -> TokenTree:
+    def best(cls, root: int, tokens, parents, logprobs, budget: int, scores=None) -> TokenTree:
         """The likeliest nodes of all that were scored on the way (EAGLE-2, arXiv 2406.16858 §4).
 
         root             token id of the pending token
@@ -52,12 +52,14 @@ class TokenTree:
         parents   (M,)   index of the parent among the candidates, -1 for children of the root
         logprobs  (M,)   cumulative log-probabilities; a child's is never above its parent's
         budget           most nodes of the tree, the root included
+        scores    (M,)   what nodes are chosen by instead, under the same rule: probabilities that
+                         were corrected, for example
 
         Ancestors of a kept node are always kept: scores only fall with depth, and a parent comes
         before its children among the candidates.
         """
         parents = np.asarray(parents, dtype=int)  # also of an empty list
-        likeliest = np.argsort(-np.asarray(logprobs), kind="stable")
+        likeliest = np.argsort(-np.asarray(logprobs if scores is None else scores), kind="stable")
         kept = np.sort(likeliest[: max(budget - 1, 0)])
         new_index = np.full(len(likeliest) + 1, -1)
         new_index[kept] = np.arange(1, len(kept) + 1)
@@ -178,6 +180,28 @@ class Candidates:
     parents: np.ndarray
     logprobs: np.ndarray
     beams: np.ndarray
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """(M,) int: distance from the root, 1 for its children."""
+        depths, nodes = np.ones(len(self.tokens), int), self.parents
+        while (nodes >= 0).any():
+            depths += nodes >= 0
+            nodes = np.where(nodes >= 0, self.parents[nodes], -1)
+        return depths
+
+    def within(self, width: int) -> np.ndarray:
+        """(M,) bool: what a search that keeps only `width` beams would have scored of this."""
+        scored = np.zeros(len(self.tokens), bool)
+        expanded = np.array([-1])
+        for depth in range(1, self.depths.max(initial=0) + 1):
+            here = np.flatnonzero((self.depths == depth) & np.isin(self.parents, expanded))
+            here = here[np.lexsort((-self.logprobs[here], self.parents[here]))]
+            _, first, family = np.unique(self.parents[here], return_index=True, return_inverse=True)
+            here = here[np.arange(len(here)) - first[family] < width]
+            scored[here] = True
+            expanded = here[np.argsort(-self.logprobs[here], kind="stable")[:width]]
+        return scored
 
     def beam_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """(W, L) token ids of the beams, the root first, and (W, L) their cumulative logprobs."""

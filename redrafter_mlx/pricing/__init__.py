@@ -1,0 +1,1 @@
+"""What speculation costs and yields on this machine, and which trees are worth it."""

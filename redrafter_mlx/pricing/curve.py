@@ -1,0 +1,195 @@
+"""What a pass over N rows costs, and what a draft costs: measured ahead, corrected as it goes.
+
+Shape letters: C context lengths, R sizes, W beam width, L beam length (the root included).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Setting(NamedTuple):
+    """How far a drafter searches: beams kept, tokens of a beam with the pending one."""
+
+    width: int
+    length: int
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a pass, measured at a few context lengths and sizes.
+
+    contexts  (C,) ascending: tokens in the KV cache before the pass
+    rows      (R,) ascending: rows of the pass; the first is 1, a round of plain decoding
+    seconds   (C, R)
+
+    Raises ValueError when that is not what it is given.
+    """
+
+    contexts: Sequence[int]
+    rows: Sequence[int]
+    seconds: Sequence[Sequence[float]]
+
+    def __post_init__(self):
+        seconds = np.asarray(self.seconds, float)
+        if seconds.shape != (len(self.contexts), len(self.rows)) or seconds.size == 0:
+            raise ValueError("a cost curve needs one time for each context and number of rows")
+        if not (np.isfinite(seconds) & (seconds > 0)).all():
+            raise ValueError("the times of a cost curve must be positive")
+        for name, axis in (("contexts", self.contexts), ("rows", self.rows)):
+            if not all(isinstance(x, int) for x in axis) or (np.diff(axis) <= 0).any():
+                raise ValueError(f"the {name} of a cost curve must be ascending whole numbers")
+        if self.rows[0] != 1 or self.contexts[0] < 0:
+            raise ValueError("a cost curve begins with one row")
+
+    def at(self, context: int, most: int) -> np.ndarray:
+        """(most + 1,) seconds of a pass over as many rows as the index says; 0 rows cost nothing.
+
+        Between measurements lines are drawn; beyond the last one its slope goes on, or none where
+        that falls.
+        """
+        seconds = np.asarray(self.seconds, float)
+        here = np.array([_along(context, self.contexts, column) for column in seconds.T])
+        rows = np.arange(most + 1)
+        curve = np.interp(rows, self.rows, here)
+        beyond = rows > self.rows[-1]
+        if beyond.any() and len(here) > 1:
+            slope = (here[-1] - here[-2]) / (self.rows[-1] - self.rows[-2])
+            curve[beyond] += max(slope, 0.0) * (rows[beyond] - self.rows[-1])
+        curve[0] = 0.0
+        return curve
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "contexts": list(self.contexts),
+            "rows": list(self.rows),
+            "seconds": [[float(f"{x:.6g}") for x in row] for row in self.seconds],
+        }
+
+
+def _along(x: float, xs: Sequence[float], ys: np.ndarray) -> float:
+    """`ys` over `xs` at `x`: lines, flat before the first, the last slope beyond unless it falls."""
+    if x <= xs[-1] or len(xs) == 1:
+        return float(np.interp(x, xs, ys))
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+    return float(ys[-1] + slope * (x - xs[-1]))
+
+
+class Recent:
+    """The typical value of the latest measurements of one thing.
+
+    One measurement is none: the first pass of a shape compiles kernels. Of two it is the smaller,
+    of more the median of the last five.
+    """
+
+    def __init__(self):
+        self._values: deque[float] = deque(maxlen=5)
+        self.seen_at = 0
+
+    def add(self, value: float, now: int) -> None:
+        self._values.append(value)
+        self.seen_at = now
+
+    @property
+    def value(self) -> float | None:
+        if len(self._values) < 2:
+            return None
+        return min(self._values) if len(self._values) == 2 else statistics.median(self._values)
+
+
+class LiveCosts:
+    """What passes cost here and now: a measured curve, or none, corrected by the rounds that ran.
+
+    Without a curve a size that was never tried counts as cheap as the next smaller one that was:
+    so it is tried when it promises something, and then its price is known. Sizes grow twofold at
+    most, so that the first try of a loser is cheap.
+    """
+
+    FORGET = 256
+    """Passes after which a measurement counts no more: contexts grow and machines get warm."""
+    FIRST = 8
+    """Rows tried first."""
+
+    def __init__(self, curve: CostCurve | None = None):
+        self._curve = curve
+        self._recent: dict[int, Recent] = {}
+        self._now = 0
+
+    def observe(self, rows: int, context: int, seconds: float) -> None:
+        """A pass over `rows` rows after `context` tokens took `seconds`, everything included."""
+        self._now += 1
+        ratio = seconds / self._base(context, rows)[rows]
+        self._recent.setdefault(rows, Recent()).add(ratio, self._now)
+
+    def at(self, context: int, most: int) -> np.ndarray | None:
+        """(most + 1,) seconds of a pass by its rows; infinite for what is not to be tried yet.
+
+        None while the price of a single row is unknown.
+        """
+        known = {rows: r.value for rows, r in self._recent.items() if self._counts(rows, r)}
+        if self._curve is None and 1 not in known:
+            return None
+        sizes = sorted(known)
+        base = self._base(context, most)
+        if not sizes:
+            return base
+        seconds = base * np.interp(np.arange(most + 1), sizes, [known[rows] for rows in sizes])
+        if self._curve is None:
+            seconds[max(self.FIRST, 2 * sizes[-1]) + 1 :] = np.inf
+        return seconds
+
+    def plain_is_stale(self) -> bool:
+        """Whether plain decoding was last timed too long ago to compare with."""
+        plain = self._recent.get(1)
+        return plain is None or self._now - plain.seen_at >= self.FORGET
+
+    def _counts(self, rows: int, recent: Recent) -> bool:
+        fresh = self._now - recent.seen_at < self.FORGET or (rows == 1 and self._curve is None)
+        return recent.value is not None and fresh
+
+    def _base(self, context: int, most: int) -> np.ndarray:
+        return np.ones(most + 1) if self._curve is None else self._curve.at(context, most)
+
+
+class LiveDraftCosts:
+    """What drafts cost here and now, by setting.
+
+    A setting that was neither measured ahead nor tried counts as cheap as it can be, in
+    proportion to its steps: so it is tried when that would pay.
+    """
+
+    def __init__(self, measured: Mapping[Setting, float] | None = None):
+        self._measured = dict(measured or {})
+        self._recent: dict[Setting, Recent] = {}
+
+    def observe(self, setting: Setting, seconds: float) -> None:
+        """A draft took `seconds`."""
+        ratio = seconds / self._base(setting)
+        self._recent.setdefault(setting, Recent()).add(ratio, 0)
+
+    def of(self, setting: Setting) -> float:
+        """Seconds; 0 while nothing at all is known."""
+        own = self._recent.get(setting)
+        if own is not None and own.value is not None:
+            return own.value * self._base(setting)
+        others = [recent.value for recent in self._recent.values() if recent.value is not None]
+        if not others:
+            return self._measured.get(setting, 0.0)
+        return min(others) * self._base(setting)
+
+    def _base(self, setting: Setting) -> float:
+        """Seconds if measured ahead, else a share of the largest search's."""
+        guess = (setting.length - 1) * (1 + setting.width)
+        if not self._measured:
+            return guess
+        if setting in self._measured:
+            return self._measured[setting]
+        largest = max(self._measured)
+        return self._measured[largest] * guess / ((largest.length - 1) * (1 + largest.width))

@@ -1,0 +1,200 @@
+"""Which tree is worth its price, how far to search for it, and whether to speculate at all.
+
+Tokens per second over a whole text are maximised by taking, in each round, the tree of most
+(expected tokens) - rate x (its seconds), where rate is the tokens per second that this yields
+(Dinkelbach's rule for ratios). Taking the best ratio of each round alone would verify too little
+in good rounds and too much in bad ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from redrafter_mlx.pricing.calibration import Calibration
+from redrafter_mlx.pricing.curve import LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.tree import Candidates, TokenTree
+
+MOST_NODES = 64
+"""Largest tree that is considered."""
+
+
+@dataclass
+class Rate:
+    """Tokens and seconds per round, as a fading average."""
+
+    weight: float
+    tokens: float = 0.0
+    seconds: float = 0.0
+    rounds: int = 0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.rounds += 1
+        share = max(self.weight, 1 / self.rounds)
+        self.tokens += share * (tokens - self.tokens)
+        self.seconds += share * (seconds - self.seconds)
+
+    @property
+    def per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Policy:
+    """What was learned about one drafter on one target, and what follows from it.
+
+    full         the widest and longest search
+    costs        of passes; a Policy of another temperature may share it
+    draft_costs  of drafts
+    calibration  of node probabilities
+
+    It speculates, or the drafter is parked. Parked rounds decode plainly for PAUSE rounds; then
+    the drafter is on trial for a few. Each trial that fails doubles the next pause, so that a
+    loser costs less and less; a success that lasts makes it short again. Speculating pays when it
+    is faster than plain decoding by GAIN, and stops when it is slower.
+
+    How far to search must be decided before anything was scored: looking at a draft halfway would
+    be one more synchronisation. So every SURVEY rounds the full search runs, and what a narrower
+    or shorter one would have found is read off it. The best of them serves until the next survey.
+    """
+
+    FIRST_PAUSE, LONGEST_PAUSE = 32, 2048
+    FIRST_TRIAL, TRIAL = 4, 2
+    SURVEY = 12
+    LASTING = 48
+    GAIN, LOSS, BETTER = 1.02, 1.0, 1.01
+    PATIENCE = 3  # failed trials after which a new text is no reason for another one
+    TIMING = 3  # plain rounds that give two times: the first of them is not timed
+
+    def __init__(
+        self,
+        full: Setting,
+        costs: LiveCosts | None = None,
+        draft_costs: LiveDraftCosts | None = None,
+        calibration: Calibration | None = None,
+    ):
+        self.full = full
+        self.costs = costs or LiveCosts()
+        self.draft_costs = draft_costs or LiveDraftCosts()
+        self.calibration = calibration or Calibration(full.length - 1)
+        widths = [2**i for i in range(full.width.bit_length()) if 2**i < full.width]
+        self.settings = [
+            Setting(width, length)
+            for width in (*widths, full.width)
+            for length in range(2, full.length + 1)
+        ]
+        self.setting = full
+        self._surveyed = {setting: Rate(0.25) for setting in self.settings}
+        self._rate = Rate(0.125)
+        self._trial = self.FIRST_TRIAL
+        self._parked = self._failures = self._drafted = self._timing = 0
+
+    @property
+    def is_parked(self) -> bool:
+        return self._parked > 0
+
+    def begin_text(self) -> None:
+        """Another text begins: it may be one that pays, unless too many did not."""
+        if self._parked and self._failures <= self.PATIENCE:
+            self._try_again()
+
+    def plan(self, context: int) -> Setting | None:
+        """How far to search in the next round, after `context` tokens; None: decode plainly."""
+        if self.costs.at(context, 1) is None:
+            return None
+        if self._parked:
+            self._parked -= 1
+            if self._parked:
+                return None
+            self._try_again()
+        if self._timing == 0 and self.costs.plain_is_stale():
+            self._timing = self.TIMING + 1
+        if self._timing:
+            self._timing -= 1
+            if self._timing:
+                return None
+        survey = self._trial or self._drafted % self.SURVEY == 0
+        return self.full if survey else self.setting
+
+    def choose(self, setting: Setting, candidates: Candidates, context: int) -> TokenTree:
+        """The tree to verify of what a search scored."""
+        probs = self.calibration.probabilities(candidates)
+        costs = self.costs.at(context, min(MOST_NODES, len(probs) + 1))
+        if costs is None:  # a drafter that is asked although nothing was planned
+            costs = np.arange(len(probs) + 2, dtype=float)
+        rate = max(self._rate.per_second, 1 / costs[1])
+        least = 2 if self._trial and len(probs) else 1  # a trial that verifies nothing shows nothing
+        nodes, tokens, seconds = _best_size(probs, costs, rate, least)
+        self._rate.add(tokens, seconds + self.draft_costs.of(setting))
+        self._drafted += 1
+        if setting == self.full:
+            self._survey(candidates, probs, costs, rate)
+        self._judge(costs[1])
+        c = candidates
+        return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
+
+    def observe(self, tree: TokenTree, path: list[int]) -> None:
+        """A drafted tree was verified and `path` of it accepted."""
+        if len(tree) > 1:
+            accepted = np.isin(np.arange(1, len(tree)), path)
+            self.calibration.observe(tree.logprobs[1:], tree.depths[1:], accepted)
+
+    def expected_rate(self) -> float:
+        """Tokens per second of speculating as it was last expected; 0 before any."""
+        return self._rate.per_second
+
+    def _survey(self, candidates: Candidates, probs, costs, rate: float) -> None:
+        """What each setting would have found here; the best so far becomes the setting."""
+        depths = candidates.depths
+        for width in sorted({setting.width for setting in self.settings}):
+            kept = np.ones(len(probs), bool)
+            if width < self.full.width:
+                kept = candidates.within(width)
+            for length in range(2, self.full.length + 1):
+                _, tokens, seconds = _best_size(probs[kept & (depths < length)], costs, rate, 1)
+                self._surveyed[width, length].add(tokens, seconds)
+        best = max(self.settings, key=self._value)
+        if self._value(best) > self.BETTER * self._value(self.setting):
+            self.setting = best
+
+    def _value(self, setting: Setting) -> float:
+        found = self._surveyed[setting]
+        return found.tokens / (found.seconds + self.draft_costs.of(setting))
+
+    def _judge(self, plain_seconds: float) -> None:
+        """Park the drafter when it does not pay."""
+        gain = self._rate.per_second * plain_seconds
+        if self._trial:
+            self._trial -= 1
+            if self._trial == 0 and gain < self.GAIN:
+                self._park()
+        elif gain < self.LOSS:
+            self._park()
+        elif self._drafted >= self.LASTING:
+            self._failures = 0
+
+    def _park(self) -> None:
+        self._parked = min(self.FIRST_PAUSE << self._failures, self.LONGEST_PAUSE)
+        self._failures = min(self._failures + 1, 16)
+
+    def _try_again(self) -> None:
+        self._parked = 0
+        self._trial = self.TRIAL
+        self._drafted = 0
+        self._rate = Rate(self._rate.weight)
+        self.calibration.doubt()
+
+
+def _best_size(probs: np.ndarray, costs: np.ndarray, rate: float, least: int):
+    """(nodes, expected tokens, seconds) of the tree of most tokens - rate x seconds.
+
+    probs  (M,) of the candidates
+    costs  (N + 1,) seconds of a pass by its rows
+    least  nodes of the smallest tree allowed
+    """
+    gains = np.sort(probs)[::-1][: len(costs) - 2]
+    tokens = 1 + np.concatenate([[0.0], np.cumsum(gains)])
+    seconds = costs[1 : len(tokens) + 1]
+    value = tokens - rate * seconds
+    best = least - 1 + int(np.argmax(value[least - 1 :])) if len(value) >= least else 0
+    return best + 1, float(tokens[best]), float(seconds[best])
