@@ -132,19 +132,47 @@ def _is_bias(given: Any) -> bool:
     )
 
 
+AUTO = "auto"
+MOST_BUDGET = 1024
+
+
+def budget_size(text: str) -> str | int:
+    """The type of --budget: auto, or a number of nodes."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is neither {AUTO} nor a whole number") from None
+
+
 @dataclass(frozen=True)
 class DraftOptions(Options):
     """How much is drafted each round."""
 
-    beam_width: int = option(4, "beams that the drafter keeps", low=1, high=64)
-    beam_length: int = option(5, "tokens of a beam, the pending token included", low=2, high=64)
-    budget: int = option(
-        16,
-        "most nodes of the verified tree, the pending token included; "
-        "0 verifies all beams and nothing else (the paper's setting)",
-        low=0,
-        high=1024,
+    beam_width: int = option(4, "most beams that the drafter keeps", low=1, high=64)
+    beam_length: int = option(
+        5, "most tokens of a beam, the pending token included", low=2, high=64
     )
+    budget: str | int = option(
+        AUTO,
+        "nodes of the verified tree, the pending token included: auto takes what pays at the "
+        "measured cost of this machine, N the likeliest N, 0 all beams and nothing else (the "
+        "paper's setting)",
+        type=budget_size,
+        metavar="N",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget == AUTO and isinstance(self.budget, str):
+            return
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int):
+            raise UserError(f"--budget must be {AUTO} or a whole number, not {self.budget!r}")
+        if not 0 <= self.budget <= MOST_BUDGET:
+            raise UserError(
+                f"--budget {self.budget} is outside its range: 0 to {MOST_BUDGET}, or {AUTO}"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,6 +197,33 @@ class GenerationOptions(Options):
             raise UserError(f"--stop must be strings, not {self.stop!r}")
         if "" in self.stop:
             raise UserError("--stop '' would end every text at once; give a non-empty string")
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """How costs and acceptance are measured."""
+
+    contexts: tuple[int, ...] = option(
+        (128, 512, 2048),
+        "tokens before the passes that are timed, ascending",
+        low=16,
+        high=2**20,
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+    )
+    rows: int = option(64, "most rows of a pass", low=2, high=64)
+    turns: int = option(7, "how often each size is timed", low=3, high=1000)
+    tokens: int = option(96, "most tokens of each answer that acceptance is read off", low=8)
+    prompts: str | None = option(
+        None, "text file of prompts, one a line (default: four of its own)", type=str,
+        metavar="FILE",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.contexts or list(self.contexts) != sorted(set(self.contexts)):
+            raise UserError(f"--contexts must ascend, not be {list(self.contexts)}")
 
 
 @dataclass(frozen=True)

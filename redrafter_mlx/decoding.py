@@ -19,11 +19,13 @@ def decode(
 ) -> Iterator[Step]:
     """Rounds without end; the caller stops asking when the text is finished.
 
-    Plain decoding is the empty draft: a tree of the pending token alone.
+    Plain decoding is the empty draft: a tree of the pending token alone. It is also what a round
+    is that the budget plans no draft for.
     """
     while True:
         began = time.perf_counter()
-        tree = drafter.propose(context, budget)
+        drafts = budget.plan(context.position)
+        tree = drafter.propose(context, budget) if drafts else TokenTree.root()
         drafted = time.perf_counter()
         outcome = target.verify(context, tree)
         verdict = rule(tree, outcome, context)
@@ -37,6 +39,7 @@ def decode(
             draft_seconds=drafted - began,
             verify_seconds=verified - drafted,
         )
+        budget.observe(tree, step)
         drafter.observe(step)
         yield step
 

@@ -17,8 +17,9 @@ from mlx_lm.generate import TextStateMachine, wired_limit
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.budget import AutoBudget, FixedBudget
 from redrafter_mlx.config import (
+    AUTO,
     DraftOptions,
     GenerationOptions,
     SamplingOptions,
@@ -27,6 +28,7 @@ from redrafter_mlx.config import (
 from redrafter_mlx.decoding import decode, overlap
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.pricing.profile import policy_for
 from redrafter_mlx.round import Step
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.stats import Stats
@@ -111,7 +113,12 @@ class Generation:
         self.sampler = Sampler(sampling, logits_processors)
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
-        self._budget = FixedBudget.from_options(draft)
+        if drafter is None:
+            self._budget = FixedBudget(1, 2, nodes=1)
+        elif draft.budget == AUTO:
+            self._budget = AutoBudget(policy_for(self._target, drafter, draft, sampling.temp))
+        else:
+            self._budget = FixedBudget.from_options(draft)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._progress = progress
 

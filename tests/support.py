@@ -93,7 +93,7 @@ def generation(model, prompt, drafter=None, max_tokens=40, eos=(), draft=None, *
         drafter,
         generation=GenerationOptions(max_tokens=max_tokens),
         sampling=SamplingOptions(**sampling),
-        draft=draft or DraftOptions(),
+        draft=draft or DraftOptions(budget=16),
         eos_token_ids=eos,
     )
 

@@ -9,13 +9,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "redrafter_mlx"
 LAYERS = [
-    ["generate", "train"],
+    ["generate", "train", "tune"],
     ["training.run", "training.card"],
     ["training.loop"],
     ["training.gradients"],
     ["training.initial", "training.objective", "training.replay"],
     ["check"],
-    ["stream"],
+    ["pricing.tuning", "stream"],
+    ["pricing.acceptance", "pricing.measure", "pricing.profile"],
     ["decoding", "stats"],
     ["hub"],
     ["demo"],
@@ -32,6 +33,8 @@ LAYERS = [
     ["drafters.recurrent", "training.lockstep", "training.questions"],
     ["drafters.beam_search", "drafters.protocol"],
     ["budget"],
+    ["pricing.policy"],
+    ["pricing.calibration"],
     ["target.adapter"],
     ["target.probe", "target.tape"],
     ["target.cache", "target.rope"],
@@ -40,6 +43,8 @@ LAYERS = [
     ["tree", "device"],
     ["cli"],
     ["config", "training.jobs"],
+    ["pricing.picture"],
+    ["pricing.curve"],
     ["blas", "errors", "training.filters", "training.loss", "training.picture"],
 ]
 """From the top down: a module may import from lower lines only."""

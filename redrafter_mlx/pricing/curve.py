@@ -75,7 +75,7 @@ class CostCurve:
 
 
 def _along(x: float, xs: Sequence[float], ys: np.ndarray) -> float:
-    """`ys` over `xs` at `x`: lines, flat before the first, the last slope beyond unless it falls."""
+    """`ys` over `xs` at `x`: flat before the first; the last slope beyond, unless it falls."""
     if x <= xs[-1] or len(xs) == 1:
         return float(np.interp(x, xs, ys))
     slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))

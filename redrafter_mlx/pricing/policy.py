@@ -20,6 +20,16 @@ MOST_NODES = 64
 """Largest tree that is considered."""
 
 
+def settings_within(full: Setting) -> list[Setting]:
+    """The searches that are considered: beams in powers of two, and every length."""
+    widths = [2**i for i in range(full.width.bit_length()) if 2**i < full.width]
+    return [
+        Setting(width, length)
+        for width in (*widths, full.width)
+        for length in range(2, full.length + 1)
+    ]
+
+
 @dataclass
 class Rate:
     """Tokens and seconds per round, as a fading average."""
@@ -77,12 +87,7 @@ class Policy:
         self.costs = costs or LiveCosts()
         self.draft_costs = draft_costs or LiveDraftCosts()
         self.calibration = calibration or Calibration(full.length - 1)
-        widths = [2**i for i in range(full.width.bit_length()) if 2**i < full.width]
-        self.settings = [
-            Setting(width, length)
-            for width in (*widths, full.width)
-            for length in range(2, full.length + 1)
-        ]
+        self.settings = settings_within(full)
         self.setting = full
         self._surveyed = {setting: Rate(0.25) for setting in self.settings}
         self._rate = Rate(0.125)
@@ -123,7 +128,9 @@ class Policy:
         if costs is None:  # a drafter that is asked although nothing was planned
             costs = np.arange(len(probs) + 2, dtype=float)
         rate = max(self._rate.per_second, 1 / costs[1])
-        least = 2 if self._trial and len(probs) else 1  # a trial that verifies nothing shows nothing
+        least = (
+            2 if self._trial and len(probs) else 1
+        )  # a trial that verifies nothing shows nothing
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
         self._rate.add(tokens, seconds + self.draft_costs.of(setting))
         self._drafted += 1

@@ -1,0 +1,225 @@
+"""How many tokens a round yields, for every search and every budget, from one recorded text.
+
+A drafter is asked at each position of a text that plain decoding writes. The lossless rule accepts
+what the text says, so what any search and budget would have yielded is read off afterwards.
+
+Shape letters: P positions, M candidates, N nodes, W beam width, L beam length (root included).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+
+from redrafter_mlx.config import MOST_BUDGET, SamplingOptions
+from redrafter_mlx.decoding import decode
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.pricing.calibration import Calibration
+from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.round import Context
+from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.verification import Match
+
+
+@dataclass(frozen=True)
+class Everything:
+    """A budget that keeps all candidates of one setting."""
+
+    width: int
+    length: int
+
+    def plan(self, position: int) -> bool:
+        return True
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        c = candidates
+        return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, MOST_BUDGET)
+
+    def observe(self, tree, step) -> None:
+        pass
+
+
+@dataclass
+class Watched:
+    """A drafter whose drafts are kept and never verified."""
+
+    drafter: Drafter
+    drafts: list[TokenTree] = field(default_factory=list)
+
+    def propose(self, context: Context, budget: Everything) -> TokenTree:
+        self.drafts.append(self.drafter.propose(context, budget))
+        return TokenTree.root()
+
+    def observe(self, step) -> None:
+        self.drafter.observe(step)
+
+    def reset(self) -> None:
+        self.drafter.reset()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """All that a search scored at one position, and which of it came true.
+
+    candidates  M nodes
+    path        (k,) the candidates that the text then followed, from depth 1 on
+    """
+
+    candidates: Candidates
+    path: list[int]
+
+    @classmethod
+    def of(cls, tree: TokenTree, following: Sequence[int]) -> Draft:
+        """A tree and the tokens of the text after its root."""
+        rows = [0]
+        for token in following:
+            child = tree.children[rows[-1]].get(int(token))
+            if child is None:
+                break
+            rows.append(child)
+        candidates = Candidates(
+            int(tree.tokens[0]),
+            tree.tokens[1:],
+            np.where(tree.parents[1:] > 0, tree.parents[1:] - 1, -1),
+            tree.logprobs[1:],
+            beams=np.zeros(0, int),
+        )
+        return cls(candidates, [row - 1 for row in rows[1:]])
+
+    def ranks(self, setting: Setting, full: Setting) -> np.ndarray:
+        """(k,) place of each node of the path among what the setting would have scored.
+
+        A node that it would not have scored, and what comes after it, is not there.
+        """
+        c = self.candidates
+        scored = c.depths < setting.length
+        if setting.width < full.width:
+            scored &= c.within(setting.width)
+        order = np.flatnonzero(scored)
+        order = order[np.argsort(-c.logprobs[order], kind="stable")]
+        places = {int(node): place for place, node in enumerate(order)}
+        ranks = []
+        for node in self.path:
+            if node not in places:
+                break
+            ranks.append(places[node])
+        return np.maximum.accumulate(np.array(ranks, int))
+
+    @cached_property
+    def accepted(self) -> np.ndarray:
+        """(M,) bool."""
+        return np.isin(np.arange(len(self.candidates.tokens)), self.path)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The drafts at the positions of one text, in order: each P of the tokens written.
+
+    full  the search that was recorded
+    """
+
+    full: Setting
+    drafts: list[Draft]
+
+    def accepted(self, setting: Setting, most: int) -> np.ndarray:
+        """(P, most + 1): tokens that a round at each position accepts, by its budget."""
+        counts = np.zeros((len(self.drafts), most + 1), int)
+        for draft, row in zip(self.drafts, counts, strict=True):
+            for rank in draft.ranks(setting, self.full):
+                row[rank + 2 :] += 1
+        return counts
+
+
+def record(
+    target: Target,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    tokens: int,
+    full: Setting,
+    sampling: SamplingOptions,
+    ends: Sequence[int] = (),
+) -> Recording:
+    """Decode `tokens` tokens plainly, or until one of `ends`, and draft at each of them."""
+    sampler = Sampler(sampling)
+    watched = Watched(drafter)
+    watched.reset()
+    context = target.prefill(prompt, chunk=512, noise=sampler.noise)
+    rounds = decode(target, watched, Match(sampler), Everything(*full), context)
+    text = []
+    for step in islice(rounds, tokens):
+        text += step.tokens
+        if text[-1] in ends:
+            break
+    drafter.reset()
+    # the draft at position p is rooted at the token before text[p]
+    return Recording(full, [Draft.of(t, text[p:]) for p, t in enumerate(watched.drafts)])
+
+
+def tokens_per_round(recordings: Sequence[Recording], setting: Setting, most: int) -> np.ndarray:
+    """(most + 1,) tokens per round by budget, over all texts; entry 0 means nothing.
+
+    Rounds are walked through as generation would: a round that accepts k tokens goes on at the
+    position k + 1 further.
+    """
+    tokens = rounds = np.zeros(most + 1, int)
+    for recording in recordings:
+        accepted = recording.accepted(setting, most)
+        positions = np.zeros(most + 1, int)
+        budgets = np.arange(most + 1)
+        while (running := positions < len(accepted)).any():
+            here = budgets[running]
+            steps = np.zeros(most + 1, int)
+            steps[here] = accepted[positions[here], here] + 1
+            positions = positions + steps
+            rounds = rounds + running
+        tokens = tokens + len(accepted)
+    return tokens / np.maximum(rounds, 1)
+
+
+def calibrate(recordings: Sequence[Recording], depths: int) -> Calibration:
+    """Accepted against predicted over all positions, weighing as much as some rounds."""
+    calibration = Calibration(depths)
+    for recording in recordings:
+        for draft in recording.drafts:
+            c = draft.candidates
+            calibration.observe(c.logprobs, c.depths, draft.accepted)
+    return calibration
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting and budget, and what they are expected to give.
+
+    speedup  over plain decoding
+    """
+
+    setting: Setting
+    nodes: int
+    tokens_per_round: float
+    speedup: float
+
+
+def best_choice(
+    yields: dict[Setting, np.ndarray],
+    curve: CostCurve,
+    drafts: dict[Setting, float],
+    context: int,
+) -> Choice:
+    """The fixed setting and budget of at least two nodes that is fastest after `context` tokens.
+
+    yields  (N + 1,) tokens per round by budget, of each setting
+    drafts  seconds of a draft of each setting
+    """
+    choices = []
+    for setting, tokens in yields.items():
+        costs = curve.at(context, len(tokens) - 1)
+        speedups = tokens[2:] * costs[1] / (costs[2:] + drafts[setting])
+        nodes = 2 + int(np.argmax(speedups))
+        choices.append(Choice(setting, nodes, float(tokens[nodes]), float(speedups[nodes - 2])))
+    return max(choices, key=lambda choice: choice.speedup)
