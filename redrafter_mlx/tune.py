@@ -28,7 +28,7 @@ PROMPTS = (
     "Explain to a curious child why the sea is salty.",
     "Write a Python function that returns the n-th prime number, with a short docstring.",
     "Repeat this list in alphabetical order: pear, apple, fig, cherry, lemon, banana.",
-    "A train leaves at 9:40 and travels 150 km at 60 km/h. When does it arrive? Think step by step.",
+    "A train leaves at 9:40 and travels 150 km at 60 km/h. When does it arrive, and why?",
 )
 """What is answered when no --prompts are given: talk, code, copying, reasoning."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -131,7 +132,7 @@ class Log:
     def switches(self) -> int:
         """How often it began or ceased to speculate."""
         drafted = [setting is not None for setting in self.settings]
-        return sum(a != b for a, b in zip(drafted, drafted[1:], strict=False))
+        return sum(a != b for a, b in pairwise(drafted))
 
 
 def play(

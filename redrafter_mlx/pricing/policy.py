@@ -128,9 +128,7 @@ class Policy:
         if costs is None:  # a drafter that is asked although nothing was planned
             costs = np.arange(len(probs) + 2, dtype=float)
         rate = max(self._rate.per_second, 1 / costs[1])
-        least = (
-            2 if self._trial and len(probs) else 1
-        )  # a trial that verifies nothing shows nothing
+        least = 2 if self._trial else 1  # a trial that verifies nothing shows nothing
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
         self._rate.add(tokens, seconds + self.draft_costs.of(setting))
         self._drafted += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from redrafter_mlx.pricing.measure import Timings, curve_of, measure_drafts, mea
 from redrafter_mlx.pricing.policy import MOST_NODES, settings_within
 from redrafter_mlx.pricing.profile import Profile, identify
 from redrafter_mlx.target.adapter import Target
+
+ROWS = (*range(1, 17), 18, 20, 24, 28, 32, 33, 40, 48, 56, 64)
+"""Sizes that are timed: where kernels change, costs jump, mostly below 16."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,8 @@ def tune(
     ends     tokens that end a text
     Raises UserError for a target that cannot verify trees.
     """
-    text = list(
-        islice(cycle(token for prompt in prompts for token in prompt), max(options.contexts))
-    )
-    rows = [n for n in (*range(1, 17), 18, 20, 24, 28, 32, 33, 40, 48, 56, 64) if n <= options.rows]
+    text = list(islice(cycle(chain.from_iterable(prompts)), options.contexts[-1]))
+    rows = [n for n in ROWS if n <= options.rows]
     passes = []
     for context in options.contexts:
         progress(f"passes of 1 to {rows[-1]} rows after {context} tokens")
@@ -119,10 +120,8 @@ def speedup_by_budget(
     most = len(next(iter(yields.values()))) - 1
     costs = curve.at(context, most)
     costs[0] = np.inf
-    return np.max(
-        [tokens * costs[1] / (costs + drafts[setting]) for setting, tokens in yields.items()],
-        axis=0,
-    )
+    each = [tokens / (costs + drafts[setting]) for setting, tokens in yields.items()]
+    return costs[1] * np.max(each, axis=0)
 
 
 def verdict(choice: Choice, curve: CostCurve, drafts: dict[Setting, float], context: int) -> str:
