@@ -14,6 +14,7 @@ from redrafter_mlx.config import (
     DraftOptions,
     GenerationOptions,
     SamplingOptions,
+    TuneOptions,
     add_flags,
     flag_name,
     from_flags,
@@ -206,6 +207,30 @@ def test_a_whole_number_is_a_number(name):
 )
 def test_none_is_refused_where_there_is_a_default(name):
     assert flag_name(FIELDS[name][1]) in refused(FIELDS[name][0], **{name: None})
+
+
+@pytest.mark.parametrize("budget", ["auto", 0, 1024])
+def test_budgets(budget):
+    assert DraftOptions(budget=budget).budget == budget
+    flags = parser().parse_args(["--budget", str(budget)])
+    assert from_flags(DraftOptions, flags) == DraftOptions(budget=budget)
+
+
+@pytest.mark.parametrize("budget", [-1, 1025, "16", "AUTO", 2.0, True, None, [1]], ids=repr)
+def test_a_budget_that_is_none_is_refused_with_the_way_out(budget):
+    message = refused(DraftOptions, budget=budget)
+    assert "--budget" in message
+    assert "auto" in message
+    assert str(budget) in message
+
+
+def test_a_budget_flag_that_cannot_be_read_is_refused(capsys):
+    assert "'much' is neither auto nor" in refused_flags(["--budget", "much"], capsys)
+
+
+@pytest.mark.parametrize("contexts", [(), (512, 128), (64, 64)])
+def test_contexts_that_do_not_ascend_are_refused(contexts):
+    assert "--contexts" in refused(TuneOptions, contexts=contexts)
 
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if FIELDS[n][1].default is None])

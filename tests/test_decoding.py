@@ -9,7 +9,7 @@ from mlx_lm.generate import generate_step
 
 from families import build
 from redrafter_mlx import decoding, device, stream
-from redrafter_mlx.config import SamplingOptions
+from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.protocol import NoDrafter
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.target.adapter import adapt
@@ -92,8 +92,9 @@ def test_a_wrong_rule_is_caught(monkeypatch, model, prompt, plain, wrong_rule):
     assert ids(generation(model, prompt, drafter, max_tokens=N)) != plain
 
 
+@pytest.mark.parametrize("budget", [16, "auto"])
 @pytest.mark.parametrize("temp", [0.0, 1.0])
-def test_a_round_waits_for_the_device_at_most_twice(monkeypatch, temp):
+def test_a_round_waits_for_the_device_at_most_twice(monkeypatch, temp, budget):
     model, prompt = build("llama"), tiny_prompt()
     drafter = random_drafter(model)
     waits = 0
@@ -104,7 +105,8 @@ def test_a_round_waits_for_the_device_at_most_twice(monkeypatch, temp):
         waits += 1
         return evaluate(*args)
 
-    run = generation(model, prompt, drafter, temp=temp, seed=1)
+    options = DraftOptions(budget=budget)
+    run = generation(model, prompt, drafter, draft=options, temp=temp, seed=1)
     tokens = iter(run)
     next(tokens)
     monkeypatch.setattr(mx, "eval", counting)

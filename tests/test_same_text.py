@@ -19,6 +19,7 @@ BUDGETS = [
     DraftOptions(beam_width=4, beam_length=5, budget=16),
     DraftOptions(beam_width=3, beam_length=4, budget=0),
     DraftOptions(beam_width=8, beam_length=2, budget=9),
+    DraftOptions(),
 ]
 SAMPLING = [
     {},
@@ -115,7 +116,7 @@ def test_demo_target(demo, message, sampling):
         steps = generate_step(mx.array(prompt), model, max_tokens=32)
         for ours, (theirs, _) in zip(plain, steps, strict=False):
             assert ours == theirs
-    for draft in BUDGETS[1:3]:
+    for draft in (BUDGETS[1], BUDGETS[2], BUDGETS[4]):
         run = generation(model, prompt, drafter, max_tokens=32, eos=eos, draft=draft, **sampling)
         drafted = ids(run)
         reference = generation(model, prompt, max_tokens=32, eos=eos, **sampling)

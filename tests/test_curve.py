@@ -1,0 +1,115 @@
+"""Cost curves: lines between measurements, corrections by what rounds really cost."""
+
+import numpy as np
+import pytest
+
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Recent, Setting
+
+CURVE = CostCurve([100, 200], [1, 2, 4], [[1.0, 2.0, 3.0], [1.0, 4.0, 8.0]])
+
+
+def test_between_measurements_lines_are_drawn():
+    np.testing.assert_allclose(CURVE.at(100, 4), [0, 1, 2, 2.5, 3])
+    np.testing.assert_allclose(CURVE.at(150, 4), [0, 1, 3, 4.25, 5.5])
+
+
+def test_before_the_first_and_beyond_the_last():
+    np.testing.assert_allclose(CURVE.at(0, 2), CURVE.at(100, 2))
+    np.testing.assert_allclose(CURVE.at(300, 4), [0, 1, 6, 9.5, 13])
+    np.testing.assert_allclose(CURVE.at(100, 8)[4:], [3, 3.5, 4, 4.5, 5])
+    falling = CostCurve([1], [1, 8, 16], [[1.0, 3.0, 2.0]])
+    np.testing.assert_allclose(falling.at(1, 20)[16:], 2.0)
+
+
+def test_one_row_is_enough():
+    np.testing.assert_allclose(CostCurve([5], [1], [[2.0]]).at(9, 3)[1:], 2.0)
+
+
+@pytest.mark.parametrize(
+    ("contexts", "rows", "seconds"),
+    [
+        ([], [], []),
+        ([1], [1, 2], [[1.0]]),
+        ([1], [1, 2], [[1.0, -1.0]]),
+        ([1], [1, 2], [[1.0, float("nan")]]),
+        ([1], [2, 1], [[1.0, 1.0]]),
+        ([1], [2, 3], [[1.0, 1.0]]),
+        ([2, 1], [1], [[1.0], [1.0]]),
+        ([1], [1, 2.5], [[1.0, 1.0]]),
+        ([-1], [1], [[1.0]]),
+    ],
+)
+def test_what_is_no_curve_is_refused(contexts, rows, seconds):
+    with pytest.raises(ValueError, match="cost curve"):
+        CostCurve(contexts, rows, seconds)
+
+
+def test_a_first_measurement_alone_is_none():
+    """It may have compiled kernels."""
+    recent = Recent()
+    assert recent.value is None
+    recent.add(9.0, 0)
+    assert recent.value is None
+    recent.add(1.0, 1)
+    assert recent.value == 1.0
+    for value in (1.2, 1.1, 50.0, 1.0, 1.3):
+        recent.add(value, 2)
+    assert recent.value == 1.2
+
+
+def test_without_a_curve_untried_sizes_count_as_cheap_and_grow_twofold():
+    costs = LiveCosts()
+    assert costs.at(50, 4) is None
+    for _ in range(2):
+        costs.observe(1, 50, 1.0)
+    np.testing.assert_allclose(costs.at(50, 20)[1:9], 1.0)
+    assert np.isinf(costs.at(50, 20)[9:]).all()
+    for _ in range(2):
+        costs.observe(8, 50, 1.7)
+    at = costs.at(50, 40)
+    np.testing.assert_allclose(at[[1, 8, 12, 16]], [1.0, 1.7, 1.7, 1.7])
+    np.testing.assert_allclose(at[4], 1.3)
+    assert np.isinf(at[17:]).all()
+
+
+def test_a_curve_is_corrected_by_what_rounds_cost():
+    costs = LiveCosts(CURVE)
+    np.testing.assert_allclose(costs.at(100, 4), CURVE.at(100, 4))
+    for _ in range(3):
+        costs.observe(4, 100, 4.5)
+    np.testing.assert_allclose(costs.at(100, 4)[1:], 1.5 * CURVE.at(100, 4)[1:])
+    for _ in range(3):
+        costs.observe(1, 100, 1.0)
+    np.testing.assert_allclose(costs.at(100, 4)[[1, 4]], [1.0, 4.5])
+
+
+def test_old_measurements_are_forgotten():
+    costs = LiveCosts(CURVE)
+    for _ in range(3):
+        costs.observe(4, 100, 30.0)
+    assert costs.plain_is_stale()
+    for _ in range(LiveCosts.FORGET):
+        costs.observe(2, 100, 2.0)
+    np.testing.assert_allclose(costs.at(100, 4), CURVE.at(100, 4))
+    costs.observe(1, 100, 1.0)
+    assert not costs.plain_is_stale()
+
+
+def test_draft_costs_are_corrected_together_and_then_each():
+    costs = LiveDraftCosts({Setting(1, 2): 1.0, Setting(4, 5): 8.0})
+    assert costs.of(Setting(4, 5)) == 8.0
+    for _ in range(2):
+        costs.observe(Setting(4, 5), 16.0)
+    assert costs.of(Setting(1, 2)) == 2.0
+    for _ in range(2):
+        costs.observe(Setting(1, 2), 1.5)
+    assert costs.of(Setting(1, 2)) == 1.5
+
+
+def test_drafts_that_were_never_tried_count_as_cheap():
+    costs = LiveDraftCosts()
+    assert costs.of(Setting(4, 5)) == 0.0
+    for _ in range(2):
+        costs.observe(Setting(4, 5), 10.0)
+    assert costs.of(Setting(4, 5)) == pytest.approx(10.0)
+    assert 0 < costs.of(Setting(1, 2)) < costs.of(Setting(1, 5)) < 10.0

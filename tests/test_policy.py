@@ -1,0 +1,227 @@
+"""The policy on machines and drafters on paper: it finds the optimum, parks, comes back."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from redrafter_mlx.budget import AutoBudget
+from redrafter_mlx.pricing.calibration import Calibration
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.policy import Policy, settings_within
+from redrafter_mlx.tree import Candidates
+from simulated import Guesser, Machine, best_fixed, play
+
+FULL = Setting(4, 5)
+ROWS = [*range(1, 17), 20, 24, 32, 48, 64]
+DIP = [1, 2, 4, 8, 12, 16, 24, 32, 64], [61, 77, 88, 104, 125, 110, 144, 162, 290]
+CURVES = {
+    "flat": lambda rows, context: 0.02 * (1 + 0.002 * rows),
+    "steps": lambda rows, context: 0.02 * (1 if rows <= 5 else 1.9 if rows <= 10 else 2.6),
+    "dip at 16": lambda rows, context: (
+        float(
+            np.interp(
+                rows, [1, 2, 4, 8, 12, 16, 24, 32, 64], [61, 77, 88, 104, 125, 110, 144, 162, 290]
+            )
+        )
+        / 1e3
+    ),
+    "linear": lambda rows, context: 0.02 * (0.2 + 0.8 * rows),
+}
+GUESSERS = {
+    "sure": {"sure": 0.75},
+    "middling": {"sure": 0.45},
+    "boasting": {"sure": 0.7, "truth": lambda shares: 0.4 * shares},
+}
+LIARS = {
+    "liar": {"sure": 0.7, "truth": lambda shares: 0.02 * shares},
+    "clueless": {"sure": 0.05, "truth": lambda shares: 0.02 * shares},
+}
+
+
+def drafts(passes):
+    """Seconds of a draft: a tenth of a plain round for the full search."""
+    return lambda setting: (
+        0.1 * passes(1, 0) * (setting.length - 1) / 4 * (1 if setting.width > 1 else 0.6)
+    )
+
+
+def machine(passes, **noise) -> Machine:
+    return Machine(passes, drafts(passes), **noise)
+
+
+def policy(passes=None) -> Policy:
+    """With a measured profile of a machine, or knowing nothing."""
+    if passes is None:
+        return Policy(FULL)
+    curve = CostCurve([100], ROWS, [[passes(rows, 100) for rows in ROWS]])
+    table = {setting: drafts(passes)(setting) for setting in settings_within(FULL)}
+    return Policy(FULL, LiveCosts(curve), LiveDraftCosts(table))
+
+
+def auto(policy, machine) -> AutoBudget:
+    return AutoBudget(policy, clock=lambda: machine.now)
+
+
+@pytest.mark.parametrize("guesser", GUESSERS)
+@pytest.mark.parametrize("curve", CURVES)
+def test_with_a_profile_it_is_as_fast_as_the_best_fixed_setting(curve, guesser):
+    passes = CURVES[curve]
+    best = best_fixed(machine(passes), Guesser(**GUESSERS[guesser]), FULL)
+    here = machine(passes)
+    log = play(here, Guesser(**GUESSERS[guesser]), auto(policy(passes), here), 1500)
+    assert log.rate() >= 0.95 * best, log.rate() / best
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_without_a_profile_it_gets_there(curve):
+    passes, guesser = CURVES[curve], GUESSERS["sure"]
+    best = best_fixed(machine(passes), Guesser(**guesser), FULL)
+    here = machine(passes, compile=0.1)
+    log = play(here, Guesser(**guesser), auto(policy(), here), 2000)
+    assert log.rate(first=len(log.tokens) // 3) >= 0.94 * best
+
+
+@pytest.mark.parametrize("liar", LIARS)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_useless_drafter_costs_next_to_nothing(liar, known):
+    passes = CURVES["dip at 16"]
+    here = machine(passes, noise=0.02)
+    log = play(here, Guesser(**LIARS[liar]), auto(policy(passes if known else None), here), 1500)
+    assert log.rate() >= 0.975 / passes(1, 0), log.rate() * passes(1, 0)
+    late = log.settings[len(log.settings) // 2 :]
+    assert sum(setting is not None for setting in late) < 0.02 * len(late)
+
+
+def test_pauses_double():
+    passes = CURVES["linear"]
+    here = machine(passes)
+    log = play(here, Guesser(**LIARS["liar"]), auto(policy(passes), here), 1200)
+    drafted = np.array([setting is not None for setting in log.settings])
+    edges = np.flatnonzero(np.diff(drafted.astype(int))) + 1
+    pauses = [b - a for a, b in pairwise(edges) if not drafted[a]]
+    assert len(pauses) >= 3
+    assert all(1.9 * a <= b <= 2.2 * a for a, b in pairwise(pauses)), pauses
+
+
+def test_it_comes_back_when_the_drafter_gets_good_and_goes_when_it_gets_bad():
+    passes = CURVES["dip at 16"]
+    here, guesser = machine(passes), Guesser(**LIARS["liar"])
+    kept = policy(passes)
+    play(here, guesser, auto(kept, here), 100)
+    assert kept.is_parked
+    guesser.truth = lambda shares: shares
+    log = play(here, guesser, auto(kept, here), 800)  # another text
+    assert not kept.is_parked
+    assert sum(setting is not None for setting in log.settings) > 0.8 * len(log.settings)
+    guesser.truth = lambda shares: 0.02 * shares
+    log = play(here, guesser, auto(kept, here), 400)
+    assert kept.is_parked
+    assert sum(setting is not None for setting in log.settings) < 60
+
+
+def test_a_new_text_gets_a_trial_at_once_until_too_many_failed():
+    passes = CURVES["dip at 16"]
+    here, kept = machine(passes), policy(passes)
+    at_once = []
+    for _ in range(8):
+        log = play(here, Guesser(**LIARS["liar"]), auto(kept, here), 60)
+        at_once.append(any(log.settings[:6]))
+    assert at_once[0]
+    assert at_once[1]
+    assert not any(at_once[5:])
+
+
+@pytest.mark.parametrize("curve", ["flat", "dip at 16"])
+def test_it_does_not_oscillate_where_speculation_pays(curve):
+    """Noise, outliers and interruptions: it goes on speculating, in trees of one size."""
+    passes = CURVES[curve]
+    here = machine(passes, noise=0.1, outlier=0.02)
+    kept = policy(passes)
+    log = play(here, Guesser(**GUESSERS["sure"]), auto(kept, here), 2500)
+    plain = sum(setting is None for setting in log.settings)
+    timing = Policy.TIMING * (1 + len(log.nodes) // LiveCosts.FORGET)
+    assert plain <= timing, "it never parks, it only times plain decoding now and then"
+    late = np.array(log.nodes[len(log.nodes) // 3 :])
+    assert np.percentile(late, 10) > 0.3 * np.median(late)
+
+
+def test_break_even_costs_nothing_either_way():
+    """A drafter that is just worth its price: whatever is done, plain decoding is not undercut."""
+    passes = CURVES["dip at 16"]
+    for sure in (0.3, 0.4, 0.5):
+        here = machine(passes, noise=0.05)
+        log = play(here, Guesser(sure=sure), auto(policy(passes), here), 1500)
+        assert log.rate() >= 0.97 / passes(1, 0), sure
+
+
+def test_a_machine_that_gets_hot_keeps_speculating():
+    passes = CURVES["dip at 16"]
+    here, kept = machine(passes), policy(passes)
+    guesser = Guesser(**GUESSERS["sure"])
+    play(here, guesser, auto(kept, here), 600)
+    here.slow_down = 1.6
+    log = play(here, guesser, auto(kept, here), 1500)
+    plain = sum(setting is None for setting in log.settings)
+    assert plain <= 2 * Policy.TIMING + Policy.FIRST_PAUSE
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_it_stops_where_the_context_makes_trees_dear(known):
+    """Wide passes get dearer with the context; beyond some length they do not pay."""
+    passes = lambda rows, context: 0.02 * (1 + (rows - 1) * context / 4000)
+    here = machine(passes)
+    kept = policy()
+    if known:
+        rows, contexts = [1, 2, 4, 8, 16, 32, 64], [100, 1000, 4000]
+        curve = CostCurve(contexts, rows, [[passes(n, c) for n in rows] for c in contexts])
+        kept = Policy(FULL, LiveCosts(curve))
+    guesser = Guesser(**GUESSERS["middling"])
+    short = play(here, guesser, auto(kept, here), 600, context=100)
+    assert short.rate(first=60) > 1.2 / 0.02
+    long = play(here, guesser, auto(kept, here), 900, context=9000)
+    assert long.rate(first=60) > 0.97 / 0.02
+
+
+def test_a_short_search_serves_where_long_ones_find_nothing():
+    """The drafter knows the next token and no further."""
+    passes = CURVES["flat"]
+    here, kept = machine(passes), policy(passes)
+
+    class Shortsighted(Guesser):
+        def accepted(self, tree):
+            return super().accepted(tree)[:2]
+
+    log = play(here, Shortsighted(sure=0.8), auto(kept, here), 800)
+    assert kept.setting.length <= 3
+    late = [setting for setting in log.settings[len(log.settings) // 2 :] if setting]
+    assert np.mean([setting == FULL for setting in late]) < 0.2
+
+
+def test_no_time_at_all_is_survived():
+    """A clock too coarse for a round."""
+    here = machine(lambda rows, context: 1e-12)
+    log = play(here, Guesser(sure=0.5), AutoBudget(policy(), clock=lambda: 0.0), 300)
+    assert sum(log.tokens) >= 300
+
+
+def test_probabilities_are_corrected_by_what_was_accepted():
+    calibration = Calibration(depths=2)
+    candidates = Candidates(
+        0, np.array([1, 2, 3]), np.array([-1, -1, 0]), np.log([0.6, 0.2, 0.55]), np.array([2])
+    )
+    np.testing.assert_allclose(calibration.probabilities(candidates), [0.6, 0.2, 0.55])
+    for turn in range(300):
+        accepted = np.array([turn % 10 < 3, False, turn % 10 < 3])
+        calibration.observe(candidates.logprobs, candidates.depths, accepted)
+    probs = calibration.probabilities(candidates)
+    np.testing.assert_allclose(probs, [0.3, 0.0, 0.3], atol=0.08)
+    assert probs[2] <= probs[0], "a child is never likelier than its parent"
+    calibration.doubt()
+    np.testing.assert_allclose(calibration.probabilities(candidates)[0], 0.35, atol=0.15)
+
+
+def test_probabilities_of_nothing():
+    nothing = Candidates(0, *(np.zeros(0, int),) * 2, np.zeros(0), np.zeros(0, int))
+    assert Calibration(3).probabilities(nothing).size == 0
+    assert len(Policy(FULL).choose(FULL, nothing, 100)) == 1
