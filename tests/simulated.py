@@ -159,17 +159,21 @@ def play(
     return log
 
 
-def best_fixed(machine: Machine, guesser: Guesser, full: Setting, drafts: int = 150) -> float:
-    """Tokens per second of the best fixed setting and budget, or of plain decoding.
-
-    Exhaustive: every setting, every budget, by the expected tokens of each tree.
-    """
-    rates = [1 / machine.passes(1, 100)]
+def yields(guesser: Guesser, full: Setting, drafts: int = 60) -> dict[Setting, np.ndarray]:
+    """(M + 1,) expected tokens per round by budget, from 1 on, of each setting."""
+    found = {}
     for width in range(1, full.width + 1):
         for length in range(2, full.length + 1):
             setting = Setting(width, length)
             gains = np.mean([guesser.gains(guesser.draft(setting)) for _ in range(drafts)], axis=0)
-            tokens = 1 + np.concatenate([[0.0], np.cumsum(gains)])
-            passes = [machine.passes(rows, 100) for rows in range(1, len(tokens) + 1)]
-            rates.append(np.max(tokens / (np.array(passes) + machine.drafts(setting))))
+            found[setting] = 1 + np.concatenate([[0.0], np.cumsum(gains)])
+    return found
+
+
+def best_fixed(machine: Machine, yields: dict[Setting, np.ndarray]) -> float:
+    """Tokens per second of the best of all fixed settings and budgets, or of plain decoding."""
+    rates = [1 / machine.passes(1, 100)]
+    for setting, tokens in yields.items():
+        passes = [machine.passes(rows, 100) for rows in range(1, len(tokens) + 1)]
+        rates.append(np.max(tokens / (np.array(passes) + machine.drafts(setting))))
     return max(rates)

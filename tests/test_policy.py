@@ -1,5 +1,6 @@
 """The policy on machines and drafters on paper: it finds the optimum, parks, comes back."""
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import Policy, settings_within
 from redrafter_mlx.tree import Candidates
-from simulated import Guesser, Machine, best_fixed, play
+from simulated import Guesser, Machine, best_fixed, play, yields
 
 FULL = Setting(4, 5)
 ROWS = [*range(1, 17), 20, 24, 32, 48, 64]
@@ -59,6 +60,11 @@ def policy(passes=None) -> Policy:
     return Policy(FULL, LiveCosts(curve), LiveDraftCosts(table))
 
 
+@cache
+def expected(guesser: str):
+    return yields(Guesser(**GUESSERS[guesser]), FULL)
+
+
 def auto(policy, machine) -> AutoBudget:
     return AutoBudget(policy, clock=lambda: machine.now)
 
@@ -67,16 +73,16 @@ def auto(policy, machine) -> AutoBudget:
 @pytest.mark.parametrize("curve", CURVES)
 def test_with_a_profile_it_is_as_fast_as_the_best_fixed_setting(curve, guesser):
     passes = CURVES[curve]
-    best = best_fixed(machine(passes), Guesser(**GUESSERS[guesser]), FULL)
+    best = best_fixed(machine(passes), expected(guesser))
     here = machine(passes)
     log = play(here, Guesser(**GUESSERS[guesser]), auto(policy(passes), here), 1500)
-    assert log.rate() >= 0.95 * best, log.rate() / best
+    assert log.rate() >= 0.94 * best, log.rate() / best
 
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_without_a_profile_it_gets_there(curve):
     passes, guesser = CURVES[curve], GUESSERS["sure"]
-    best = best_fixed(machine(passes), Guesser(**guesser), FULL)
+    best = best_fixed(machine(passes), expected("sure"))
     here = machine(passes, compile=0.1)
     log = play(here, Guesser(**guesser), auto(policy(), here), 2000)
     assert log.rate(first=len(log.tokens) // 3) >= 0.94 * best
@@ -134,7 +140,7 @@ def test_a_new_text_gets_a_trial_at_once_until_too_many_failed():
 
 @pytest.mark.parametrize("curve", ["flat", "dip at 16"])
 def test_it_does_not_oscillate_where_speculation_pays(curve):
-    """Noise, outliers and interruptions: it goes on speculating, in trees of one size."""
+    """Noise and outliers: it goes on speculating, with one kind of search."""
     passes = CURVES[curve]
     here = machine(passes, noise=0.1, outlier=0.02)
     kept = policy(passes)
@@ -142,8 +148,8 @@ def test_it_does_not_oscillate_where_speculation_pays(curve):
     plain = sum(setting is None for setting in log.settings)
     timing = Policy.TIMING * (1 + len(log.nodes) // LiveCosts.FORGET)
     assert plain <= timing, "it never parks, it only times plain decoding now and then"
-    late = np.array(log.nodes[len(log.nodes) // 3 :])
-    assert np.percentile(late, 10) > 0.3 * np.median(late)
+    late = [setting for setting in log.settings[len(log.settings) // 2 :] if setting]
+    assert len(set(late)) <= 3, "searches of one or two kinds, beside the surveys"
 
 
 def test_break_even_costs_nothing_either_way():

@@ -98,7 +98,9 @@ class Draft:
         A node that it would not have scored, and what comes after it, is not there.
         """
         c = self.candidates
-        scored = c.depths < setting.length
+        scored = np.ones(len(c.tokens), bool)
+        if setting.length < full.length:  # else whatever the drafter gave, however deep
+            scored = c.depths < setting.length
         if setting.width < full.width:
             scored &= c.within(setting.width)
         order = np.flatnonzero(scored)

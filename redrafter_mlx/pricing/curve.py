@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+SHORTEST = 1e-7
+"""Seconds that anything takes at least, whatever a coarse clock says."""
+
 
 class Setting(NamedTuple):
     """How far a drafter searches: beams kept, tokens of a beam with the pending one."""
@@ -112,8 +115,9 @@ class LiveCosts:
     most, so that the first try of a loser is cheap.
     """
 
-    FORGET = 256
-    """Passes after which a measurement counts no more: contexts grow and machines get warm."""
+    FORGET, FORGET_GUESS = 256, 2048
+    """Passes after which a measurement counts no more, because contexts grow and machines get
+    warm; the second if no curve takes its place."""
     FIRST = 8
     """Rows tried first."""
 
@@ -125,7 +129,7 @@ class LiveCosts:
     def observe(self, rows: int, context: int, seconds: float) -> None:
         """A pass over `rows` rows after `context` tokens took `seconds`, everything included."""
         self._now += 1
-        ratio = seconds / self._base(context, rows)[rows]
+        ratio = max(seconds, SHORTEST) / self._base(context, rows)[rows]
         self._recent.setdefault(rows, Recent()).add(ratio, self._now)
 
     def at(self, context: int, most: int) -> np.ndarray | None:
@@ -151,8 +155,11 @@ class LiveCosts:
         return plain is None or self._now - plain.seen_at >= self.FORGET
 
     def _counts(self, rows: int, recent: Recent) -> bool:
-        fresh = self._now - recent.seen_at < self.FORGET or (rows == 1 and self._curve is None)
-        return recent.value is not None and fresh
+        if recent.value is None:
+            return False
+        if self._curve is None:
+            return rows == 1 or self._now - recent.seen_at < self.FORGET_GUESS
+        return self._now - recent.seen_at < self.FORGET
 
     def _base(self, context: int, most: int) -> np.ndarray:
         return np.ones(most + 1) if self._curve is None else self._curve.at(context, most)
@@ -171,7 +178,7 @@ class LiveDraftCosts:
 
     def observe(self, setting: Setting, seconds: float) -> None:
         """A draft took `seconds`."""
-        ratio = seconds / self._base(setting)
+        ratio = max(seconds, SHORTEST) / self._base(setting)
         self._recent.setdefault(setting, Recent()).add(ratio, 0)
 
     def of(self, setting: Setting) -> float:

@@ -69,7 +69,7 @@ class Policy:
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 32, 2048
-    FIRST_TRIAL, TRIAL = 4, 2
+    FIRST_TRIAL, TRIAL, EXTENSIONS = 4, 2, 5
     SURVEY = 12
     LASTING = 48
     GAIN, LOSS, BETTER = 1.02, 1.0, 1.01
@@ -90,9 +90,10 @@ class Policy:
         self.settings = settings_within(full)
         self.setting = full
         self._surveyed = {setting: Rate(0.25) for setting in self.settings}
-        self._rate = Rate(0.125)
-        self._trial = self.FIRST_TRIAL
+        self._expected, self._realised = Rate(0.125), Rate(0.125)
+        self._trial, self._extensions = self.FIRST_TRIAL, 0
         self._parked = self._failures = self._drafted = self._timing = 0
+        self._seconds = self._plain_seconds = 0.0  # of the present round, and of a plain one
 
     @property
     def is_parked(self) -> bool:
@@ -127,26 +128,29 @@ class Policy:
         costs = self.costs.at(context, min(MOST_NODES, len(probs) + 1))
         if costs is None:  # a drafter that is asked although nothing was planned
             costs = np.arange(len(probs) + 2, dtype=float)
-        rate = max(self._rate.per_second, 1 / costs[1])
+        rate = max(self._expected.per_second, 1 / costs[1])
         least = 2 if self._trial else 1  # a trial that verifies nothing shows nothing
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
-        self._rate.add(tokens, seconds + self.draft_costs.of(setting))
-        self._drafted += 1
-        if setting == self.full:
+        self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
+        self._expected.add(tokens, self._seconds)
+        if setting == self.full and (self._trial or self._drafted % self.SURVEY == 0):
             self._survey(candidates, probs, costs, rate)
-        self._judge(costs[1])
+        self._drafted += 1
         c = candidates
         return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
 
     def observe(self, tree: TokenTree, path: list[int]) -> None:
-        """A drafted tree was verified and `path` of it accepted."""
+        """A drafted tree was verified and `path` of it, the root included, accepted."""
         if len(tree) > 1:
             accepted = np.isin(np.arange(1, len(tree)), path)
             self.calibration.observe(tree.logprobs[1:], tree.depths[1:], accepted)
+        self._realised.add(len(path), self._seconds)
+        self._judge()
 
-    def expected_rate(self) -> float:
-        """Tokens per second of speculating as it was last expected; 0 before any."""
-        return self._rate.per_second
+    @property
+    def gain(self) -> float:
+        """Speed of speculating over plain decoding, as last expected; 0 before the first draft."""
+        return self._expected.per_second * self._plain_seconds
 
     def _survey(self, candidates: Candidates, probs, costs, rate: float) -> None:
         """What each setting would have found here; the best so far becomes the setting."""
@@ -156,7 +160,11 @@ class Policy:
             if width < self.full.width:
                 kept = candidates.within(width)
             for length in range(2, self.full.length + 1):
-                _, tokens, seconds = _best_size(probs[kept & (depths < length)], costs, rate, 1)
+                if length < self.full.length:
+                    found = probs[kept & (depths < length)]
+                else:
+                    found = probs[kept]  # however deep the drafter went
+                _, tokens, seconds = _best_size(found, costs, rate, 1)
                 self._surveyed[width, length].add(tokens, seconds)
         best = max(self.settings, key=self._value)
         if self._value(best) > self.BETTER * self._value(self.setting):
@@ -166,17 +174,26 @@ class Policy:
         found = self._surveyed[setting]
         return found.tokens / (found.seconds + self.draft_costs.of(setting))
 
-    def _judge(self, plain_seconds: float) -> None:
-        """Park the drafter when it does not pay."""
-        gain = self._rate.per_second * plain_seconds
-        if self._trial:
-            self._trial -= 1
-            if self._trial == 0 and gain < self.GAIN:
+    def _judge(self) -> None:
+        """Park the drafter when it does not pay.
+
+        What is expected lags behind a text that changed for the better. So a trial whose tokens
+        paid goes on for a while although no gain is expected yet.
+        """
+        if self._trial == 0:
+            if self.gain < self.LOSS:
                 self._park()
-        elif gain < self.LOSS:
-            self._park()
-        elif self._drafted >= self.LASTING:
-            self._failures = 0
+            elif self._drafted >= self.LASTING:
+                self._failures = 0
+            return
+        self._trial -= 1
+        if self._trial == 0 and self.gain < self.GAIN:
+            realised = self._realised.per_second * self._plain_seconds
+            if realised >= self.GAIN and self._extensions < self.EXTENSIONS:
+                self._extensions += 1
+                self._trial = self.TRIAL
+            else:
+                self._park()
 
     def _park(self) -> None:
         self._parked = min(self.FIRST_PAUSE << self._failures, self.LONGEST_PAUSE)
@@ -184,9 +201,8 @@ class Policy:
 
     def _try_again(self) -> None:
         self._parked = 0
-        self._trial = self.TRIAL
-        self._drafted = 0
-        self._rate = Rate(self._rate.weight)
+        self._trial, self._extensions, self._drafted = self.TRIAL, 0, 0
+        self._expected, self._realised = Rate(0.125), Rate(0.125)
         self.calibration.doubt()
 
 

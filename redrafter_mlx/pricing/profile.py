@@ -112,16 +112,18 @@ def _drafter_name(drafter: Drafter) -> str:
     return f"{type(drafter).__name__} {_fingerprint(_modules(drafter))}"
 
 
-def _modules(thing: Any, depth: int = 3) -> Iterator[nn.Module]:
-    """The networks that an object of this package holds, also those of what it holds."""
+def _modules(thing: Any) -> Iterator[nn.Module]:
+    """The networks of a drafter, and those of the drafters that it is made of."""
     if isinstance(thing, nn.Module):
         yield thing
+    elif isinstance(thing, Target):
+        yield thing.model
     elif isinstance(thing, (list, tuple)):
         for entry in thing:
-            yield from _modules(entry, depth)
-    elif depth and type(thing).__module__.startswith("redrafter_mlx.drafters"):
+            yield from _modules(entry)
+    elif hasattr(thing, "propose"):
         for _, value in sorted(vars(thing).items()):
-            yield from _modules(value, depth - 1)
+            yield from _modules(value)
 
 
 def _fingerprint(modules: Any) -> str:
