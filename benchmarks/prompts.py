@@ -24,13 +24,24 @@ def read(path: Path, per_category: int) -> list[Prompt]:
 
     path  JSONL with `category` and `turns` (github.com/hemingkx/Spec-Bench: question.jsonl), and
           an id as `id` or `question_id`
+
+    Exits with one line when there are no prompts in it.
     """
     categories = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        name = str(entry.get("id", entry.get("question_id", len(categories))))
-        prompt = Prompt(name, entry["category"], entry["turns"][0])
-        categories[prompt.category].append(prompt)
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            entry = json.loads(line)
+            name = str(entry.get("id", entry.get("question_id", number)))
+            prompt = Prompt(name, entry["category"], entry["turns"][0])
+            categories[prompt.category].append(prompt)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(
+            f"--prompts {path}: {reason}; it must hold lines such as "
+            '{"id": "1", "category": "qa", "turns": ["Why?"]}'
+        ) from error
+    if not categories:
+        raise SystemExit(f"--prompts {path} holds no prompts")
     chosen = []
     for prompts in categories.values():
         step = max(1, len(prompts) // per_category)

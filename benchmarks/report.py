@@ -1,6 +1,6 @@
 """Tables and pictures from the JSON that the benchmarks write.
 
-python -m benchmarks.report benchmarks/results/NAME.json            # rewrites README.md's tables
+python -m benchmarks.report            # rewrites README.md's tables from benchmarks/results/*.json
 """
 
 from __future__ import annotations
@@ -10,40 +10,58 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import numpy as np
+
+from redrafter_mlx.pricing.picture import new_figure
+
+ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "README.md", Path(__file__).parent / "results"
 BEGIN, END = "<!-- speed tables: begin -->", "<!-- speed tables: end -->"
+BASE = "mlx-lm"
 
 
-def speed_tables(result: dict) -> str:
-    """Markdown of a speed benchmark: per method against the bound, and per category."""
-    machine, settings = result["machine"], result["settings"]
+def speed_tables(result: dict, name: str) -> str:
+    """Markdown of a speed benchmark: per method against the bound, and per category.
+
+    name  of the JSON file
+    """
+    where, settings = result["machine"], result["settings"]
     command = (
         f"python -m benchmarks.speed --prompts {Path(settings['prompts']).name} --per-category "
         f"{settings['per_category']} --max-tokens {settings['max_tokens']} "
-        f"--repeats {settings['repeats']} --output NAME.json"
+        f"--repeats {settings['repeats']} --output {name}"
     )
     memory = result["memory"]
     held = memory["target"] + memory["head"] + memory["kv_cache"]
-    differences = result["differences"] or ["none"]
-    return "\n".join(
-        [
-            f"`{command}` at commit {machine['commit']}, {machine['date']}: {machine['chip']}, "
-            f"mlx {machine['mlx']} on {machine['device']}, BLAS {machine['blas']}, mlx-lm "
-            f"{machine['mlx_lm']}, target {settings['model']}, greedy. Medians over "
-            f"{len(result['costs'])} prompts; ratios against mlx-lm on the same prompt.",
-            "",
-            *_method_table(result),
-            "",
-            *_category_table(result),
-            "",
-            f"Peak memory {memory['peak'] / 1e6:.0f} MB at {memory['prompt_tokens']} prompt "
-            f"tokens; target + head + KV cache are {held / 1e6:.0f} MB "
-            f"({memory['peak'] / held - 1:+.1%}). Texts that differ from plain decoding: "
-            f"{'; '.join(differences)}.",
-        ]
-    )
+    temps = sorted({run.get("temp", 0.0) for run in result["runs"]})
+    lines = [
+        f"`{command}` at commit {where['commit']}, {where['date']}: {where['chip']}, "
+        f"mlx {where['mlx']} on {where['device']}, BLAS {where['blas']}, mlx-lm "
+        f"{where['mlx_lm']}, target {settings['model']}. Medians over "
+        f"{len(result['costs'])} prompts, with the middle half of them; ratios against mlx-lm on "
+        "the same prompt.",
+    ]
+    for temp in temps:
+        part = at_temperature(result, temp)
+        lines += ["", "Greedy:" if temp == 0 else f"Temperature {temp:g}:", ""]
+        lines += [*_method_table(part), "", *_category_table(part)]
+    lines += [
+        "",
+        f"Peak memory {memory['peak'] / 1e6:.0f} MB at {memory['prompt_tokens']} prompt "
+        f"tokens; target + head + KV cache are {held / 1e6:.0f} MB "
+        f"({memory['peak'] / held - 1:+.1%}). Texts that differ from plain decoding: "
+        f"{'; '.join(result['differences'] or ['none'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def at_temperature(result: dict, temp: float) -> dict:
+    """The same document with the runs at one temperature."""
+    runs = [run for run in result["runs"] if run.get("temp", 0.0) == temp]
+    return {**result, "runs": runs}
 
 
 def _method_table(result: dict) -> list[str]:
@@ -52,7 +70,7 @@ def _method_table(result: dict) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for method, runs in _by(result["runs"], "method").items():
-        if method == "mlx-lm":
+        if method == BASE:
             continue
         total = sum(run["decode_seconds"] for run in runs)
         draft, verify = (
@@ -60,7 +78,7 @@ def _method_table(result: dict) -> list[str]:
         )
         reached = efficiency(result, method)
         lines.append(
-            f"| {method} | {statistics.median(ratios(result, method).values()):.3f} "
+            f"| {method} | {_middle(ratios(result, method).values())} "
             f"| {tokens_per_round(runs):.2f} "
             f"| {'' if reached is None else f'{reached:.1%}'} "
             f"| {draft:.1%} | {verify:.1%} | {1 - draft - verify:.1%} |"
@@ -69,48 +87,81 @@ def _method_table(result: dict) -> list[str]:
 
 
 def _category_table(result: dict) -> list[str]:
-    methods = [m for m in _by(result["runs"], "method") if m != "mlx-lm"]
+    methods = [m for m in _by(result["runs"], "method") if m != BASE]
     lines = [f"| category | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
+    means = {method: category_ratios(result, method) for method in methods}
     for category, runs in _by(result["runs"], "category").items():
-        prompts = {run["prompt"] for run in runs}
         cells = []
         for method in methods:
-            found = [r for p, r in ratios(result, method).items() if p in prompts]
             own = [run for run in runs if run["method"] == method]
-            cells.append(f"{statistics.median(found):.2f} ({tokens_per_round(own):.2f})")
+            cells.append(f"{means[method][category]:.2f} ({tokens_per_round(own):.2f})")
         lines.append(f"| {category} | {' | '.join(cells)} |")
-    lines.append("")
-    lines.append("Cells: speed ratio (tokens per round).")
-    return lines
+    cells = [f"{statistics.geometric_mean(means[method].values()):.2f}" for method in methods]
+    lines.append(f"| geometric mean | {' | '.join(cells)} |")
+    return [*lines, "", "Cells: speed ratio (tokens per round)."]
+
+
+def _middle(values: Iterable[float]) -> str:
+    low, median, high = np.percentile(list(values), [25, 50, 75])
+    return f"{median:.3f} ({low:.2f}-{high:.2f})"
 
 
 def ratios(result: dict, method: str) -> dict[str, float]:
-    """Prompt id -> median rate of the method over mlx-lm's."""
+    """Prompt id -> median rate of the method over mlx-lm's; only where both decoded something."""
     rates = defaultdict(lambda: defaultdict(list))
     for run in result["runs"]:
-        rates[run["prompt"]][run["method"]].append(run["rate"])
+        if run["rate"]:
+            rates[run["prompt"]][run["method"]].append(run["rate"])
     median = statistics.median
-    return {p: median(r[method]) / median(r["mlx-lm"]) for p, r in rates.items()}
+    return {
+        prompt: median(r[method]) / median(r[BASE])
+        for prompt, r in rates.items()
+        if r[method] and r[BASE]
+    }
+
+
+def category_ratios(result: dict, method: str) -> dict[str, float]:
+    """Category -> median speed ratio of its prompts."""
+    category = {run["prompt"]: run["category"] for run in result["runs"]}
+    found = defaultdict(list)
+    for prompt, ratio in ratios(result, method).items():
+        found[category[prompt]].append(ratio)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def efficiency(result: dict, method: str) -> float | None:
     """Median over prompts of the measured speed ratio over its bound; None without a drafter."""
-    if not method.startswith("budget"):
-        return None
-    nodes = method.split()[1]
-    reached = ratios(result, method)
-    shares = []
+    shares, reached = [], ratios(result, method)
     for cost in result["costs"]:
         runs = [
             run
             for run in result["runs"]
-            if run["method"] == method and run["prompt"] == cost["prompt"]
+            if run["method"] == method and run["prompt"] == cost["prompt"] and sizes(run)
         ]
-        seconds = {str(n): t for n, t in cost["seconds"].items()}
-        draft = statistics.median(run["draft_seconds"] / run["rounds"] for run in runs)
-        bound = tokens_per_round(runs) * seconds["1"] / (seconds[nodes] + draft)
-        shares.append(reached[cost["prompt"]] / bound)
-    return statistics.median(shares)
+        if runs and cost["prompt"] in reached:
+            bounds = [bound(run, cost["seconds"]) for run in runs]
+            shares.append(reached[cost["prompt"]] / statistics.median(bounds))
+    return statistics.median(shares) if shares else None
+
+
+def sizes(run: dict) -> dict[int, int]:
+    """Rounds of a run by the nodes of their tree; none where no tree was verified."""
+    if "sizes" in run:
+        found = {int(nodes): rounds for nodes, rounds in run["sizes"].items()}
+        return found if max(found, default=1) > 1 else {}
+    if run["method"].startswith("budget"):
+        return {int(run["method"].split()[1]): run["rounds"]}
+    return {}
+
+
+def bound(run: dict, seconds: dict[str, float]) -> float:
+    """The highest speed ratio that the run's rounds allow: nothing but passes and drafts."""
+    rows = sorted(int(n) for n in seconds)
+    costs = [seconds[str(n)] for n in rows]
+    passes = sum(
+        rounds * float(np.interp(nodes, rows, costs)) for nodes, rounds in sizes(run).items()
+    )
+    return run["tokens"] * costs[0] / (passes + run["draft_seconds"])
 
 
 def tokens_per_round(runs: list[dict]) -> float:
@@ -124,6 +175,132 @@ def _by(runs: list[dict], key: str) -> dict[str, list[dict]]:
     return groups
 
 
+def draw_speed(result: dict, path: Path) -> bool:
+    """Bars of the speed ratio by category and method, with the spread over prompts, as PNG."""
+    temps = sorted({run.get("temp", 0.0) for run in result["runs"]})
+    figure = new_figure(11, 3.8 * len(temps))
+    if figure is None:
+        return False
+    rows = figure.subplots(len(temps), 1, squeeze=False)[:, 0]
+    for temp, axes in zip(temps, rows, strict=True):
+        part = at_temperature(result, temp)
+        methods = [m for m in _by(part["runs"], "method") if m != BASE]
+        categories = list(_by(part["runs"], "category"))
+        of = {run["prompt"]: run["category"] for run in part["runs"]}
+        for i, method in enumerate(methods):
+            found = ratios(part, method)
+            values = [[r for p, r in found.items() if of[p] == c] for c in categories]
+            middle = np.array([statistics.median(v) if v else 0.0 for v in values])
+            spread = [
+                middle - [min(v, default=0.0) for v in values],
+                [max(v, default=0.0) for v in values] - middle,
+            ]
+            place = np.arange(len(categories)) + (i + 0.5) / (len(methods) + 1)
+            width = 1 / (len(methods) + 1)
+            axes.bar(place, middle, width, yerr=spread, label=method, capsize=2)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks(np.arange(len(categories)) + 0.45, categories)
+        axes.set_ylabel("speed ratio to mlx-lm")
+        axes.set_title("greedy" if temp == 0 else f"temperature {temp:g}")
+    rows[0].legend(ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def acceptance_tables(result: dict, name: str) -> str:
+    """Markdown of an acceptance benchmark: the shapes of trees at equal rows, over all prompts."""
+    lines = [_headline(result, "acceptance", name)]
+    for temp, found in result["temps"].items():
+        yields = found["all"]
+        budgets = [n for n in ("2", "4", "6", "8", "12", "16", "24", "32") if n in yields["best"]]
+        lines += [
+            "", "Greedy:" if float(temp) == 0 else f"Temperature {temp}:", "",
+            f"| tokens per round at N rows | {' | '.join(budgets)} |",
+            f"|---|{'---|' * len(budgets)}",
+        ]  # fmt: skip
+        for shape, title in (("chain", "one beam"), ("best", "the likeliest nodes")):
+            cells = (f"{yields[shape][n]:.2f}" if n in yields[shape] else "" for n in budgets)
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+        beams = ", ".join(
+            f"{setting} {entry['tokens_per_round']:.2f} at {entry['rows']:.1f} rows "
+            f"(-{1 - entry['rows'] / entry['rows_unshared']:.0%} by shared prefixes)"
+            for setting, entry in yields["beams"].items()
+            if setting in result["shown"]
+        )
+        lines += ["", f"All beams and nothing else: {beams}."]
+    return "\n".join(lines)
+
+
+def cost_tables(result: dict, name: str) -> str:
+    """Markdown of a measured cost curve: passes over that of one row."""
+    curve = result["curve"]
+    lines = [
+        _headline(result, "cost_curve", name), "",
+        f"| context | {' | '.join(map(str, curve['rows']))} rows |",
+        f"|---|{'---|' * len(curve['rows'])}",
+    ]  # fmt: skip
+    for context, seconds in zip(curve["contexts"], curve["seconds"], strict=True):
+        cells = (f"{s / seconds[0]:.2f}" for s in seconds)
+        lines.append(f"| {context} ({1e3 * seconds[0]:.1f} ms) | {' | '.join(cells)} |")
+    return "\n".join([*lines, *(f"\n{line}" for line in result["complaints"])])
+
+
+def memory_tables(result: dict, name: str) -> str:
+    """Markdown of a memory benchmark."""
+    lines = [
+        _headline(result, "memory", name), "",
+        "| context | method | peak | target + head + KV cache | more |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for run in result["runs"]:
+        held = result["target"] + result["head"] + run["kv_cache"]
+        lines.append(
+            f"| {run['context']} | {run['method']} | {run['peak'] / 1e6:.0f} MB "
+            f"| {held / 1e6:.0f} MB | {run['peak'] / held - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def context_tables(result: dict, name: str) -> str:
+    """Markdown of the benchmark over context lengths: speed over plain decoding."""
+    methods = [m for m in result["methods"] if m != "plain"]
+    lines = [
+        _headline(result, "long_context", name), "",
+        f"| context | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}",
+    ]  # fmt: skip
+    for context, rates in result["rates"].items():
+        plain = statistics.median(rates["plain"])
+        cells = (f"{statistics.median(rates[m]) / plain:.2f}" for m in methods)
+        lines.append(f"| {context} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Cells: speed over our own plain decoding."])
+
+
+def _headline(result: dict, module: str, name: str) -> str:
+    where = result["machine"]
+    return (
+        f"`python -m benchmarks.{module} --output {name}` at commit {where['commit']}, "
+        f"{where['date']}: {where['chip']}, mlx {where['mlx']} on {where['device']}, target "
+        f"{result['settings']['model']}."
+    )
+
+
+TABLES = {
+    "speed": speed_tables,
+    "acceptance": acceptance_tables,
+    "cost_curve": cost_tables,
+    "memory": memory_tables,
+    "long_context": context_tables,
+}
+"""By the `kind` of a document; the oldest have none and are of speed."""
+
+
+def all_tables(directory: Path) -> str:
+    """The tables of all results in a directory, by kind and then by name."""
+    paths, kinds = directory.glob("*.json"), list(TABLES)
+    results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    results.sort(key=lambda entry: (kinds.index(entry[1].get("kind", "speed")), entry[0].name))
+    return "\n\n".join(TABLES[r.get("kind", "speed")](r, path.name) for path, r in results)
+
+
 def with_tables(readme: str, tables: str) -> str:
     before, rest = readme.split(BEGIN)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
@@ -131,11 +308,9 @@ def with_tables(readme: str, tables: str) -> str:
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON written by benchmarks.speed")
-    flags = parser.parse_args(args)
-    tables = speed_tables(json.loads(flags.result.read_text(encoding="utf-8")))
+    parser.parse_args(args)
     readme = README.read_text(encoding="utf-8")
-    README.write_text(with_tables(readme, tables), encoding="utf-8")
+    README.write_text(with_tables(readme, all_tables(RESULTS)), encoding="utf-8")
     return 0
 
 

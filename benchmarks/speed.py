@@ -1,129 +1,178 @@
-"""Speed of drafted decoding against plain decoding, both sides in one process, interleaved.
+"""Speed of drafted decoding against plain decoding, all in one process, interleaved.
 
     python -m benchmarks.speed                                    # this project's own prompts
     python -m benchmarks.speed --prompts question.jsonl --per-category 2 --output result.json
+    python -m benchmarks.speed --drafters demo random --budgets auto 0 8 --temps 0 1
+    python -m benchmarks.speed --draft-model PATH                 # also mlx-lm with a draft model
 
-Methods: mlx-lm's stream_generate, our loop without a drafter, our loop with the drafter at each
-budget. For each prompt they run in the order A B C ... and back, and their texts are compared.
-Beside them, after the same prompt, bare forward passes of 1 ... N causal rows with mlx-lm's own
-cache give cost(N), so that a measured speed can be held against what is possible:
+Methods: mlx-lm's stream_generate, without and with a draft model; our loop without a drafter; our
+loop with each drafter at each budget, where budget 0 is the paper's: all beams, nothing else. For
+each prompt and temperature they run in the order A B C ... and back, and texts that must be equal
+are compared. Beside them, after the same prompt, bare forward passes of 1 ... N causal rows with
+mlx-lm's own cache give cost(N), so that a measured speed can be held against what is possible:
 
-    bound = tokens per round x cost(1) / (cost(N) + draft cost)
+    bound = tokens x cost(1) / (sum of cost(N) over the rounds + draft seconds)
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_sampler
 
 import redrafter_mlx
 from benchmarks import prompts as prompt_files
+from benchmarks.machine import Bench, add_prompts, document, machine, parser, size, write
 from benchmarks.prompts import Prompt
-from benchmarks.report import speed_tables
+from benchmarks.report import draw_speed, speed_tables
 from redrafter_mlx.check import compare_with_plain
-from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.stream import Generation
 
-MLX_LM, PLAIN = "mlx-lm", "plain"
+MLX_LM, MLX_LM_DRAFT, PLAIN = "mlx-lm", "mlx-lm with a draft model", "plain"
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Rows of the bare passes, as far as trees are that large; between them lines are drawn."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to generate: its name, and for ours with a drafter which one and how."""
+
+    name: str
+    drafter: str | None = None
+    options: DraftOptions = field(default_factory=DraftOptions)
 
 
 @dataclass
 class Run:
-    """One method on one prompt. `rate` is in tokens per second after the first round."""
+    """One method on one prompt.
+
+    rate           tokens per second after the first round, whose tokens came `first_seconds` after
+                   the start: prompt and warm-up are no part of it
+    sizes          rounds by nodes of their tree
+    """
 
     prompt: str
     category: str
     method: str
+    temp: float
     tokens: int
-    rate: float
+    rate: float | None
+    first_seconds: float
     rounds: int
     draft_seconds: float
     verify_seconds: float
     decode_seconds: float
+    sizes: dict[int, int] = field(default_factory=dict)
 
 
-class Bench:
-    """The target, its drafter, and the options that every method shares."""
+class SpeedBench(Bench):
+    """The methods on one target."""
 
     def __init__(self, flags: argparse.Namespace):
+        super().__init__(flags.model, flags.drafters)
         self.flags = flags
-        self.model, self.tokenizer = redrafter_mlx.load(flags.model)
-        self.drafter = redrafter_mlx.load_drafter(flags.drafter, self.model)
-        self.methods = [MLX_LM, PLAIN, *(f"budget {n}" for n in flags.budgets)]
+        self.draft_model = None
+        if flags.draft_model:  # prepared as the target is: in float32 on a CPU
+            self.draft_model = redrafter_mlx.load(flags.draft_model)[0]
+        self.methods = [Method(MLX_LM), Method(PLAIN), *self._drafted()]
+        if self.draft_model is not None:
+            self.methods.insert(1, Method(MLX_LM_DRAFT))
 
-    def encode(self, text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    def _drafted(self) -> Iterator[Method]:
+        flags = self.flags
+        for drafter in self.drafters:
+            prefix = "" if len(self.drafters) == 1 else f"{drafter}: "
+            for budget in flags.budgets:
+                name = {0: f"beams {flags.beam_width}x{flags.beam_length}", "auto": "auto"}.get(
+                    budget, f"budget {budget}"
+                )
+                options = DraftOptions(flags.beam_width, flags.beam_length, budget)
+                yield Method(prefix + name, drafter, options)
 
-    def run(self, method: str, prompt: Prompt, ids: list[int]) -> tuple[Run, list[int]]:
-        if method == MLX_LM:
-            return self._mlx_lm(prompt, ids)
-        run = self.generation(method, ids)
-        tokens, began, first = [], 0.0, 0
+    def run(self, method: Method, prompt: Prompt, ids: list[int], temp: float):
+        """(Run, token ids)."""
+        if method.name in (MLX_LM, MLX_LM_DRAFT):
+            return self._mlx_lm(method, prompt, ids, temp)
+        run = self.generation(method, ids, temp)
+        tokens, began, first = [], time.perf_counter(), 0
+        first_at = began
         for token in run:
             tokens.append(token.id)
             if not first and token.end_of_round:
-                began, first = time.perf_counter(), len(tokens)
-        seconds = time.perf_counter() - began
+                first_at, first = time.perf_counter(), len(tokens)
+        seconds = time.perf_counter() - first_at
         stats = run.stats
         return Run(
             prompt.id,
             prompt.category,
-            method,
+            method.name,
+            temp,
             len(tokens),
-            (len(tokens) - first) / seconds,
+            (len(tokens) - first) / seconds if len(tokens) > first else None,
+            first_at - began,
             stats.rounds,
             stats.draft_seconds,
             stats.verify_seconds,
             stats.decode_seconds,
+            dict(sorted(stats.sizes.items())),
         ), tokens
 
-    def generation(self, method: str, ids: list[int]) -> Generation:
-        plain = method == PLAIN
+    def generation(self, method: Method, ids: list[int], temp: float) -> Generation:
         return Generation(
             self.model,
             ids,
-            None if plain else self.drafter,
+            self.drafters[method.drafter] if method.drafter else None,
             generation=GenerationOptions(max_tokens=self.flags.max_tokens),
-            sampling=SamplingOptions(),
-            draft=DraftOptions() if plain else DraftOptions(budget=int(method.split()[1])),
+            sampling=SamplingOptions(temp=temp, seed=0),
+            draft=method.options,
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
 
-    def _mlx_lm(self, prompt: Prompt, ids: list[int]) -> tuple[Run, list[int]]:
-        tokens, began = [], 0.0
+    def _mlx_lm(self, method: Method, prompt: Prompt, ids: list[int], temp: float):
+        more = {}
+        if method.name == MLX_LM_DRAFT:
+            more = {"draft_model": self.draft_model, "num_draft_tokens": self.flags.draft_tokens}
+        mx.random.seed(0)
+        tokens, rounds, began = [], 0, time.perf_counter()
+        first_at = began
         for response in mlx_lm.stream_generate(
-            self.model, self.tokenizer, ids, max_tokens=self.flags.max_tokens
-        ):
+            self.model, self.tokenizer, ids, max_tokens=self.flags.max_tokens,
+            sampler=make_sampler(temp), **more,
+        ):  # fmt: skip
             tokens.append(response.token)
-            began = began or time.perf_counter()
-        seconds = time.perf_counter() - began
-        rate = (len(tokens) - 1) / seconds
+            rounds += not response.from_draft
+            if len(tokens) == 1:
+                first_at = time.perf_counter()
+        seconds = time.perf_counter() - first_at
         n = len(tokens)
-        return Run(prompt.id, prompt.category, MLX_LM, n, rate, n, 0.0, seconds, seconds), tokens
+        rate = (n - 1) / seconds if n > 1 else None
+        return Run(
+            prompt.id, prompt.category, method.name, temp, n, rate, first_at - began, rounds, 0.0,
+            seconds, seconds,
+        ), tokens  # fmt: skip
 
-    def margin(self, tokens: list[int], ids: list[int]) -> str:
-        return str(compare_with_plain(tokens, self.generation(PLAIN, ids)))
+    def margin(self, tokens: list[int], ids: list[int], temp: float) -> str:
+        return str(compare_with_plain(tokens, self.generation(Method(PLAIN), ids, temp)))
 
-    def costs(self, ids: list[int]) -> dict[int, float]:
+    def costs(self, ids: list[int], most: int) -> dict[int, float]:
         """Median seconds of bare forward passes of N causal rows after `ids`, interleaved.
 
         Each pass takes its tokens from the last one's argmax, so none can start early.
         """
-        rows = [1, *self.flags.budgets]
+        rows = [n for n in SIZES if n <= most or n == 1]
+        if most > rows[-1]:
+            rows.append(most)
         cache = make_prompt_cache(self.model)
         token = mx.argmax(self.model(mx.array([ids]), cache=cache)[:, -1], axis=-1)
         mx.eval(token)
@@ -139,104 +188,97 @@ class Bench:
         return {n: statistics.median(times) for n, times in seconds.items()}
 
 
-def measure(bench: Bench, flags: argparse.Namespace) -> dict:
+def measure(bench: SpeedBench, flags: argparse.Namespace) -> dict:
     """All runs of all prompts, as the JSON document that the report is made from."""
-    measured_on = machine()  # first: files may be edited while it runs
+    where = machine()  # first: files may be edited while it runs
     runs, costs, differences = [], [], []
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     for i, prompt in enumerate(chosen):
         ids = bench.encode(prompt.text)
-        texts = {}
-        orders = [bench.methods, bench.methods[::-1]] * flags.repeats
         if i == 0:
             for method in bench.methods:  # warm-up: kernels are compiled, memory is touched
-                bench.run(method, prompt, ids)
-        for methods in orders:
-            for method in methods:
-                run, texts[method] = bench.run(method, prompt, ids)
-                runs.append(run)
-        for method, tokens in texts.items():
-            if tokens != texts[PLAIN]:
-                differences.append(f"{prompt.id} {method}: {bench.margin(tokens, ids)}")
-        costs.append({"prompt": prompt.id, "context": len(ids), "seconds": bench.costs(ids)})
-        rates = {m: statistics.median(r.rate for r in runs if _is(r, prompt, m)) for m in texts}
-        line = ", ".join(f"{m} {rate:.1f}" for m, rate in rates.items())
+                bench.run(method, prompt, ids, flags.temps[0])
+        largest = 1
+        for temp in flags.temps:
+            texts = {}
+            for methods in [bench.methods, bench.methods[::-1]] * flags.repeats:
+                for method in methods:
+                    time.sleep(flags.cool_down)
+                    run, texts[method.name] = bench.run(method, prompt, ids, temp)
+                    runs.append(run)
+                    largest = max([largest, *run.sizes])
+            for name, tokens in texts.items():
+                ours = name not in (MLX_LM, MLX_LM_DRAFT) or temp == 0
+                if ours and tokens != texts[PLAIN]:
+                    margin = bench.margin(tokens, ids, temp)
+                    differences.append(f"{prompt.id} {name} at temperature {temp:g}: {margin}")
+        costs.append(
+            {"prompt": prompt.id, "context": len(ids), "seconds": bench.costs(ids, largest)}
+        )
+        mine = [run for run in runs if run.prompt == prompt.id and run.temp == flags.temps[0]]
+        line = ", ".join(
+            f"{m.name} {statistics.median([r.rate or 0.0 for r in mine if r.method == m.name]):.1f}"
+            for m in bench.methods
+        )
         print(f"{i + 1}/{len(chosen)} {prompt.category} {prompt.id}: {line}", file=sys.stderr)
-    return {
-        "machine": measured_on,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
-        "memory": memory(bench),
-        "differences": differences,
-        "costs": costs,
-        "runs": [asdict(run) for run in runs],
-    }
+    return document(
+        "speed",
+        flags,
+        where,
+        memory=memory(bench),
+        differences=differences,
+        costs=costs,
+        runs=[asdict(run) for run in runs],
+    )
 
 
-def _is(run: Run, prompt: Prompt, method: str) -> bool:
-    return run.prompt == prompt.id and run.method == method
-
-
-def machine() -> dict[str, str]:
-    """Where and with what this was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": str(mx.default_device()),
-        "chip": mx.device_info().get("device_name", platform.processor()),
-        "mlx": mx.__version__,
-        "mlx_lm": mlx_lm.__version__,
-        "blas": str(redrafter_mlx.blas.preload()),
-    }
-
-
-def memory(bench: Bench) -> dict[str, float]:
-    """Peak bytes of one more run of the longest budget, and what it had to hold."""
-    longest = max(bench.flags.budgets)
+def memory(bench: SpeedBench) -> dict[str, float]:
+    """Peak bytes of one more run of the last method on the longest prompt, and what it held."""
     chosen = prompt_files.read(bench.flags.prompts, bench.flags.per_category)
     ids = max((bench.encode(prompt.text) for prompt in chosen), key=len)
-    size = lambda module: sum(x.nbytes for _, x in tree_flatten(module.parameters()))
-    run = bench.generation(f"budget {longest}", ids)
+    method = bench.methods[-1]
+    run = bench.generation(method, ids, temp=0.0)
     mx.clear_cache()
     mx.reset_peak_memory()
     text = [*ids, *(token.id for token in run)]
     peak = mx.get_peak_memory()
     cache = make_prompt_cache(bench.model)
     mx.eval(bench.model(mx.array([text]), cache=cache)[:, -1])
+    heads = [d.head for d in bench.drafters.values() if hasattr(d, "head")]
     return {
         "prompt_tokens": len(ids),
         "peak": peak,
         "target": size(bench.model),
-        "head": size(bench.drafter.head),
+        "head": sum(map(size, heads)),
         "kv_cache": sum(layer.nbytes for layer in cache),
     }
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flag = parser.add_argument
-    flag("--model", default="demo")
-    flag("--drafter", default="demo")
-    flag("--prompts", type=Path, default=prompt_files.OWN, help="JSONL in Spec-Bench's form")
-    flag("--per-category", type=int, default=2, help="prompts of each category")
-    flag("--max-tokens", type=int, default=96)
-    flag("--budgets", type=int, nargs="+", default=[4, 8, 16])
+    made = parser(__doc__.split("\n")[0])
+    add_prompts(made)
+    flag = made.add_argument
+    flag("--drafters", nargs="+", default=["demo"], help="as --drafter, and random: a useless one")
+    flag("--budgets", type=budget_size, nargs="+", default=[4, 8, 16, 0, "auto"])
+    flag("--beam-width", type=int, default=DraftOptions.beam_width)
+    flag("--beam-length", type=int, default=DraftOptions.beam_length)
+    flag("--temps", type=float, nargs="+", default=[0.0])
+    flag("--draft-model", help="a smaller model for mlx-lm's own speculative decoding")
+    flag("--draft-tokens", type=int, default=3, help="that it drafts each round")
     flag("--repeats", type=int, default=1, help="there-and-back passes over the methods")
     flag("--cost-repeats", type=int, default=10)
-    flag("--output", type=Path, help="JSON file to write")
-    return parser.parse_args(args)
+    flag("--cool-down", type=float, default=0.0, help="seconds to wait before each run")
+    return made.parse_args(args)
 
 
 def main(args: list[str] | None = None) -> int:
     flags = parse(args)
-    result = measure(Bench(flags), flags)
+    prompt_files.read(flags.prompts, flags.per_category)  # before minutes of loading
+    result = measure(SpeedBench(flags), flags)
+    write(result, flags.output)
+    print(speed_tables(result, Path(flags.output or "NAME.json").name))
     if flags.output:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(speed_tables(result))
+        draw_speed(result, flags.output.with_suffix(".png"))
     return 0
 
 

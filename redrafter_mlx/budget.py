@@ -110,6 +110,16 @@ class AutoBudget:
             self.policy.observe(tree, list(step.verdict.path))
 
     @property
+    def note(self) -> str:
+        """What the user should know; nothing while speculation pays."""
+        if not self.policy.is_parked:
+            return ""
+        return (
+            f"drafting does not pay here (expected {self.policy.gain:.2f}x plain decoding), so the "
+            "drafter is parked; python -m redrafter_mlx.tune measures why"
+        )
+
+    @property
     def _position(self) -> int:
         return self._last.position if self._last else 0
 

@@ -224,6 +224,8 @@ def _report(verbose: bool | None, run: Generation, comparison: Comparison | None
         report = run.stats.report() if verbose else run.stats.summary()
         seed = "" if run.seed is None else f", seed {run.seed}"
         print(f"{'=' * 10}\n{report}{seed}", file=sys.stderr)
+        if run.note:
+            print(run.note, file=sys.stderr)
     if comparison is not None:
         print(f"check: {comparison}", file=sys.stderr)
 

@@ -15,6 +15,7 @@ class Stats:
     """Counts and times of one generation; complete at any moment of it.
 
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
+    sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth it
     *_seconds     wall time; `decode_seconds` is that of all rounds, `draft` and `verify` their
                   shares
     """
@@ -25,6 +26,7 @@ class Stats:
     rounds: int = 0
     nodes: int = 0
     accepted_at: list[int] = field(default_factory=list)
+    sizes: dict[int, int] = field(default_factory=dict)
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -43,6 +45,7 @@ class Stats:
         self.verify_seconds += step.verify_seconds + time.perf_counter() - began
         self.rounds += 1
         self.nodes += step.nodes
+        self.sizes[step.nodes] = self.sizes.get(step.nodes, 0) + 1
         return tokens
 
     def count(self, drafted: bool, place: int) -> None:

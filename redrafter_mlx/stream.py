@@ -122,6 +122,11 @@ class Generation:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._progress = progress
 
+    @property
+    def note(self) -> str:
+        """What the user should know about the run so far; mostly nothing."""
+        return self._budget.note if isinstance(self._budget, AutoBudget) else ""
+
     def __iter__(self) -> Iterator[Token]:
         for step in overlap(self._steps()):
             tokens = self.stats.read(step)

@@ -183,7 +183,7 @@ def test_the_text_is_the_same_without_a_drafter(command, drafted):
 
 
 def test_json_holds_text_tokens_and_statistics(tiny, command, drafted):
-    found = result_of(command(*drafted, "--json"))
+    found = result_of(command(*drafted, "--json", "--budget", "16"))
     assert set(found) == {
         *("model", "drafter", "text", "tokens", "finish_reason", "seed"),
         *("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "rounds"),
