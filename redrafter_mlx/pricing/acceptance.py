@@ -164,24 +164,25 @@ def record(
 
 
 def tokens_per_round(recordings: Sequence[Recording], setting: Setting, most: int) -> np.ndarray:
-    """(most + 1,) tokens per round by budget, over all texts; entry 0 means nothing.
-
-    Rounds are walked through as generation would: a round that accepts k tokens goes on at the
-    position k + 1 further.
-    """
-    tokens = rounds = np.zeros(most + 1, int)
+    """(most + 1,) tokens per round by budget, over all texts; entry 0 means nothing."""
+    tokens, rounds = 0, np.zeros(most + 1, int)
     for recording in recordings:
         accepted = recording.accepted(setting, most)
-        positions = np.zeros(most + 1, int)
-        budgets = np.arange(most + 1)
-        while (running := positions < len(accepted)).any():
-            here = budgets[running]
-            steps = np.zeros(most + 1, int)
-            steps[here] = accepted[positions[here], here] + 1
-            positions = positions + steps
-            rounds = rounds + running
-        tokens = tokens + len(accepted)
+        rounds += rounds_of(accepted)
+        tokens += len(accepted)
     return tokens / np.maximum(rounds, 1)
+
+
+def rounds_of(accepted: np.ndarray) -> np.ndarray:
+    """(K,) rounds over a text of P tokens, where one at position p accepts accepted[p, k] tokens.
+
+    Rounds are walked through as generation would: one that accepts n tokens goes on n + 1 further.
+    """
+    positions, rounds = np.zeros(accepted.shape[1], int), np.zeros(accepted.shape[1], int)
+    while (running := np.flatnonzero(positions < len(accepted))).size:
+        positions[running] += accepted[positions[running], running] + 1
+        rounds[running] += 1
+    return rounds
 
 
 def calibrate(recordings: Sequence[Recording], depths: int) -> Calibration:

@@ -1,0 +1,71 @@
+"""Peak memory of generation, with and without a drafter, against what must be held.
+
+python -m benchmarks.memory --contexts 128 2048 --output result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from benchmarks.machine import Bench, document, machine, parser, size, write
+from benchmarks.report import memory_tables
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.stream import Generation
+
+
+def measure(flags: argparse.Namespace) -> dict:
+    where = machine()
+    bench = Bench(flags.model, [flags.drafter])
+    drafter = bench.drafters[flags.drafter]
+    runs = []
+    for context in flags.contexts:
+        ids = bench.filler(context)
+        for budget in [None, *flags.budgets]:
+            run = Generation(
+                bench.model,
+                ids,
+                None if budget is None else drafter,
+                generation=GenerationOptions(max_tokens=flags.max_tokens),
+                sampling=SamplingOptions(),
+                draft=DraftOptions() if budget is None else DraftOptions(budget=budget),
+            )
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            tokens = [token.id for token in run]
+            peak = mx.get_peak_memory()
+            method = "plain" if budget is None else f"budget {budget}"
+            kept = _cache_bytes(bench, len(ids) + len(tokens))
+            runs.append({"context": context, "method": method, "peak": peak, "kv_cache": kept})
+    head = size(drafter.head) if hasattr(drafter, "head") else 0
+    return document("memory", flags, where, target=size(bench.model), head=head, runs=runs)
+
+
+def _cache_bytes(bench: Bench, tokens: int) -> int:
+    """Bytes of mlx-lm's own cache of a text."""
+    cache = make_prompt_cache(bench.model)
+    for start in range(0, tokens, 512):
+        ids = mx.zeros((1, min(512, tokens - start)), mx.int32)
+        mx.eval(bench.model(ids, cache=cache)[:, -1])
+    return sum(layer.nbytes for layer in cache)
+
+
+def main(args: list[str] | None = None) -> int:
+    made = parser(__doc__.split("\n")[0])
+    made.add_argument("--drafter", default="demo")
+    made.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
+    made.add_argument("--budgets", type=budget_size, nargs="+", default=[16, "auto"])
+    made.add_argument("--max-tokens", type=int, default=64)
+    flags = made.parse_args(args)
+    result = measure(flags)
+    write(result, flags.output)
+    print(memory_tables(result, Path(flags.output or "NAME.json").name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
