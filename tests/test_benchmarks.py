@@ -1,0 +1,150 @@
+"""Benchmarks: README's tables are those of the results, bounds and predictions are right."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import machines, prompts, report
+
+RUN = {"category": "qa", "temp": 0.0, "decode_seconds": 2.0, "first_seconds": 0.1}
+
+
+def run(method, rate, prompt="a", tokens=20, rounds=20, sizes=None, draft=0.0, **more):
+    return {
+        **RUN, "prompt": prompt, "method": method, "tokens": tokens, "rate": rate,
+        "rounds": rounds, "draft_seconds": draft, "verify_seconds": 1.9 - draft,
+        "sizes": sizes or {"1": rounds}, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def result():
+    """Plain rounds of 0.1 s; passes of 4 rows take 0.15 s."""
+    return {
+        "kind": "speed",
+        "machine": dict.fromkeys(
+            ("commit", "date", "chip", "mlx", "device", "blas", "mlx_lm"), "x"
+        ),
+        "settings": {
+            "prompts": "p.jsonl", "per_category": 1, "max_tokens": 20, "repeats": 1, "model": "m"
+        },
+        "memory": {"prompt_tokens": 9, "peak": 3e6, "target": 1e6, "head": 1e6, "kv_cache": 5e5},
+        "differences": [],
+        "costs": [{"prompt": "a", "context": 9, "seconds": {"1": 0.1, "4": 0.15, "8": 0.3}}],
+        "runs": [
+            run("mlx-lm", 10.0),
+            run("plain", 9.9),
+            run("auto", 12.0, rounds=10, sizes={"4": 8, "6": 2}, draft=0.05),
+        ],
+    }  # fmt: skip
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    """Made by: python -m benchmarks.report."""
+    readme = report.README.read_text(encoding="utf-8")
+    assert readme == report.with_tables(readme, report.all_tables(report.RESULTS))
+
+
+def test_the_bound_counts_each_round_at_the_cost_of_its_tree(result):
+    auto = result["runs"][2]
+    seconds = 8 * 0.15 + 2 * 0.225 + 0.05
+    assert report.bound(auto, result["costs"][0]["seconds"]) == pytest.approx(20 * 0.1 / seconds)
+    assert report.efficiency(result, "auto") == pytest.approx(1.2 / (20 * 0.1 / seconds))
+    assert report.efficiency(result, "plain") is None
+
+
+def test_the_tables_of_a_run(result):
+    tables = report.speed_tables(result, "NAME.json")
+    assert "| auto | 1.200 (1.20-1.20) | 2.00 | 102.0% |" in tables
+    assert "| qa | 0.99 (1.00) | 1.20 (2.00) |" in tables
+    assert "| geometric mean | 0.99 | 1.20 |" in tables
+
+
+def test_texts_without_a_second_token_have_no_rate(result):
+    """A model that ends at once: nothing was decoded that could be timed."""
+    for method in ("mlx-lm", "plain", "auto"):
+        result["runs"].append(run(method, None, prompt="b", tokens=1, rounds=1))
+    result["costs"].append({"prompt": "b", "context": 3, "seconds": {"1": 0.1}})
+    assert report.ratios(result, "auto").keys() == {"a"}
+    assert "1.20" in report.speed_tables(result, "NAME.json")
+
+
+def test_temperatures_have_tables_of_their_own(result):
+    result["runs"] += [{**r, "temp": 1.0} for r in result["runs"]]
+    tables = report.speed_tables(result, "NAME.json")
+    assert tables.index("Greedy:") < tables.index("Temperature 1:")
+
+
+def test_the_picture_is_drawn(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.draw_speed(result, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_a_prediction_is_the_best_of_all_budgets():
+    tokens = {2: 1.6, 4: 2.2, 8: 2.6}
+    costs = {1: 1.0, 2: 1.1, 4: 1.3, 8: 3.0}
+    assert machines.predict(tokens, costs, 0.1) == (4, pytest.approx(2.2 / 1.4))
+    assert machines.predict(tokens, {1: 1.0, 2: 2.0}, 0.1)[1] < 1
+
+
+def test_tiles_reread_the_weights():
+    costs = machines.tiles(20, 13, 5)
+    assert [costs[n] for n in (1, 5, 6, 10, 11, 12, 13, 20)] == [1, 1, 2, 2, 3, 3, 3, 3]
+
+
+def test_published_curves_are_curves():
+    for machine in machines.PUBLISHED:
+        assert machines._curve(machine.curve).rows[0] == 1
+
+
+@pytest.fixture
+def acceptance(tmp_path):
+    yields = {"best": {"2": 1.5, "4": 2.0, "16": 2.6}, "chain": {"2": 1.5, "4": 1.9}}
+    path = tmp_path / "acceptance.json"
+    path.write_text(json.dumps({"kind": "acceptance", "temps": {"0": {"all": yields}}}))
+    return path
+
+
+def test_other_machines_on_paper(acceptance, capsys):
+    assert machines.main([str(acceptance), "--curve", "1:1 2:1.1 4:1.2 16:2"]) == 0
+    out = capsys.readouterr().out
+    assert f"{2.0 / 1.3:.2f}x at budget 4" in out
+    assert machines.main([str(acceptance)]) == 0
+    assert "do not speculate" in capsys.readouterr().out
+
+
+def test_how_well_it_predicts(result):
+    (line,) = [line for line in machines.against(result).splitlines() if "auto" in line]
+    assert "1.176 | 1.200 | 1.020" in line
+
+
+@pytest.mark.parametrize("curve", ["", "1", "1:x", "2:1", "1:1 2:-1", "1:0"])
+def test_a_curve_that_is_none_is_one_line(acceptance, curve):
+    with pytest.raises(SystemExit, match="--curve"):
+        machines.main([str(acceptance), "--curve", curve])
+
+
+def test_a_document_of_another_kind_is_one_line(acceptance):
+    with pytest.raises(SystemExit, match=r"benchmarks\.speed writes"):
+        machines.main([str(acceptance), "--against", str(acceptance)])
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", "{}", "[1]", "not json", '{"category": "a"}'])
+def test_missing_prompts_are_one_line(tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match="--prompts") as caught:
+        prompts.read(path, 2)
+    assert "\n" not in str(caught.value)
+
+
+def test_own_prompts_are_read():
+    found = prompts.read(prompts.OWN, 1)
+    assert len({prompt.category for prompt in found}) == len(found) > 3
+
+
+def test_spread_is_the_middle_half():
+    assert report._middle(np.arange(1.0, 6.0)) == "3.000 (2.00-4.00)"
