@@ -94,9 +94,12 @@ def _category_table(result: dict) -> list[str]:
         cells = []
         for method in methods:
             own = [run for run in runs if run["method"] == method]
-            cells.append(f"{means[method][category]:.2f} ({tokens_per_round(own):.2f})")
+            ratio = means[method].get(category)  # none where every text ended at once
+            cells.append("" if ratio is None else f"{ratio:.2f} ({tokens_per_round(own):.2f})")
         lines.append(f"| {category} | {' | '.join(cells)} |")
-    cells = [f"{statistics.geometric_mean(means[method].values()):.2f}" for method in methods]
+    cells = [
+        f"{statistics.geometric_mean(means[m].values()):.2f}" if means[m] else "" for m in methods
+    ]
     lines.append(f"| geometric mean | {' | '.join(cells)} |")
     return [*lines, "", "Cells: speed ratio (tokens per round)."]
 
