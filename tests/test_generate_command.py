@@ -249,7 +249,7 @@ def test_a_seed_gives_the_same_text_again_with_and_without_a_drafter(command, dr
 
 def test_accepted_drafts_leave_the_text_as_it_is(command, drafted):
     """So hot that the noise decides, which the drafter knows: it is often right."""
-    flags = ("--temp", "8", "--seed", "3", "--json")
+    flags = ("--temp", "8", "--seed", "3", "--json", "--budget", "16")
     found = result_of(command(*drafted, *flags, "--check"))
     plain = result_of(command("--no-draft", "--max-tokens", "24", *flags))
     assert found["tokens"] == plain["tokens"]

@@ -38,7 +38,7 @@ def test_throttling_is_said_and_taken_out():
 
 
 def test_a_busy_machine_is_said():
-    assert "evenly" in timings(np.ones(9), noise=0.4).complaint()
+    assert timings(np.ones(9), noise=0.4).complaint()
     assert "evenly" in timings(np.linspace(1.6, 1.0, 9)).complaint()
 
 

@@ -38,7 +38,7 @@ def test_events_are_those_of_mlx_lm(demo, theirs, drafted):
     model, tokenizer, prompt, drafter = demo
     ours = list(
         stream_generate(
-            model, tokenizer, prompt, max_tokens=80, drafter=drafter if drafted else None
+            model, tokenizer, prompt, max_tokens=80, drafter=drafter if drafted else None, budget=16
         )
     )
     assert fields(ours) == fields(theirs)
@@ -56,7 +56,8 @@ def test_events_are_those_of_mlx_lm(demo, theirs, drafted):
 @pytest.mark.parametrize("max_tokens", [1, 2, 5, 6, 7])
 def test_max_tokens_cuts_in_the_middle_of_a_path(demo, theirs, max_tokens):
     model, tokenizer, prompt, drafter = demo
-    events = list(stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, drafter=drafter))
+    options = {"max_tokens": max_tokens, "drafter": drafter, "budget": 16}
+    events = list(stream_generate(model, tokenizer, prompt, **options))
     assert [e.token for e in events] == [e.token for e in theirs[:max_tokens]]
     assert events[-1].finish_reason == "length"
     stats = events[-1].stats

@@ -6,9 +6,11 @@ Shape letters: C context lengths, R sizes, W beam width, L beam length (the root
 from __future__ import annotations
 
 import statistics
+from bisect import bisect
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -57,8 +59,7 @@ class CostCurve:
         Between measurements lines are drawn; beyond the last one its slope goes on, or none where
         that falls.
         """
-        seconds = np.asarray(self.seconds, float)
-        here = np.array([_along(context, self.contexts, column) for column in seconds.T])
+        here = self._after(context)
         rows = np.arange(most + 1)
         curve = np.interp(rows, self.rows, here)
         beyond = rows > self.rows[-1]
@@ -68,6 +69,22 @@ class CostCurve:
         curve[0] = 0.0
         return curve
 
+    def _after(self, context: int) -> np.ndarray:
+        """(R,) seconds after `context` tokens."""
+        grid, contexts = self._grid, self.contexts
+        if len(contexts) == 1 or context <= contexts[0]:
+            return grid[0]
+        if context >= contexts[-1]:
+            slope = (grid[-1] - grid[-2]) / (contexts[-1] - contexts[-2])
+            return grid[-1] + np.maximum(slope, 0.0) * (context - contexts[-1])
+        i = bisect(contexts, context)
+        share = (context - contexts[i - 1]) / (contexts[i] - contexts[i - 1])
+        return grid[i - 1] + share * (grid[i] - grid[i - 1])
+
+    @cached_property
+    def _grid(self) -> np.ndarray:
+        return np.asarray(self.seconds, float)
+
     def as_dict(self) -> dict:
         """For JSON."""
         return {
@@ -75,14 +92,6 @@ class CostCurve:
             "rows": list(self.rows),
             "seconds": [[float(f"{x:.6g}") for x in row] for row in self.seconds],
         }
-
-
-def _along(x: float, xs: Sequence[float], ys: np.ndarray) -> float:
-    """`ys` over `xs` at `x`: flat before the first; the last slope beyond, unless it falls."""
-    if x <= xs[-1] or len(xs) == 1:
-        return float(np.interp(x, xs, ys))
-    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
-    return float(ys[-1] + slope * (x - xs[-1]))
 
 
 class Recent:
@@ -94,17 +103,16 @@ class Recent:
 
     def __init__(self):
         self._values: deque[float] = deque(maxlen=5)
+        self.value: float | None = None
         self.seen_at = 0
 
     def add(self, value: float, now: int) -> None:
         self._values.append(value)
         self.seen_at = now
-
-    @property
-    def value(self) -> float | None:
-        if len(self._values) < 2:
-            return None
-        return min(self._values) if len(self._values) == 2 else statistics.median(self._values)
+        if len(self._values) == 2:
+            self.value = min(self._values)
+        elif len(self._values) > 2:
+            self.value = statistics.median(self._values)
 
 
 class LiveCosts:
@@ -137,9 +145,9 @@ class LiveCosts:
 
         None while the price of a single row is unknown.
         """
-        known = {rows: r.value for rows, r in self._recent.items() if self._counts(rows, r)}
-        if self._curve is None and 1 not in known:
+        if not self.is_known:
             return None
+        known = {rows: r.value for rows, r in self._recent.items() if self._counts(rows, r)}
         sizes = sorted(known)
         base = self._base(context, most)
         if not sizes:
@@ -148,6 +156,11 @@ class LiveCosts:
         if self._curve is None:
             seconds[max(self.FIRST, 2 * sizes[-1]) + 1 :] = np.inf
         return seconds
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the price of a single row is known."""
+        return self._curve is not None or (1 in self._recent and self._recent[1].value is not None)
 
     def plain_is_stale(self) -> bool:
         """Whether plain decoding was last timed too long ago to compare with."""

@@ -104,9 +104,9 @@ class Policy:
         if self._parked and self._failures <= self.PATIENCE:
             self._try_again()
 
-    def plan(self, context: int) -> Setting | None:
-        """How far to search in the next round, after `context` tokens; None: decode plainly."""
-        if self.costs.at(context, 1) is None:
+    def plan(self) -> Setting | None:
+        """How far to search in the next round; None: decode plainly."""
+        if not self.costs.is_known:
             return None
         if self._parked:
             self._parked -= 1
