@@ -93,7 +93,7 @@ class AutoBudget:
         now = self.clock()
         if self._last is not None:
             self._price(now - self._last.began)
-        setting = self.policy.plan()
+        setting = self.policy.plan(position)
         self.width, self.length = setting or self.policy.full
         self._before, self._last = self._last, _Round(position, setting, now)
         return setting is not None

@@ -69,7 +69,8 @@ def _main(flags: Namespace) -> int:
         raise UserError(f"--picture {flags.picture}: no such directory {flags.picture.parent}")
 
     from redrafter_mlx import hub
-    from redrafter_mlx.pricing import picture, profile
+    from redrafter_mlx.pricing.picture import draw
+    from redrafter_mlx.pricing.profile import save
     from redrafter_mlx.pricing.tuning import tune
     from redrafter_mlx.target.adapter import adapt
 
@@ -89,7 +90,7 @@ def _main(flags: Namespace) -> int:
     else:
         print(report(found))
     try:
-        _log.info("kept as %s", profile.save(found.profile))
+        _log.info("kept as %s", save(found.profile))
     except OSError as error:
         _log.warning(
             "the profile cannot be kept: %s; set REDRAFTER_MLX_CACHE to a writable directory", error
@@ -97,7 +98,7 @@ def _main(flags: Namespace) -> int:
     if flags.picture:
         title = f"{flags.model} with {name or 'no drafter'}"
         try:
-            picture.draw(found.profile.curve, found.speedups, flags.picture, title)
+            draw(found.profile.curve, found.speedups, flags.picture, title)
         except (OSError, ValueError) as error:
             raise UserError(f"--picture {flags.picture} cannot be written: {error}") from error
     return 0

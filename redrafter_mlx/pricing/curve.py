@@ -120,25 +120,38 @@ class LiveCosts:
 
     Without a curve a size that was never tried counts as cheap as the next smaller one that was:
     so it is tried when it promises something, and then its price is known. Sizes grow twofold at
-    most, so that the first try of a loser is cheap.
+    most, so that the first try of a loser is cheap. What was found is the curve for texts of twice
+    the length or half of it, until they correct it.
     """
 
-    FORGET, FORGET_GUESS = 256, 2048
-    """Passes after which a measurement counts no more, because contexts grow and machines get
-    warm; the second if no curve takes its place."""
+    FORGET = 256
+    """Passes after which a measurement counts no more if a curve can take its place: contexts grow
+    and machines get warm."""
     FIRST = 8
     """Rows tried first."""
+    SHORT = 256
+    """Tokens of context up to which costs count as equal."""
 
     def __init__(self, curve: CostCurve | None = None):
         self._curve = curve
+        self._is_measured = curve is not None
         self._recent: dict[int, Recent] = {}
         self._now = 0
+        self._tried = 1
+        self._around = self.SHORT  # the context that guesses are made for
 
     def observe(self, rows: int, context: int, seconds: float) -> None:
         """A pass over `rows` rows after `context` tokens took `seconds`, everything included."""
         self._now += 1
+        if not self._is_measured and self.is_known:
+            context = max(context, self.SHORT)
+            if not self._around / 2 <= context <= 2 * self._around:
+                self._curve, self._recent, self._around = self._guess(), {}, context
         ratio = max(seconds, SHORTEST) / self._base(context, rows)[rows]
-        self._recent.setdefault(rows, Recent()).add(ratio, self._now)
+        recent = self._recent.setdefault(rows, Recent())
+        recent.add(ratio, self._now)
+        if recent.value is not None:
+            self._tried = max(self._tried, rows)
 
     def at(self, context: int, most: int) -> np.ndarray | None:
         """(most + 1,) seconds of a pass by its rows; infinite for what is not to be tried yet.
@@ -151,11 +164,21 @@ class LiveCosts:
         sizes = sorted(known)
         base = self._base(context, most)
         if not sizes:
-            return base
-        seconds = base * np.interp(np.arange(most + 1), sizes, [known[rows] for rows in sizes])
-        if self._curve is None:
-            seconds[max(self.FIRST, 2 * sizes[-1]) + 1 :] = np.inf
+            return self._untried_left_out(base)
+        ratios = [known[rows] for rows in sizes]
+        return self._untried_left_out(base * np.interp(np.arange(most + 1), sizes, ratios))
+
+    def _untried_left_out(self, seconds: np.ndarray) -> np.ndarray:
+        if not self._is_measured:
+            seconds[max(self.FIRST, 2 * self._tried) + 1 :] = np.inf
         return seconds
+
+    def _guess(self) -> CostCurve:
+        """What is known now, as a curve."""
+        before = [] if self._curve is None else self._curve.rows
+        rows = sorted({1, *before, *(n for n, r in self._recent.items() if r.value is not None)})
+        seconds = self.at(self._around, rows[-1])[rows]
+        return CostCurve([self._around], rows, [seconds.tolist()])
 
     @property
     def is_known(self) -> bool:
@@ -170,9 +193,7 @@ class LiveCosts:
     def _counts(self, rows: int, recent: Recent) -> bool:
         if recent.value is None:
             return False
-        if self._curve is None:
-            return rows == 1 or self._now - recent.seen_at < self.FORGET_GUESS
-        return self._now - recent.seen_at < self.FORGET
+        return self._curve is None or self._now - recent.seen_at < self.FORGET
 
     def _base(self, context: int, most: int) -> np.ndarray:
         return np.ones(most + 1) if self._curve is None else self._curve.at(context, most)

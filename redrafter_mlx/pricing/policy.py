@@ -73,6 +73,7 @@ class Policy:
     SURVEY = 12
     LASTING = 48
     GAIN, LOSS, BETTER = 1.02, 1.0, 1.01
+    SURPRISE = 1.5  # tokens accepted over expected, or the reverse: the text has changed
     PATIENCE = 3  # failed trials after which a new text is no reason for another one
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
 
@@ -104,8 +105,8 @@ class Policy:
         if self._parked and self._failures <= self.PATIENCE:
             self._try_again()
 
-    def plan(self) -> Setting | None:
-        """How far to search in the next round; None: decode plainly."""
+    def plan(self, context: int) -> Setting | None:
+        """How far to search in the next round, after `context` tokens; None: decode plainly."""
         if not self.costs.is_known:
             return None
         if self._parked:
@@ -119,6 +120,9 @@ class Policy:
             self._timing -= 1
             if self._timing:
                 return None
+        if self._trial and self._is_hopeless(context):
+            self._park()
+            return None
         survey = self._trial or self._drafted % self.SURVEY == 0
         return self.full if survey else self.setting
 
@@ -146,6 +150,10 @@ class Policy:
             self.calibration.observe(tree.logprobs[1:], tree.depths[1:], accepted)
         self._realised.add(len(path), self._seconds)
         self._judge()
+        surprise = self._realised.tokens / max(self._expected.tokens, 1.0)
+        if self._realised.rounds >= 8 and not 1 / self.SURPRISE < surprise < self.SURPRISE:
+            self.calibration.doubt()
+            self._realised = Rate(0.125)
 
     @property
     def gain(self) -> float:
@@ -194,6 +202,11 @@ class Policy:
                 self._trial = self.TRIAL
             else:
                 self._park()
+
+    def _is_hopeless(self, context: int) -> bool:
+        """Whether passes are so dear here that not even a perfect free draft would pay."""
+        costs = self.costs.at(context, MOST_NODES)
+        return bool(np.max(np.arange(2, MOST_NODES + 1) * costs[1] / costs[2:]) < self.GAIN)
 
     def _park(self) -> None:
         self._parked = min(self.FIRST_PAUSE << self._failures, self.LONGEST_PAUSE)
