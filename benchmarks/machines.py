@@ -97,6 +97,8 @@ def parse_curve(text: str) -> dict[int, float]:
 
 
 def _curve(costs: dict[int, float]) -> CostCurve:
+    if not costs or min(costs.values()) <= 0:
+        raise ValueError("costs must be above 0")
     rows = sorted(costs)
     return CostCurve([0], rows, [[costs[n] / costs[rows[0]] for n in rows]])
 
@@ -177,7 +179,7 @@ def main(args: list[str] | None = None) -> int:
     flag("--against", type=Path, help="JSON written by benchmarks.speed: compare with it")
     flags = parser.parse_args(args)
     machines = list(PUBLISHED)
-    if flags.curve:
+    if flags.curve is not None:
         machines = [Machine("yours", parse_curve(flags.curve), "--curve")]
     print(table(read(flags.acceptance, "acceptance"), machines, flags.draft))
     if flags.against:

@@ -89,6 +89,15 @@ class Guesser:
             probs[here] = probs[parent] * self.truth(shares)
         return probs[np.argsort(-candidates.logprobs, kind="stable")]
 
+    def expected(self, tree: TokenTree) -> float:
+        """True mean of the tokens that a round with this tree yields."""
+        probs = np.ones(len(tree))
+        for row, children in enumerate(tree.children):
+            rows = np.array(list(children.values()), int)
+            shares = np.exp(tree.logprobs[rows] - tree.logprobs[row])
+            probs[rows] = probs[row] * self.truth(shares)
+        return float(probs.sum())
+
     def accepted(self, tree: TokenTree) -> list[int]:
         """The path that the target agrees to."""
         path = [0]
@@ -118,15 +127,19 @@ class Told:
 
 @dataclass
 class Log:
-    """What happened in each round."""
+    """What happened in each round.
+
+    expected  true mean of the tokens of its tree: rates of it are free of the luck of the draw
+    """
 
     tokens: list[int] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
     settings: list[Setting | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def rate(self, first: int = 0) -> float:
-        return sum(self.tokens[first:]) / sum(self.seconds[first:])
+        return sum(self.expected[first:]) / sum(self.seconds[first:])
 
     @property
     def switches(self) -> int:
@@ -153,13 +166,14 @@ def play(
         path = guesser.accepted(tree)
         budget.observe(tree, Told(len(tree), draft_seconds, len(tree) > 1, path))
         log.tokens.append(len(path))
+        log.expected.append(guesser.expected(tree))
         log.nodes.append(len(tree))
         log.settings.append(setting)
         log.seconds.append(machine.now - began)
     return log
 
 
-def yields(guesser: Guesser, full: Setting, drafts: int = 60) -> dict[Setting, np.ndarray]:
+def yields(guesser: Guesser, full: Setting, drafts: int = 400) -> dict[Setting, np.ndarray]:
     """(M + 1,) expected tokens per round by budget, from 1 on, of each setting."""
     found = {}
     for width in range(1, full.width + 1):

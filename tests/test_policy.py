@@ -76,7 +76,7 @@ def test_with_a_profile_it_is_as_fast_as_the_best_fixed_setting(curve, guesser):
     best = best_fixed(machine(passes), expected(guesser))
     here = machine(passes)
     log = play(here, Guesser(**GUESSERS[guesser]), auto(policy(passes), here), 1500)
-    assert log.rate() >= 0.94 * best, log.rate() / best
+    assert log.rate() >= 0.97 * best, log.rate() / best
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -85,7 +85,7 @@ def test_without_a_profile_it_gets_there(curve):
     best = best_fixed(machine(passes), expected("sure"))
     here = machine(passes, compile=0.03)
     log = play(here, Guesser(**guesser), auto(policy(), here), 2000)
-    assert log.rate(first=len(log.tokens) // 3) >= 0.94 * best
+    assert log.rate(first=len(log.tokens) // 3) >= 0.95 * best
 
 
 @pytest.mark.parametrize("liar", LIARS)

@@ -118,10 +118,10 @@ class Recent:
 class LiveCosts:
     """What passes cost here and now: a measured curve, or none, corrected by the rounds that ran.
 
-    Without a curve a size that was never tried counts as cheap as the next smaller one that was:
-    so it is tried when it promises something, and then its price is known. Sizes grow twofold at
-    most, so that the first try of a loser is cheap. What was found is the curve for texts of twice
-    the length or half of it, until they correct it.
+    Without a curve a size that was never tried counts as hardly dearer than the next smaller one
+    that was: so it is tried when it promises something, and then its price is known. Sizes grow
+    twofold at most, so that the first try of a loser is cheap. What was found is the curve for
+    texts of twice the length or half of it, until they correct it.
     """
 
     FORGET = 256
@@ -166,7 +166,8 @@ class LiveCosts:
         if not sizes:
             return self._untried_left_out(base)
         ratios = [known[rows] for rows in sizes]
-        return self._untried_left_out(base * np.interp(np.arange(most + 1), sizes, ratios))
+        between = np.interp if self._curve is not None else _hopefully
+        return self._untried_left_out(base * between(np.arange(most + 1), sizes, ratios))
 
     def _untried_left_out(self, seconds: np.ndarray) -> np.ndarray:
         if not self._is_measured:
@@ -197,6 +198,16 @@ class LiveCosts:
 
     def _base(self, context: int, most: int) -> np.ndarray:
         return np.ones(most + 1) if self._curve is None else self._curve.at(context, most)
+
+
+def _hopefully(x: np.ndarray, xs: Sequence[int], ys: Sequence[float]) -> np.ndarray:
+    """`ys` over `xs` at `x`, where rises come late between two points: costs jump in steps."""
+    linear = np.interp(x, xs, ys)
+    above = np.minimum(np.searchsorted(xs, x, side="left"), len(xs) - 1)
+    below = np.maximum(above - 1, 0)
+    low, rise = np.asarray(ys)[below], np.asarray(ys)[above] - np.asarray(ys)[below]
+    late = (rise > 0) & (x > np.asarray(xs)[below]) & (x < np.asarray(xs)[above])
+    return np.where(late, low + (linear - low) ** 2 / np.where(rise > 0, rise, 1.0), linear)
 
 
 class LiveDraftCosts:
