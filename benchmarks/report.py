@@ -101,7 +101,19 @@ def _category_table(result: dict) -> list[str]:
         f"{statistics.geometric_mean(means[m].values()):.2f}" if means[m] else "" for m in methods
     ]
     lines.append(f"| geometric mean | {' | '.join(cells)} |")
-    return [*lines, "", "Cells: speed ratio (tokens per round)."]
+    lines += ["", "Cells: speed ratio (tokens per round)."]
+    for auto in (method for method in methods if method.endswith("auto")):
+        fixed = [m for m in methods if m.startswith(auto.removesuffix("auto") + "b")]
+        shares = [
+            means[auto][category] / max(means[m].get(category, 0.0) for m in ["plain", *fixed])
+            for category in means[auto]
+        ]
+        if fixed and shares:
+            lines[-1] += (
+                f" {auto} reaches {min(shares):.1%} to {max(shares):.1%} of the best fixed budget "
+                "of each category, plain decoding included."
+            )
+    return lines
 
 
 def _middle(values: Iterable[float]) -> str:

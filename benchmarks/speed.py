@@ -35,9 +35,11 @@ from benchmarks import prompts as prompt_files
 from benchmarks.machine import Bench, add_prompts, document, machine, parser, size, write
 from benchmarks.prompts import Prompt
 from benchmarks.report import draw_speed, speed_tables
+from redrafter_mlx.budget import Budget, FixedBudget
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.stream import Generation
+from redrafter_mlx.tree import Candidates, TokenTree
 
 MLX_LM, MLX_LM_DRAFT, PLAIN = "mlx-lm", "mlx-lm with a draft model", "plain"
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -51,6 +53,25 @@ class Method:
     name: str
     drafter: str | None = None
     options: DraftOptions = field(default_factory=DraftOptions)
+    budget: Budget | None = None
+
+
+class UnsharedBeams(FixedBudget):
+    """The reference algorithm's passes: a row for each token of each beam, shared prefixes or not.
+
+    What is verified is the beams' prefix tree, and beside it as many rows of no use as sharing has
+    saved: the same tokens at the same cost.
+    """
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        beams, logprobs = candidates.beam_tokens()
+        shared = TokenTree.from_beams(beams, logprobs)
+        missing = 1 + beams.shape[0] * (beams.shape[1] - 1) - len(shared)
+        unused = [id for id in range(missing + len(shared)) if id not in shared.children[0]]
+        filler = TokenTree.best(
+            candidates.root, unused[:missing], [-1] * missing, [-1e9] * missing, missing + 1
+        )
+        return shared.merge(filler)
 
 
 @dataclass
@@ -93,6 +114,10 @@ class SpeedBench(Bench):
         flags = self.flags
         for drafter in self.drafters:
             prefix = "" if len(self.drafters) == 1 else f"{drafter}: "
+            if flags.reference:
+                name = f"{prefix}beams {flags.beam_width}x{flags.beam_length} unshared"
+                shape = flags.beam_width, flags.beam_length
+                yield Method(name, drafter, budget=UnsharedBeams(*shape, nodes=0))
             for budget in flags.budgets:
                 name = {0: f"beams {flags.beam_width}x{flags.beam_length}", "auto": "auto"}.get(
                     budget, f"budget {budget}"
@@ -137,6 +162,7 @@ class SpeedBench(Bench):
             sampling=SamplingOptions(temp=temp, seed=0),
             draft=method.options,
             eos_token_ids=self.tokenizer.eos_token_ids,
+            budget=method.budget,
         )
 
     def _mlx_lm(self, method: Method, prompt: Prompt, ids: list[int], temp: float):
@@ -262,6 +288,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     flag("--budgets", type=budget_size, nargs="+", default=[4, 8, 16, 0, "auto"])
     flag("--beam-width", type=int, default=DraftOptions.beam_width)
     flag("--beam-length", type=int, default=DraftOptions.beam_length)
+    flag("--reference", action="store_true", help="also beams whose prefixes are not shared")
     flag("--temps", type=float, nargs="+", default=[0.0])
     flag("--draft-model", help="a smaller model for mlx-lm's own speculative decoding")
     flag("--draft-tokens", type=int, default=3, help="that it drafts each round")

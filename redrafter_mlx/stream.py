@@ -17,7 +17,7 @@ from mlx_lm.generate import TextStateMachine, wired_limit
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx.budget import AutoBudget, FixedBudget
+from redrafter_mlx.budget import AutoBudget, Budget, FixedBudget
 from redrafter_mlx.config import (
     AUTO,
     DraftOptions,
@@ -86,6 +86,8 @@ class Generation:
     stats  counts while it runs
     seed   of the sampling; drawn here if none was given, None at temperature 0
 
+    budget is for what no option says; without it `draft` decides.
+
     Raises UserError for an empty prompt, and for a model that cannot verify trees when there is a
     drafter.
     """
@@ -102,6 +104,7 @@ class Generation:
         eos_token_ids: Collection[int] = (),
         logits_processors: Sequence[LogitsProcessor] = (),
         progress: Callable[[int, int], None] = lambda done, total: None,
+        budget: Budget | None = None,
     ):
         if len(prompt) == 0:
             raise UserError("the prompt is empty: it must hold at least one token")
@@ -113,7 +116,9 @@ class Generation:
         self.sampler = Sampler(sampling, logits_processors)
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
-        if drafter is None:
+        if budget is not None:
+            self._budget = budget
+        elif drafter is None:
             self._budget = FixedBudget(1, 2, nodes=1)
         elif draft.budget == AUTO:
             self._budget = AutoBudget(policy_for(self._target, drafter, draft, sampling.temp))

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import machines, prompts, report
+from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.tree import Candidates
 
 RUN = {"category": "qa", "temp": 0.0, "decode_seconds": 2.0, "first_seconds": 0.1}
 
@@ -59,6 +61,25 @@ def test_the_tables_of_a_run(result):
     assert "| auto | 1.200 (1.20-1.20) | 2.00 | 102.0% |" in tables
     assert "| qa | 0.99 (1.00) | 1.20 (2.00) |" in tables
     assert "| geometric mean | 0.99 | 1.20 |" in tables
+
+
+def test_auto_is_held_against_the_best_fixed_budget(result):
+    assert "best fixed" not in report.speed_tables(result, "NAME.json")
+    result["runs"] += [run("budget 4", 8.0, sizes={"4": 20}), run("beams 2x3", 12.5)]
+    assert "auto reaches 96.0% to 96.0%" in report.speed_tables(result, "NAME.json")
+
+
+def test_unshared_beams_cost_a_row_for_each_token():
+    from benchmarks.speed import UnsharedBeams
+
+    found = Candidates(
+        0, np.array([5, 6, 7, 8]), np.array([-1, -1, 0, 0]), np.log([0.5, 0.4, 0.3, 0.2]),
+        np.array([2, 3]),
+    )  # fmt: skip
+    tree = UnsharedBeams(2, 3, 0).tree(found)
+    assert len(tree) == 1 + 2 * 2
+    shared = FixedBudget(2, 3, 0).tree(found)
+    assert tree.tokens[: len(shared)].tolist() == shared.tokens.tolist()
 
 
 def test_texts_without_a_second_token_have_no_rate(result):
