@@ -169,10 +169,11 @@ def sizes(run: dict) -> dict[int, int]:
     return {}
 
 
-def bound(run: dict, seconds: dict[str, float]) -> float:
+def bound(run: dict, seconds: dict[str, float] | dict[int, float]) -> float:
     """The highest speed ratio that the run's rounds allow: nothing but passes and drafts."""
-    rows = sorted(int(n) for n in seconds)
-    costs = [seconds[str(n)] for n in rows]
+    measured = {int(n): s for n, s in seconds.items()}  # JSON makes strings of numbers
+    rows = sorted(measured)
+    costs = [measured[n] for n in rows]
     passes = sum(
         rounds * float(np.interp(nodes, rows, costs)) for nodes, rounds in sizes(run).items()
     )

@@ -107,7 +107,8 @@ class Stats:
             f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec",
             f"Generation: {self.tokens} tokens, {self.generation_tps:.3f} tokens-per-sec",
             f"Rounds: {self.rounds}, {self.tokens_per_round:.2f} tokens per round, "
-            f"{self.nodes / max(self.rounds, 1):.1f} nodes per round",
+            f"{self.nodes / max(self.rounds, 1):.1f} nodes per round, "
+            f"{self.sizes.get(1, 0)} without a tree",
             f"Time: draft {self.draft_seconds / total:.1%}, verify "
             f"{self.verify_seconds / total:.1%}, rest {rest / total:.1%}",
         ]

@@ -51,7 +51,9 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
 def test_the_bound_counts_each_round_at_the_cost_of_its_tree(result):
     auto = result["runs"][2]
     seconds = 8 * 0.15 + 2 * 0.225 + 0.05
-    assert report.bound(auto, result["costs"][0]["seconds"]) == pytest.approx(20 * 0.1 / seconds)
+    costs = result["costs"][0]["seconds"]
+    for keys in (costs, {int(n): s for n, s in costs.items()}):
+        assert report.bound(auto, keys) == pytest.approx(20 * 0.1 / seconds)
     assert report.efficiency(result, "auto") == pytest.approx(1.2 / (20 * 0.1 / seconds))
     assert report.efficiency(result, "plain") is None
 
