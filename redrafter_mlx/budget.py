@@ -32,7 +32,10 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class FixedBudget:
-    """Always the same size: the `nodes` likeliest of all candidates, or, for 0, just the beams."""
+    """Always the same size: the `nodes` likeliest of all candidates, or, for 0, just the beams.
+
+    A tree of one node is no draft at all.
+    """
 
     width: int
     length: int
@@ -43,7 +46,7 @@ class FixedBudget:
         return cls(options.beam_width, options.beam_length, options.budget)
 
     def plan(self, position: int) -> bool:
-        return True
+        return self.nodes != 1
 
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""

@@ -9,8 +9,10 @@ from mlx_lm.generate import generate_step
 
 from families import build
 from redrafter_mlx import decoding, device, stream
+from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.protocol import NoDrafter
+from redrafter_mlx.round import Transcript
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.verification import Match
@@ -151,5 +153,16 @@ def test_plain_rounds_overlap(model, prompt):
     target = adapt(model)
     context = target.prefill(prompt, chunk=64)
     rule = Match(Sampler(SamplingOptions()))
-    step = next(decoding.decode(target, NoDrafter(), rule, BUDGET, context))
+    rounds = decoding.decode(target, NoDrafter(), rule, FixedBudget(1, 2, nodes=1), context)
+    step = next(rounds)
     assert not step.is_known
+    context.transcript.__class__ = Unreadable
+    next(rounds)
+
+
+class Unreadable(Transcript):
+    """A text that must not be waited for."""
+
+    @property
+    def tokens(self):
+        raise AssertionError("the pending token was read")
