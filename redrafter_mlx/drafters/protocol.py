@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import TokenTree
+from redrafter_mlx.tree import Candidates, TokenTree
 
 
 class Drafter(Protocol):
@@ -33,3 +35,47 @@ class NoDrafter:
 
     def reset(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens in a row, and of each the probability that it is right if those before it are."""
+
+    tokens: list[int]
+    probs: list[float]
+
+
+class Writer(Protocol):
+    """What a drafter must also be able to do to write on after other drafters' tokens."""
+
+    def begin(self, context: Context) -> None:
+        """A round begins: what the target has verified."""
+
+    def write(self, ahead: Sequence[int], most: int) -> Written:
+        """Up to `most` tokens to follow the verified text and `ahead`; none if it has no idea."""
+
+
+class Reviewer(Writer, Protocol):
+    """A writer that can judge the tokens of cheaper ones faster than it writes."""
+
+    def review(self, ahead: Sequence[int], drafted: Written, lenience: float) -> Written:
+        """The first tokens of `drafted` that it lets pass, and one of its own after them."""
+
+
+def candidates_of(drafter: Drafter, context: Context, width: int, length: int) -> Candidates:
+    """What a drafter scores when it searches `width` and `length` wide and far, all of it."""
+    budget = _Everything(width, length)
+    tree = drafter.propose(context, budget)
+    return budget.candidates or Candidates.of(tree)
+
+
+class _Everything:
+    """The budget that cuts nothing and keeps what it was shown."""
+
+    def __init__(self, width: int, length: int):
+        self.width, self.length = width, length
+        self.candidates: Candidates | None = None
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        self.candidates = candidates
+        return TokenTree.root(candidates.root)
