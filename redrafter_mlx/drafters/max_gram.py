@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from redrafter_mlx.budget import Budget
@@ -106,7 +107,8 @@ class MaxGramDrafter:
         """Up to `most` tokens after the text and `ahead`: the likeliest continuation."""
         for start, length in self._starts(self._index.matches(ahead)):
             if tokens := self._following(start, most, ahead):
-                return Written(tokens, [self.rates(length + d) for d in range(len(tokens))])
+                rates = [self.rates(length + depth) for depth in range(len(tokens))]
+                return Written(tokens, rates, [1.0] * len(tokens))
         return self._by_bigrams([*self._index.text[-1:], *ahead][-1], most)
 
     def _candidates(self, root: int) -> Candidates:
@@ -117,12 +119,7 @@ class MaxGramDrafter:
             if taken == self.CONTINUATIONS:
                 break
         if taken == 0:
-            node, written = 0, self._by_bigrams(root, self.length)
-            for token, share in zip(written.tokens, written.probs, strict=True):
-                logprob = trie.logprobs[node] + math.log(share)
-                if logprob < math.log(self.LEAST):
-                    break
-                node = trie.add(node, token, logprob)
+            return self._by_bigrams(root, self.length).candidates(root)
         return trie.candidates()
 
     def _add(self, trie: Trie, rest: dict[int, float], tokens: list[int], length: int) -> bool:
@@ -174,11 +171,12 @@ class MaxGramDrafter:
         return tokens[: tokens.index(BREAK)] if BREAK in tokens else tokens
 
     def _by_bigrams(self, last: int, most: int) -> Written:
-        written = Written([], [])
+        written = Written()
         while len(written.tokens) < most and last in self.bigrams:
             last, share = self.bigrams[last]
             written.tokens.append(last)
             written.probs.append(share)
+            written.shares.append(1.0)
         return written
 
 
@@ -295,7 +293,7 @@ def _read(path: Path, vocab_size: int) -> list[list[int]]:
 def count_bigrams(text: Sequence[int]) -> dict[int, tuple[int, float]]:
     """Token -> (the token that follows it most often in `text`, its share of all that follow)."""
     following: dict[int, dict[int, int]] = {}
-    for token, after in zip(text, text[1:], strict=False):
+    for token, after in pairwise(text):
         counts = following.setdefault(token, {})
         counts[after] = counts.get(after, 0) + 1
     return {

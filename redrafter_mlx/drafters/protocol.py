@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.tree import Candidates, TokenTree, Trie
 
 
 class Drafter(Protocol):
@@ -39,10 +40,27 @@ class NoDrafter:
 
 @dataclass(frozen=True)
 class Written:
-    """Tokens in a row, and of each the probability that it is right if those before it are."""
+    """Tokens in a row.
 
-    tokens: list[int]
-    probs: list[float]
+    probs   of each: how likely it is right if those before it are
+    shares  of each: with what probability its writer says it; 1 for one that knows no other
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    def __add__(self, more: Written) -> Written:
+        return Written(
+            self.tokens + more.tokens, self.probs + more.probs, self.shares + more.shares
+        )
+
+    def candidates(self, root: int) -> Candidates:
+        """The tokens as a chain after the token `root`."""
+        trie = Trie(root)
+        for node, (token, prob) in enumerate(zip(self.tokens, self.probs, strict=True)):
+            trie.add(node, token, trie.logprobs[node] + math.log(max(prob, 1e-9)))
+        return trie.candidates()
 
 
 class Writer(Protocol):

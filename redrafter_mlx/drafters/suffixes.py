@@ -89,9 +89,7 @@ class SuffixAutomaton:
         for _ in range(self.STEPS):
             if state <= 0:
                 return
-            yield Match(
-                min(length, self._length[state]), self._latest[state], self._first[state]
-            )
+            yield Match(min(length, self._length[state]), self._latest[state], self._first[state])
             state = self._link[state]
 
     def _class_of(self, state: int, token: int) -> int:
