@@ -67,6 +67,9 @@ class Options:
         _check_ranges(self)
 
 
+RULES = ("match", "rejection", "typical")
+
+
 @dataclass(frozen=True)
 class SamplingOptions(Options):
     """How the next token is chosen from the target's logits; mlx-lm's meanings and order."""
@@ -117,9 +120,19 @@ class SamplingOptions(Options):
         high=2**64 - 1,
         type=int,
     )
+    rule: str = option(
+        "match",
+        "how drafts are verified: match (same text as without), rejection (same distribution) or "
+        "typical (lossy: other texts than the model's)",
+        type=str,
+        choices=RULES,
+        metavar="RULE",
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rule not in RULES:
+            raise UserError(f"--rule must be one of {', '.join(RULES)}, not {self.rule!r}")
         if self.logit_bias is not None and not _is_bias(self.logit_bias):
             raise UserError(
                 f"--logit-bias must map token ids to numbers, not be {self.logit_bias!r}"

@@ -24,7 +24,7 @@ from redrafter_mlx.config import (
     flag_name,
     from_flags,
 )
-from redrafter_mlx.drafters import spec
+from redrafter_mlx.drafters.spec import parse
 from redrafter_mlx.errors import UserError
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
@@ -94,6 +94,12 @@ def command(flags: Namespace) -> int:
     }
     if flags.no_draft and flags.drafter:
         raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
+    rule, temp = flags.rule, flags.temp
+    if flags.check and rule != "match" and temp > 0:
+        raise UserError(
+            f"--check compares texts, and --rule {rule} does not keep the text at --temp {temp:g}: "
+            "leave one out"
+        )
     message = _read_message(flags.prompt)
     drafter_name = _drafter_name(flags)
     drafter_options = from_flags(DrafterOptions, flags)
@@ -195,7 +201,7 @@ def _check_drafter(name: str | None, options: DrafterOptions) -> None:
             if getattr(options, f.name) != f.default:
                 raise UserError(f"{flag_name(f)} has no use without a drafter: leave it out")
     else:
-        spec.parse(name, options)
+        parse(name, options)
 
 
 class _PromptProgress:

@@ -166,6 +166,22 @@ class TokenTree:
 
 
 @dataclass(frozen=True, eq=False)
+class DrawnTree(TokenTree):
+    """A tree whose siblings were drawn one after the other without replacement, in row order.
+
+    ids      (D,)    token ids that could be drawn
+    probs    (Q, D)  what was drawn from
+    sources  (N,)    of each node: the row of `probs` that its children were drawn from, or -1
+
+    Which nodes the tree has must not depend on which tokens were drawn for them.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+    sources: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """Everything a search scored under one root.
 

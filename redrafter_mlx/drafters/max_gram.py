@@ -237,7 +237,9 @@ class Memory:
             for text in _read(path, vocab_size):
                 memory.add(text)
         elif not path.parent.is_dir():
-            raise UserError(f"--memory {path}: there is no directory {path.parent}; make it first")
+            raise UserError(
+                f"--max-gram-memory {path}: there is no directory {path.parent}; make it first"
+            )
         return memory
 
     def add(self, text: Sequence[int]) -> None:
@@ -262,7 +264,8 @@ class Memory:
             os.replace(partial, self.path)
         except OSError as error:
             raise UserError(
-                f"--memory {self.path}: cannot be written ({error.strerror}); give another path"
+                f"--max-gram-memory {self.path}: cannot be written ({error.strerror}); give "
+                "another path"
             ) from error
 
 
@@ -271,22 +274,30 @@ def _read(path: Path, vocab_size: int) -> list[list[int]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--memory {path}: cannot be read ({error.strerror}); {way_out}") from error
+        raise UserError(
+            f"--max-gram-memory {path}: cannot be read ({error.strerror}); {way_out}"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--memory {path}: is damaged or no memory at all; {way_out}") from error
+        raise UserError(
+            f"--max-gram-memory {path}: is damaged or no memory at all; {way_out}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"--memory {path}: is not a memory that Max-Gram has saved; {way_out}")
+        raise UserError(
+            f"--max-gram-memory {path}: is not a memory that Max-Gram has saved; {way_out}"
+        )
     if content.get("vocab_size") != vocab_size:
         raise UserError(
-            f"--memory {path}: its vocabulary has {content.get('vocab_size')} tokens, the target's "
-            f"{vocab_size}; give each model its own memory"
+            f"--max-gram-memory {path}: its vocabulary has {content.get('vocab_size')} tokens, the "
+            f"target's {vocab_size}; give each model its own memory"
         )
     texts = content.get("texts")
     is_id = lambda token: type(token) is int and 0 <= token < vocab_size
     if not isinstance(texts, list) or not all(
         isinstance(text, list) and all(map(is_id, text)) for text in texts
     ):
-        raise UserError(f"--memory {path}: its texts are not lists of token ids; {way_out}")
+        raise UserError(
+            f"--max-gram-memory {path}: its texts are not lists of token ids; {way_out}"
+        )
     return texts
 
 

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from redrafter_mlx import device
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import top_k
+from redrafter_mlx.drafters.drawn import draw, drawn_tree
 from redrafter_mlx.drafters.protocol import Written
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Step, Transcript
@@ -26,6 +27,9 @@ from redrafter_mlx.tree import Candidates, TokenTree
 
 CHUNK = 512
 """Tokens of a new text that are read at a time."""
+
+FEW = 16
+"""Tokens that are read along with those whose logits are wanted."""
 
 _log = logging.getLogger("redrafter_mlx")
 
@@ -42,9 +46,10 @@ class ModelDrafter:
     """
 
     def __init__(self, model: nn.Module, vocab_size: int):
-        self._model = adapt(model)
-        self._vocab_size = min(vocab_size, self._model.vocab_size)
-        self._caches = self._model.empty_caches()
+        self.model = model
+        self._target = adapt(model)
+        self._vocab_size = min(vocab_size, self._target.vocab_size)
+        self._caches = self._target.empty_caches()
         self._held: list[int] = []  # tokens in the caches
         self._verified = 0  # how many of them are the text's
         self._transcript: Transcript | None = None
@@ -54,6 +59,8 @@ class ModelDrafter:
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         self.begin(context)
         width = min(budget.width, self._vocab_size)
+        if context.noise is not None and not context.noise.coupled:
+            return self._drawn(context, budget, width)
         place = len(self._tokens)
         tokens, logprobs, chosen = [], [], []
         logits = self._logits([], 1)
@@ -69,6 +76,22 @@ class ModelDrafter:
         self._held += read[2][:-1].tolist()
         return budget.tree(_caterpillar(self._tokens[-1], *read))
 
+    def _drawn(self, context: Context, budget: Budget, width: int) -> TokenTree:
+        """A tree of draws, for a rule that weighs them against what they were drawn from."""
+        ids = mx.arange(self._vocab_size)
+        tokens, logprobs = draw(
+            lambda last: self._logits([], 1) if last is None else self._forward(last),
+            ids,
+            context.noise.key,
+            context.noise.temp,
+            mx.array([context.position], dtype=mx.uint32),
+            width,
+            budget.length,
+        )
+        ids, tokens, logprobs = device.read(ids, tokens, logprobs)
+        self._held += tokens[:-1, 0].tolist()
+        return drawn_tree(self._tokens[-1], ids, tokens, logprobs, budget)
+
     def observe(self, step: Step) -> None:
         pass
 
@@ -79,7 +102,8 @@ class ModelDrafter:
         """Find out how much of the text the caches hold already."""
         if context.transcript is not self._transcript:
             self._transcript, self._verified = context.transcript, 0
-        self._tokens, self._noise = context.transcript.tokens, context.noise
+        self._tokens, noise = context.transcript.tokens, context.noise
+        self._noise = noise if noise is not None and noise.coupled else None
         most = min(len(self._held), len(self._tokens) - 1)
         while self._verified < most and self._held[self._verified] == self._tokens[self._verified]:
             self._verified += 1
@@ -132,20 +156,21 @@ class ModelDrafter:
         common = next((i for i in range(most) if held[i] != wanted[i]), most)
         length = self._verified + common
         if not self._caches.rewind(length):
-            self._caches, length = self._model.empty_caches(), 0
+            self._caches, length = self._target.empty_caches(), 0
             wanted, common = [*self._tokens, *ahead], 0
         del self._held[length:]
         missing = wanted[common:]
-        if len(missing) > rows:  # a new text
-            self._model.read(missing[:-rows], self._caches, CHUNK)
         self._held += missing
-        return self._forward(mx.array(missing[-rows:]))
+        if len(missing) > rows + FEW:
+            self._target.read(missing[:-rows], self._caches, CHUNK)
+            missing = missing[-rows:]
+        return self._forward(mx.array(missing))[-rows:]
 
     def _forward(self, tokens: mx.array) -> mx.array:
         """(N, V) logits after each of N further tokens, which the caches hold then."""
         self.passes += 1
         self._caches.begin(tokens.size)
-        logits = self._model.forward(tokens[None], self._caches).logits[0]
+        logits = self._target.forward(tokens[None], self._caches).logits[0]
         self._caches.commit(range(tokens.size))
         return logits[:, : self._vocab_size].astype(mx.float32)
 

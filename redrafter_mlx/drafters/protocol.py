@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from redrafter_mlx.budget import Budget
@@ -81,7 +81,13 @@ class Reviewer(Writer, Protocol):
 
 
 def candidates_of(drafter: Drafter, context: Context, width: int, length: int) -> Candidates:
-    """What a drafter scores when it searches `width` and `length` wide and far, all of it."""
+    """What a drafter scores when it searches `width` and `length` wide and far, all of it.
+
+    Where drafts are to be drawn it is asked for the likeliest instead: among candidates of others
+    its own are draws no longer, and the rule takes each as a sure thing.
+    """
+    if context.noise is not None and not context.noise.coupled:
+        context = replace(context, noise=None)
     budget = _Everything(width, length)
     tree = drafter.propose(context, budget)
     return budget.candidates or Candidates.of(tree)
