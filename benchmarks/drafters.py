@@ -30,7 +30,7 @@ from benchmarks import prompts as prompt_files
 from benchmarks.prompts import Prompt
 from benchmarks.speed import machine
 from redrafter_mlx import analysis, device
-from redrafter_mlx.config import DraftOptions, DrafterOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.config import DrafterOptions, DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.protocol import Drafter

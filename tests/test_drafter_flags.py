@@ -14,7 +14,7 @@ from test_generate_command import (
     tiny,  # noqa: F401
 )
 
-SHORT = ["--max-tokens", "24"]
+SHORT = ["--max-tokens", "24", "--budget", "16"]
 
 
 @pytest.fixture(scope="module")

@@ -221,6 +221,22 @@ def test_what_is_kept_of_a_drawn_tree_depends_on_places_only():
     assert isinstance(trees[0], DrawnTree)
 
 
+def test_no_draw_is_left_out_that_others_were_drawn_after():
+    """Whichever nodes a budget likes: of each depth the first draws are kept."""
+
+    class Odd(FixedBudget):
+        def tree(self, candidates):
+            c = candidates
+            some = np.isin(c.tokens, [1, 3, 5])
+            parents = np.where(c.parents[some] >= 0, 0, -1)
+            return TokenTree.best(c.root, c.tokens[some], parents, c.logprobs[some], 9)
+
+    tree = drawn_tree(
+        0, np.arange(V), np.array([[1, 2, 3], [4, 5, 6]]), np.zeros((2, V)), Odd(3, 3, 9)
+    )
+    assert tree.tokens.tolist() == [0, 1, 4, 2]
+
+
 @pytest.mark.parametrize("kind", ["head", "reduced head", "model"])
 def test_siblings_of_real_drafters_are_drawn_from_what_they_say(kind):
     """Over many positions the first draw has the distribution that the tree claims."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.sampling import gumbel
-from redrafter_mlx.tree import Candidates, DrawnTree
+from redrafter_mlx.tree import Candidates, DrawnTree, TokenTree
 
 
 def draw(
@@ -51,21 +51,24 @@ def drawn_tree(
 ) -> DrawnTree:
     """The tree of what `draw` returned, as large as the budget allows.
 
-    The budget is shown odds that depend on the places of the nodes only: were it to choose by what
-    was drawn, the rest would no longer be draws.
+    The budget is shown odds that depend on the places of the nodes only, and of each depth the
+    tokens that were drawn first are kept, as many as it chose: were it to choose by what was drawn,
+    or to leave out a token that others were drawn after, the rest would no longer be draws.
     """
     depths, width = tokens.shape
-    spine = np.arange(depths) * width
-    odds = np.log(0.5) * (np.arange(depths)[:, None] + 1 + np.arange(width))
-    tree = budget.tree(
-        Candidates(
-            root=root,
-            tokens=tokens.reshape(-1),
-            parents=np.repeat(np.concatenate([[-1], spine[:-1]]), width),
-            logprobs=odds.reshape(-1),
-            beams=spine[-1:],
-        )
-    )
+    rank, depth = np.meshgrid(np.arange(width), np.arange(depths))
+    odds = np.log(0.5) * (1 + depth + rank)
+
+    def candidates(kept: np.ndarray) -> Candidates:
+        place = np.cumsum(kept).reshape(kept.shape) - 1
+        before = np.append(-1, place[:-1, 0])[depth]
+        spine = place[-1, :1] if kept[-1, 0] else np.zeros(0, int)
+        return Candidates(root, tokens[kept], before[kept], odds[kept], beams=spine)
+
+    chosen = budget.tree(candidates(np.ones(tokens.shape, bool)))
+    sizes = np.bincount(chosen.depths, minlength=depths + 1)[1:]
+    c = candidates(rank < sizes[:, None])
+    tree = TokenTree.best(root, c.tokens, c.parents, c.logprobs, len(chosen))
     has_children = np.isin(np.arange(len(tree)), tree.parents)
     return DrawnTree(
         tree.tokens,
