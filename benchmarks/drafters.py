@@ -44,6 +44,9 @@ from redrafter_mlx.tree import TokenTree
 
 PLAIN = "plain"
 
+LENGTHS = (100, 1000, 10_000, 100_000)
+"""Of the texts that lookups are timed in."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -66,8 +69,9 @@ class Method:
 
 @dataclass
 class Run:
-    """One method on one prompt. `rate` is in tokens per second after the first round.
+    """One method on one prompt.
 
+    rate        tokens per second of decoding, whatever a draft model has to read included
     draft_runs  (passes, cost by size) of each model that drafted
     """
 
@@ -116,12 +120,7 @@ class Bench:
             draft=DraftOptions(**budget),
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
-        tokens, began, first = [], 0.0, 0
-        for token in run:
-            tokens.append(token.id)
-            if not first and token.end_of_round:
-                began, first = time.perf_counter(), len(tokens)
-        seconds = time.perf_counter() - began
+        tokens = [token.id for token in run]
         stats = run.stats
         return Run(
             prompt.id,
@@ -129,7 +128,7 @@ class Bench:
             str(method),
             str(method.baseline),
             len(tokens),
-            (len(tokens) - first) / seconds,
+            stats.generation_tps,
             stats.rounds,
             stats.nodes,
             stats.accepted_at,
@@ -287,7 +286,7 @@ def lookups() -> str:
         "one token": lambda n: [7] * n,
     }
     for kind, make in texts.items():
-        for n in (100, 1000, 10_000, 100_000):
+        for n in LENGTHS:
             text, index = make(n), SuffixAutomaton()
             began = time.perf_counter()
             for token in text:
