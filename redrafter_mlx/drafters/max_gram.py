@@ -146,9 +146,9 @@ class MaxGramDrafter:
             if not guess or guess[0] in guessed:
                 continue
             self.rates.count(length, guess[0] == token, first=not guessed)
+            guessed += guess
             if guess[0] == token or len(guessed) == self.CONTINUATIONS:
                 return
-            guessed += guess
 
     def _starts(self, matches: Sequence[Match]):
         """Where continuations begin and how much of the text stands before them, best first."""
