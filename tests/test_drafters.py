@@ -50,31 +50,37 @@ def target(request):
 
 
 @pytest.fixture(scope="module")
+def head(target):
+    """One for all tests: its searches are compiled."""
+    return random_drafter(target)
+
+
+@pytest.fixture(scope="module")
 def small():
     return build("llama", seed=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampling", SAMPLING, ids=name_of)
-def test_tiny_targets(target, small, kind, sampling):
+def test_tiny_targets(target, head, small, kind, sampling):
     prompt = tiny_prompt(9) * 2
     plain = ids(generation(target, prompt, **sampling))
-    drafter = KINDS[kind](random_drafter(target), small)
+    drafter = KINDS[kind](head, small)
     for draft in BUDGETS:
         assert ids(generation(target, prompt, drafter, draft=draft, **sampling)) == plain
 
 
 @pytest.mark.parametrize("kind", ["max_gram", "model", "union", "cascade"])
 @pytest.mark.parametrize("prompt", [[3], [5] * 300], ids=["one token", "one repeated token"])
-def test_prompts_at_the_edge(target, small, kind, prompt):
+def test_prompts_at_the_edge(target, head, small, kind, prompt):
     plain = ids(generation(target, prompt, max_tokens=20))
-    drafter = KINDS[kind](random_drafter(target), small)
+    drafter = KINDS[kind](head, small)
     assert ids(generation(target, prompt, drafter, max_tokens=20)) == plain
 
 
 @pytest.mark.parametrize("kind", ["max_gram", "model", "union", "cascade"])
-def test_one_drafter_serves_texts_in_turn(target, small, kind):
-    drafter = KINDS[kind](random_drafter(target), small)
+def test_one_drafter_serves_texts_in_turn(target, head, small, kind):
+    drafter = KINDS[kind](head, small)
     prompts = tiny_prompt(9), tiny_prompt(14, seed=3)
     plain = [ids(generation(target, prompt, max_tokens=20)) for prompt in prompts]
     one, two = (iter(generation(target, p, drafter, max_tokens=20)) for p in prompts)
