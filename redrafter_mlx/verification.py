@@ -90,7 +90,7 @@ class Rejection:
 
 
 class Typical:
-    """Medusa's typical acceptance (arXiv 2401.10774 §2.3.1). LOSSY: not the model's distribution.
+    """Medusa's typical acceptance (arXiv 2401.10774). LOSSY: not the model's distribution.
 
     A token x passes if p(x) > min(epsilon, delta * exp(-H(p))); the longest path of such tokens
     stands, and the model's own choice follows it. At temperature 0 it is `Match`.

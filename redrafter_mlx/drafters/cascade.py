@@ -17,7 +17,7 @@ from redrafter_mlx.tree import Candidates, TokenTree
 
 
 class CascadeDrafter:
-    """The paper's recursion (its algorithm 1) over n drafters, the best and dearest first.
+    """The paper's recursion over n drafters, the best and dearest first.
 
     levels    drafters that can write on after each other's tokens (protocol.Writer); the first may
               also be one that cannot, such as a recurrent head. A level that can review

@@ -1,4 +1,4 @@
-"""Max-Gram: what followed the end of the text where it stood before (arXiv 2312.11462 §4.1).
+"""Max-Gram: what followed the end of the text where it stood before (arXiv 2312.11462).
 
 No weights and no device: an index of the text (suffixes.py), and how often its guesses were right.
 """

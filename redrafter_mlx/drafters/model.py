@@ -128,7 +128,7 @@ class ModelDrafter:
         """Tokens of `drafted` up to the first that it would not say, and its own choice there.
 
         A token passes if it is the model's choice or if the writer's probability of it is at most
-        `lenience` times the model's (arXiv 2312.11462 §3).
+        `lenience` times the model's (arXiv 2312.11462).
         """
         rows = len(drafted.tokens) + 1
         logits = self._logits([*ahead, *drafted.tokens], rows)
