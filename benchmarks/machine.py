@@ -34,7 +34,9 @@ class Bench:
         self.drafters: dict[str, Drafter] = {}
         for name in names:
             if name != RANDOM:
-                self.drafters[name] = redrafter_mlx.load_drafter(name, self.model)
+                self.drafters[name] = redrafter_mlx.load_drafter(
+                    name, self.model, tokenizer=self.tokenizer
+                )
         if RANDOM in names:
             self.drafters[RANDOM] = self._random()
 

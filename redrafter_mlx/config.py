@@ -13,6 +13,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, TypeVar
 
 from redrafter_mlx.errors import UserError
@@ -66,6 +67,9 @@ class Options:
         _check_ranges(self)
 
 
+RULES = ("match", "rejection", "typical")
+
+
 @dataclass(frozen=True)
 class SamplingOptions(Options):
     """How the next token is chosen from the target's logits; mlx-lm's meanings and order."""
@@ -116,9 +120,19 @@ class SamplingOptions(Options):
         high=2**64 - 1,
         type=int,
     )
+    rule: str = option(
+        "match",
+        "how drafts are verified: match (same text as without), rejection (same distribution) or "
+        "typical (lossy: other texts than the model's)",
+        type=str,
+        choices=RULES,
+        metavar="RULE",
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.rule not in RULES:
+            raise UserError(f"--rule must be one of {', '.join(RULES)}, not {self.rule!r}")
         if self.logit_bias is not None and not _is_bias(self.logit_bias):
             raise UserError(
                 f"--logit-bias must map token ids to numbers, not be {self.logit_bias!r}"
@@ -227,6 +241,39 @@ class TuneOptions(Options):
 
 
 @dataclass(frozen=True)
+class DrafterOptions(Options):
+    """What drafters are made of; see --drafter."""
+
+    cascade_k: Any = option(
+        None,
+        "K matrix of a cascade: tokens that level j drafts for reviewer r, which is the target in "
+        "row 1 and level r-1 in row r; JSON, such as [[5,10],[0,10]]",
+        type=str,
+        metavar="JSON",
+    )
+    lenience: float = option(
+        1.0, "of a cascade's levels with each other; never changes the text", low=1.0
+    )
+    max_gram_memory: str | None = option(
+        None, "file in which Max-Gram remembers earlier texts", type=str, metavar="FILE"
+    )
+    max_gram_memory_tokens: int = option(65536, "most tokens that are remembered", low=1)
+    max_gram_bigrams: str | None = option(
+        None,
+        "text file that Max-Gram guesses by where the text itself gives no match",
+        type=str,
+        metavar="FILE",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_gram_memory", "max_gram_bigrams"):
+            if not isinstance(getattr(self, name), (str, NoneType)):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} must be the path of a file, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
 class DataOptions(Options):
     """What the target writes to learn from; --data gives it prompts."""
 
@@ -324,7 +371,7 @@ GROUPS = (GenerationOptions, SamplingOptions, DraftOptions)
 NOT_HONOURED = {
     "sampler": "a sampler draws its own randomness, so the text would depend on the draft; "
     "pass temp=, top_p=, top_k=, min_p=, xtc_* and seed= instead",
-    "draft_model": "use drafter=; a smaller model as the drafter is not supported yet",
+    "draft_model": "use drafter=load_drafter('model:PATH-OR-REPO', model, tokenizer=tokenizer)",
     "num_draft_tokens": "use beam_length= and budget=",
     "max_kv_size": "a rotating KV cache cannot be rolled back; leave it out",
     "kv_bits": "a quantised KV cache cannot hold a tree yet; leave it out",

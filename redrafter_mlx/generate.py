@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from redrafter_mlx import cli
 from redrafter_mlx.config import (
+    DrafterOptions,
     DraftOptions,
     GenerationOptions,
     SamplingOptions,
     add_flags,
+    flag_name,
     from_flags,
 )
+from redrafter_mlx.drafters.spec import parse
 from redrafter_mlx.errors import UserError
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
@@ -42,8 +45,9 @@ def make_parser() -> cli.Parser:
     flag("--model", default=DEMO, help="demo, a model directory, .gguf file or Hugging Face repo")
     flag(
         "--drafter",
-        help="demo, a drafter directory or Hugging Face repo (default: the demo "
-        "target's own; none for other models)",
+        help="a recurrent head (demo, a directory or Hugging Face repo, also as recurrent:NAME), "
+        "max_gram, model:NAME, cascade:[A,B,...], union:[A,B,...] or auto (default: the demo "
+        "target's own head; none for other models)",
     )
     flag("--no-draft", action="store_true", help="plain decoding")
     flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
@@ -77,7 +81,7 @@ def make_parser() -> cli.Parser:
         metavar="BOOL",
         help="True: all statistics, False: none (default: one line)",
     )
-    add_flags(parser, GenerationOptions, SamplingOptions, DraftOptions)
+    add_flags(parser, GenerationOptions, SamplingOptions, DraftOptions, DrafterOptions)
     return parser
 
 
@@ -90,7 +94,16 @@ def command(flags: Namespace) -> int:
     }
     if flags.no_draft and flags.drafter:
         raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
+    rule, temp = flags.rule, flags.temp
+    if flags.check and rule != "match" and temp > 0:
+        raise UserError(
+            f"--check compares texts, and --rule {rule} does not keep the text at --temp {temp:g}: "
+            "leave one out"
+        )
     message = _read_message(flags.prompt)
+    drafter_name = _drafter_name(flags)
+    drafter_options = from_flags(DrafterOptions, flags)
+    _check_drafter(drafter_name, drafter_options)
 
     from redrafter_mlx import check, hub, stream
 
@@ -102,12 +115,16 @@ def command(flags: Namespace) -> int:
         trust_remote_code=flags.trust_remote_code,
     )
     prompt = _encode(tokenizer, message, flags)
-    drafter_name = _drafter_name(flags)
-    drafter = hub.load_drafter(drafter_name, model) if drafter_name else None
+    drafter = None
+    if drafter_name:
+        given = dataclasses.asdict(drafter_options)
+        drafter = hub.load_drafter(drafter_name, model, tokenizer=tokenizer, **given)
     options["eos_token_ids"] = tokenizer.eos_token_ids
     run = stream.Generation(model, prompt, drafter, progress=_PromptProgress(), **options)
     printed = _Printed(quiet=flags.json)
     interrupted = printed.consume(stream.text_events(run, tokenizer))
+    if drafter_options.max_gram_memory:
+        drafter.save()
     comparison = None
     if flags.check and not interrupted:
         options["sampling"] = dataclasses.replace(options["sampling"], seed=run.seed)
@@ -175,6 +192,16 @@ def _drafter_name(flags: Namespace) -> str | None:
         return flags.drafter or DEMO
     _log.info("no --drafter given for %s: plain decoding", flags.model)
     return None
+
+
+def _check_drafter(name: str | None, options: DrafterOptions) -> None:
+    """Tell of wrong names and options before anything is loaded."""
+    if name is None:
+        for f in dataclasses.fields(options):
+            if getattr(options, f.name) != f.default:
+                raise UserError(f"{flag_name(f)} has no use without a drafter: leave it out")
+    else:
+        parse(name, options)
 
 
 class _PromptProgress:

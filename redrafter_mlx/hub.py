@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,27 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from redrafter_mlx import device
+from redrafter_mlx.config import DrafterOptions, parse_keywords
 from redrafter_mlx.demo import demo_target
+from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
+from redrafter_mlx.drafters.model import ModelDrafter, check_tokenizers, warn_if_larger
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.drafters.spec import (
+    AUTO,
+    CASCADE,
+    MAX_GRAM,
+    MODEL,
+    POSSIBLE,
+    RECURRENT,
+    UNION,
+    Spec,
+    cascade_matrix,
+    parse,
+)
+from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
@@ -40,7 +58,7 @@ DEMO = "demo"
 DRAFTER_FILES = ["config.json", "*.safetensors"]
 
 TARGET_NAMES = "'demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
-DRAFTER_NAMES = "'demo', a drafter directory or a Hugging Face repo as org/name"
+DRAFTER_NAMES = f"'demo', a drafter directory or a Hugging Face repo as org/name ({POSSIBLE})"
 
 logger = logging.getLogger("redrafter_mlx")
 
@@ -93,26 +111,102 @@ def load(
     if mx.default_device() == mx.cpu:
         compute_in_float32(model)
         config.pop("quantization", None)
+    model._redrafter_name = str(path_or_hf_repo)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def load_drafter(name_or_path: str, model: nn.Module, revision: str | None = None) -> Drafter:
+def load_drafter(
+    name_or_path: str,
+    model: nn.Module,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Drafter:
     """Load a drafter for a target model.
 
     Args:
-        name_or_path: `demo`, a drafter directory, or a Hugging Face repo `org/name`.
+        name_or_path: `demo`, a drafter directory, or a Hugging Face repo `org/name`, also as
+            `recurrent:NAME`: a recurrent head. `max_gram`: what followed earlier in the text.
+            `model:NAME`: a smaller language model. `union:[A,B]`: the candidates of several.
+            `cascade:[A,B]`: drafters that draft for each other. `auto`: Max-Gram, united with the
+            target's own head if one is known.
         model: the target, as `load` returns it. It is probed here, once, for whether it can
             verify a tree.
-        revision: branch, tag or commit; Hugging Face repos only.
+        revision: branch, tag or commit; for a name that is one Hugging Face repo.
+        tokenizer: the target's, as `load` returns it; needed for a model and for bigrams.
+        options: the fields of config.DrafterOptions.
 
     Returns:
         A drafter for `stream_generate(..., drafter=)`.
 
     Raises:
-        UserError: no such drafter, damaged files, a drafter made for another target, or a target
-            that cannot verify trees; the message says which and why.
+        UserError: no such drafter, damaged files, a drafter made for another target, drafters that
+            cannot be combined, an option that cannot be honoured, or a target that cannot verify
+            trees; the message says which and why.
     """
-    directory = resolve_drafter(name_or_path, revision)
+    (chosen,) = parse_keywords(options, DrafterOptions)
+    spec = parse(str(name_or_path), chosen)
+    if revision is not None and spec.kind not in (RECURRENT, MODEL):
+        raise UserError(f"revision {revision!r} is for one Hugging Face repo, not for {spec}")
+    return _Loader(model, tokenizer, chosen, revision).load(spec)
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Makes the drafters of one target."""
+
+    model: nn.Module
+    tokenizer: Any
+    options: DrafterOptions
+    revision: str | None
+
+    def load(self, spec: Spec) -> Drafter:
+        if spec.kind == CASCADE:
+            k = cascade_matrix(self.options.cascade_k, spec)
+            levels = [self.load(member) for member in spec.members]
+            return CascadeDrafter(levels, k, self.options.lenience)
+        if spec.kind == UNION:
+            return UnionDrafter([self.load(member) for member in spec.members])
+        if spec.kind == AUTO:
+            return self._auto()
+        if spec.kind == MAX_GRAM:
+            return self._max_gram()
+        if spec.kind == MODEL:
+            return self._model(spec.name)
+        return _recurrent(spec.name, self.model, self.revision)
+
+    def _auto(self) -> Drafter:
+        max_gram = Spec(MAX_GRAM)
+        if getattr(self.model, "_redrafter_name", None) != DEMO:
+            return self.load(max_gram)
+        return self.load(Spec(UNION, members=(Spec(RECURRENT, DEMO), max_gram)))
+
+    def _max_gram(self) -> MaxGramDrafter:
+        o, vocab_size = self.options, adapt(self.model).vocab_size
+        bigrams = memory = None
+        if o.max_gram_memory is not None:
+            path = expanded(o.max_gram_memory)
+            memory = Memory.load(path, o.max_gram_memory_tokens, vocab_size)
+        if o.max_gram_bigrams is not None:
+            text = _read_text(expanded(o.max_gram_bigrams), "--max-gram-bigrams")
+            bigrams = count_bigrams(self._needs_tokenizer("bigrams").encode(text))
+        return MaxGramDrafter(bigrams=bigrams, memory=memory)
+
+    def _model(self, name: str) -> ModelDrafter:
+        tokenizer = self._needs_tokenizer(f"model:{name}")
+        model, own_tokenizer = load(name, revision=self.revision)
+        check_tokenizers(tokenizer, own_tokenizer, name)
+        warn_if_larger(self.model, model, name)
+        return ModelDrafter(model, adapt(self.model).vocab_size)
+
+    def _needs_tokenizer(self, what: str) -> Any:
+        if self.tokenizer is None:
+            raise UserError(f"{what} needs the target's tokenizer: load_drafter(..., tokenizer=)")
+        return self.tokenizer
+
+
+def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDrafter:
+    directory = resolve_drafter(name, revision)
     target = adapt(model)
     head, d2t, config = load_head(directory, target.dtype)
     for name, found, needed in (
@@ -185,6 +279,13 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} holds no *.safetensors file, so it is not a drafter")
     return directory
+
+
+def _read_text(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: {one_line(error)}; give a UTF-8 text file") from error
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:

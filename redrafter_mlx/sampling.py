@@ -25,6 +25,7 @@ _PARITY = 0x1BD11BDA
 _HIGHEST_NOISE = -math.log(-math.log1p(-(2.0**-24)))
 _LOWEST_NOISE = -math.log(-math.log1p(-(1 - 2.0**-24)))
 _XTC_COUNTER = 2**32 - 1  # no token has this id
+_DRAFT_SALT = 0x9E3779B9
 
 
 def threefry(key, counter, xp: ModuleType = np):
@@ -68,14 +69,17 @@ def gumbel(key, positions, ids, xp: ModuleType = np):
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that will be added to the target's logits, for a drafter to reckon with.
+    """Noise for a drafter at temperatures above 0.
 
-    key   (2,) uint32
-    temp  () float32: temperature, which scales the noise
+    key      (2,) uint32
+    temp     () float32: temperature, which scales the noise
+    coupled  True: it will be added to the target's logits, so reckon with it. False: the target's
+             is another; draw the draft with this one, without replacement
     """
 
     key: mx.array
     temp: mx.array
+    coupled: bool = True
 
     @classmethod
     def silent(cls) -> Noise:
@@ -108,10 +112,13 @@ class Sampler:
 
     @property
     def noise(self) -> Noise | None:
-        """What a drafter may know of the randomness to come; None where there is none."""
-        if self.options.temp == 0:
+        """What drafts are made with; None: just the likeliest tokens."""
+        rule, temp = self.options.rule, mx.array(self.options.temp)
+        if self.options.temp == 0 or rule == "typical":
             return None
-        return Noise(mx.array(self.key), mx.array(self.options.temp))
+        if rule == "match":
+            return Noise(mx.array(self.key), temp)
+        return Noise(mx.array(self.key ^ np.uint32(_DRAFT_SALT)), temp, coupled=False)
 
     def prepare(self, logits: mx.array) -> mx.array:
         """(N, V) logits -> what `choose` needs of them on the host: (N,) ids or (N, V) float32."""
@@ -139,6 +146,26 @@ class Sampler:
         ids = self._filter(logits, position)
         at = np.array([position], np.uint32)
         return ids, logits[ids] + temp * gumbel(self.key, at, ids.astype(np.uint32))
+
+    def distribution(self, logits: np.ndarray, position: int, history: Sequence[int]) -> np.ndarray:
+        """(V,) float64 probabilities of the token at `position`; arguments as of `scores`.
+
+        `choose` draws from it, to within the probability of tokens that no noise could let win.
+        """
+        logits = self._process(logits, history)
+        probs = np.zeros(len(logits))
+        if self.options.temp == 0:
+            probs[np.argmax(logits)] = 1.0
+            return probs
+        ids = self._filter(logits, position)
+        weights = np.exp((logits[ids] - logits[ids].max()) / self.options.temp, dtype=np.float64)
+        probs[ids] = weights / weights.sum()
+        return probs
+
+    def uniform(self, position: int) -> np.random.Generator:
+        """Random numbers for deciding about one position, independent of all noise."""
+        counter = np.array([0, 0, 0, position], np.uint64)
+        return np.random.Generator(np.random.Philox(key=self.options.seed or 0, counter=counter))
 
     def _process(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
         for penalise in self._penalties:

@@ -14,6 +14,7 @@ from redrafter_mlx.round import Step
 class Stats:
     """Counts and times of one generation; complete at any moment of it.
 
+    rule          that drafts were verified by
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
     sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth it
     *_seconds     wall time; `decode_seconds` is that of all rounds, `draft` and `verify` their
@@ -21,6 +22,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    rule: str = "match"
     prompt_seconds: float = 0.0
     tokens: int = 0
     rounds: int = 0
@@ -90,6 +92,7 @@ class Stats:
             "verify_seconds": round(self.verify_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
             "peak_memory": round(self.peak_memory, 3),
+            "rule": self.rule_name,
         }
 
     def summary(self) -> str:
@@ -97,7 +100,13 @@ class Stats:
         return (
             f"{self.tokens} tokens, {self.generation_tps:.1f} tokens/s, {self.rounds} rounds, "
             f"{self.tokens_per_round:.2f} tokens per round"
+            + ("" if self.rule == "match" else f", rule {self.rule_name}")
         )
+
+    @property
+    def rule_name(self) -> str:
+        """The rule, labelled if it changes what the model says."""
+        return f"{self.rule} (lossy)" if self.rule == "typical" else self.rule
 
     def report(self) -> str:
         """Several lines, with a bar for each depth of the drafts."""
@@ -115,5 +124,7 @@ class Stats:
         for depth, rounds in enumerate(self.accepted_at, start=1):
             share = rounds / self.rounds
             lines.append(f"Accepted at depth {depth}: {share:6.1%} {'#' * round(40 * share)}")
+        if self.rule != "match":
+            lines.append(f"Rule: {self.rule_name}")
         lines.append(f"Peak memory: {self.peak_memory:.3f} GB")
         return "\n".join(lines)

@@ -25,7 +25,7 @@ from redrafter_mlx.config import (
     SamplingOptions,
     parse_keywords,
 )
-from redrafter_mlx.decoding import decode, overlap
+from redrafter_mlx.decoding import Rule, decode, overlap
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.pricing.profile import policy_for
@@ -33,7 +33,7 @@ from redrafter_mlx.round import Step
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.verification import Match
+from redrafter_mlx.verification import Match, Rejection, Typical
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Generation:
             sampling = replace(sampling, seed=secrets.randbits(64))
         self.model, self.prompt, self.options = model, prompt, generation
         self.seed = sampling.seed if sampling.temp > 0 else None
-        self.stats = Stats(prompt_tokens=len(prompt))
+        self.stats = Stats(prompt_tokens=len(prompt), rule=sampling.rule)
         self.sampler = Sampler(sampling, logits_processors)
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
@@ -150,9 +150,13 @@ class Generation:
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
         )
         self.stats.start_decoding()
-        rounds = decode(self._target, self._drafter, Match(self.sampler), self._budget, context)
+        rounds = decode(self._target, self._drafter, self._rule(), self._budget, context)
         most = self.options.max_tokens  # each round adds one token at least
         return islice(rounds, None if most < 0 else most)
+
+    def _rule(self) -> Rule:
+        rules = {"match": Match, "rejection": Rejection, "typical": Typical}
+        return rules[self.sampler.options.rule](self.sampler)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self._eos_token_ids:
@@ -174,7 +178,8 @@ def stream_generate(
 
     model, tokenizer  as `load` returns them
     prompt            text or token ids
-    drafter           from `load_drafter`; None decodes plainly. The text is the same either way
+    drafter           from `load_drafter`; None decodes plainly. The text is the same either way,
+                      unless another rule= than "match" is given
     logits_processors callables (tokens, logits (1, V)) -> logits, applied along the path; each
                       costs a synchronisation per token
     options           the fields of config.GenerationOptions, SamplingOptions and DraftOptions

@@ -6,7 +6,7 @@ Pure numpy: no model, no device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,24 +74,27 @@ class TokenTree:
     def from_beams(cls, beams, logprobs=None) -> TokenTree:
         """The prefix tree of some beams: the paper's dynamic tree attention (arXiv 2403.09919).
 
-        beams     (W, L)  token ids; every beam starts with the same pending token
+        beams     (W, L)  token ids; every beam starts with the same pending token; a shorter one
+                          is filled up with -1
         logprobs  (W, L)  cumulative log-probability of each prefix; without it a node scores by
                           the rank of the best beam through it
         """
         beams = np.asarray(beams)
         if logprobs is None:
             logprobs = np.broadcast_to(-np.arange(len(beams), dtype=float)[:, None], beams.shape)
-        union = _Union(int(beams[0, 0]))
+        union = Trie(int(beams[0, 0]))
         for beam, scores in zip(beams.tolist(), np.asarray(logprobs).tolist(), strict=True):
             assert beam[0] == union.tokens[0], "beams must start with the same pending token"
             node = 0
             for token, score in zip(beam[1:], scores[1:], strict=True):
+                if token < 0:
+                    break
                 node = union.add(node, token, score)
         return cls._depth_first(union.tokens, union.parents, union.logprobs)
 
     def merge(self, other: TokenTree) -> TokenTree:
         """The union of two trees with the same root; a node in both keeps the higher score."""
-        union = _Union(int(self.tokens[0]))
+        union = Trie(int(self.tokens[0]))
         for tree in (self, other):
             place = [0]  # where each of the tree's rows lies in the union
             for row in range(1, len(tree)):
@@ -165,6 +168,22 @@ class TokenTree:
 
 
 @dataclass(frozen=True, eq=False)
+class DrawnTree(TokenTree):
+    """A tree whose siblings were drawn one after the other without replacement, in row order.
+
+    ids      (D,)    token ids that could be drawn
+    probs    (Q, D)  what was drawn from
+    sources  (N,)    of each node: the row of `probs` that its children were drawn from, or -1
+
+    Which nodes the tree has must not depend on which tokens were drawn for them.
+    """
+
+    ids: np.ndarray
+    probs: np.ndarray
+    sources: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Candidates:
     """Everything a search scored under one root.
 
@@ -203,28 +222,64 @@ class Candidates:
             expanded = here[np.argsort(-self.logprobs[here], kind="stable")[:width]]
         return scored
 
+    @classmethod
+    def merged(cls, parts: Sequence[Candidates]) -> Candidates:
+        """What several searches scored under the same root; a node of several keeps the best score.
+
+        A parent still scores no lower than its children, and every beam is still one.
+        """
+        trie, beams = Trie(parts[0].root), []
+        for part in parts:
+            assert part.root == trie.tokens[0], "candidates must have the same root"
+            place = []
+            nodes = zip(
+                part.tokens.tolist(), part.parents.tolist(), part.logprobs.tolist(), strict=True
+            )
+            for token, parent, logprob in nodes:
+                place.append(trie.add(0 if parent < 0 else place[parent], token, logprob))
+            beams += [place[beam] for beam in part.beams]
+        return trie.candidates(beams)
+
+    @classmethod
+    def of(cls, tree: TokenTree) -> Candidates:
+        """The nodes of a tree; its leaves are the beams."""
+        trie = Trie(int(tree.tokens[0]))
+        trie.tokens, trie.parents = tree.tokens.tolist(), tree.parents.tolist()
+        trie.logprobs = tree.logprobs.tolist()
+        return trie.candidates()
+
     def beam_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """(W, L) token ids of the beams, the root first, and (W, L) their cumulative logprobs."""
-        columns, nodes = [], self.beams
-        while nodes[0] >= 0:
-            columns.append(nodes)
-            nodes = self.parents[nodes]
-        rows = np.stack(columns[::-1], axis=1)
-        roots = np.full((len(rows), 1), self.root)
-        return (
-            np.concatenate([roots, self.tokens[rows]], axis=1),
-            np.concatenate([np.zeros(roots.shape), self.logprobs[rows]], axis=1),
-        )
+        """(W, L) token ids of the beams, the root first, and (W, L) their cumulative logprobs.
+
+        A beam that is shorter than the longest is filled up with -1. Without beams: the root alone.
+        """
+        rows = [[], *([] for _ in self.beams[1:])]
+        for row, node in zip(rows, self.beams, strict=False):
+            while node >= 0:
+                row.append(node)
+                node = self.parents[node]
+        length = 1 + max(map(len, rows))
+        tokens, logprobs = np.full((len(rows), length), -1), np.zeros((len(rows), length))
+        tokens[:, 0] = self.root
+        for i, row in enumerate(rows):
+            tokens[i, 1 : len(row) + 1] = self.tokens[row[::-1]]
+            logprobs[i, 1 : len(row) + 1] = self.logprobs[row[::-1]]
+        return tokens, logprobs
 
 
-class _Union:
-    """Nodes under one root, each (parent, token) once, with the highest score it was given."""
+class Trie:
+    """Nodes under one root, each (parent, token) once, with the highest score it was given.
+
+    tokens, parents, logprobs  of the nodes, node 0 being the root; a parent comes before its
+                               children
+    """
 
     def __init__(self, root: int):
         self.tokens, self.parents, self.logprobs = [root], [-1], [0.0]
         self._index: dict[tuple[int, int], int] = {}
 
     def add(self, parent: int, token: int, logprob: float) -> int:
+        """The node of `token` after the node `parent`."""
         node = self._index.setdefault((parent, token), len(self.tokens))
         if node == len(self.tokens):
             self.tokens.append(token)
@@ -232,3 +287,20 @@ class _Union:
             self.logprobs.append(logprob)
         self.logprobs[node] = max(self.logprobs[node], logprob)
         return node
+
+    def child(self, parent: int, token: int) -> int | None:
+        """The node of `token` after the node `parent`, if there is one."""
+        return self._index.get((parent, token))
+
+    def candidates(self, beams: Iterable[int] | None = None) -> Candidates:
+        """All nodes; `beams` are the last nodes of finished beams, by default all leaves."""
+        if beams is None:
+            beams = set(range(1, len(self.tokens))) - set(self.parents)
+        beams = sorted(dict.fromkeys(beams), key=lambda node: -self.logprobs[node])
+        return Candidates(
+            root=self.tokens[0],
+            tokens=np.array(self.tokens[1:], int),
+            parents=np.array(self.parents[1:], int) - 1,
+            logprobs=np.array(self.logprobs[1:], float),
+            beams=np.array(beams, int) - 1,
+        )

@@ -82,7 +82,7 @@ def _main(flags: Namespace) -> int:
         trust_remote_code=flags.trust_remote_code,
     )[:2]
     name = flags.drafter or (DEMO if flags.model == DEMO else None)
-    drafter = hub.load_drafter(name, model) if name else None
+    drafter = hub.load_drafter(name, model, tokenizer=tokenizer) if name else None
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     found = tune(adapt(model), drafter, ids, options, draft, tokenizer.eos_token_ids, _progress)
     if flags.json:

@@ -38,6 +38,7 @@ EXAMPLES = {
     "xtc_probability": (["0.5"], 0.5),
     "xtc_threshold": (["0.2"], 0.2),
     "xtc_special_tokens": (["1", "13"], (1, 13)),
+    "rule": (["typical"], "typical"),
     "logit_bias": (['{"42": -1.5, "7": 2}'], {42: -1.5, 7: 2.0}),
     "repetition_penalty": (["1.1"], 1.1),
     "repetition_context_size": (["64"], 64),

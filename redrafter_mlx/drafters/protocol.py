@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import TokenTree
+from redrafter_mlx.tree import Candidates, TokenTree, Trie
 
 
 class Drafter(Protocol):
@@ -33,3 +36,70 @@ class NoDrafter:
 
     def reset(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens in a row.
+
+    probs   of each: how likely it is right if those before it are
+    shares  of each: with what probability its writer says it; 1 for one that knows no other
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+    def __add__(self, more: Written) -> Written:
+        return Written(
+            self.tokens + more.tokens, self.probs + more.probs, self.shares + more.shares
+        )
+
+    def candidates(self, root: int) -> Candidates:
+        """The tokens as a chain after the token `root`."""
+        trie = Trie(root)
+        for node, (token, prob) in enumerate(zip(self.tokens, self.probs, strict=True)):
+            trie.add(node, token, trie.logprobs[node] + math.log(max(prob, 1e-9)))
+        return trie.candidates()
+
+
+class Writer(Protocol):
+    """What a drafter must also be able to do to write on after other drafters' tokens."""
+
+    def begin(self, context: Context) -> None:
+        """A round begins: what the target has verified."""
+
+    def write(self, ahead: Sequence[int], most: int) -> Written:
+        """Up to `most` tokens to follow the verified text and `ahead`; none if it has no idea."""
+
+
+class Reviewer(Writer, Protocol):
+    """A writer that can judge the tokens of cheaper ones faster than it writes."""
+
+    def review(self, ahead: Sequence[int], drafted: Written, lenience: float) -> Written:
+        """The first tokens of `drafted` that it lets pass, and one of its own after them."""
+
+
+def candidates_of(drafter: Drafter, context: Context, width: int, length: int) -> Candidates:
+    """What a drafter scores when it searches `width` and `length` wide and far, all of it.
+
+    Where drafts are to be drawn it is asked for the likeliest instead: among candidates of others
+    its own are draws no longer, and the rule takes each as a sure thing.
+    """
+    if context.noise is not None and not context.noise.coupled:
+        context = replace(context, noise=None)
+    budget = _Everything(width, length)
+    tree = drafter.propose(context, budget)
+    return budget.candidates or Candidates.of(tree)
+
+
+class _Everything:
+    """The budget that cuts nothing and keeps what it was shown."""
+
+    def __init__(self, width: int, length: int):
+        self.width, self.length = width, length
+        self.candidates: Candidates | None = None
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        self.candidates = candidates
+        return TokenTree.root(candidates.root)

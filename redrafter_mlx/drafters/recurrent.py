@@ -17,6 +17,7 @@ import numpy as np
 from redrafter_mlx import device
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import beam_search, collect
+from redrafter_mlx.drafters.drawn import draw, drawn_tree
 from redrafter_mlx.round import Context, Step, Transcript
 from redrafter_mlx.sampling import Noise, gumbel
 from redrafter_mlx.tree import TokenTree
@@ -179,9 +180,11 @@ class RecurrentDrafter:
     ):
         self.head, self.d2t, self.embed = head, d2t, embed
         self._vocabulary = TextVocabulary(d2t, head.config.vocab_size, output) if output else None
-        self._searches: dict[tuple[int, int, bool], Callable] = {}
+        self._searches: dict[tuple, Callable] = {}
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
+        if context.noise is not None and not context.noise.coupled:
+            return self._drawn(context, budget)
         shape = budget.width, budget.length, context.noise is not None
         if shape not in self._searches:
             self._searches[shape] = mx.compile(partial(self.search, *shape))
@@ -197,6 +200,24 @@ class RecurrentDrafter:
         )
         root, *found = device.read(context.pending, *found)
         return budget.tree(collect(int(root[0]), *(array[0] for array in found)))
+
+    def _drawn(self, context: Context, budget: Budget) -> TokenTree:
+        """A tree of draws, for a rule that weighs them against what they were drawn from."""
+        shape = budget.width, budget.length, "drawn"
+        if shape not in self._searches:
+            self._searches[shape] = mx.compile(partial(self.draw, budget.width, budget.length))
+        d2t, rows = self.vocabulary_of(context.transcript)
+        found = self._searches[shape](
+            context.hidden,
+            context.pending,
+            mx.array([context.position], dtype=mx.uint32),
+            context.noise.key,
+            context.noise.temp,
+            d2t,
+            rows,
+        )
+        root, ids, *found = device.read(context.pending, d2t, *found)
+        return drawn_tree(int(root[0]), ids, *found, budget)
 
     def observe(self, step: Step) -> None:
         pass
@@ -247,6 +268,17 @@ class RecurrentDrafter:
             width=min(width, d2t.size),
             length=length,
         )
+
+    def draw(self, width: int, length: int, hidden, root, position, key, temp, d2t, rows):
+        """What `drawn.draw` returns, as a function of arrays that can be compiled."""
+        read, state = self.head.read(hidden), None
+
+        def logits(last: mx.array | None) -> mx.array:
+            nonlocal state
+            state = self.head.advance(state, self.embed(root if last is None else last))
+            return self.logits(read, state, rows)
+
+        return draw(logits, d2t, key, temp, position, min(width, d2t.size), length)
 
 
 class TextVocabulary:

@@ -89,18 +89,29 @@ class Target:
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
         caches = self.empty_caches()
-        hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
         last = len(tokens) - 1
         progress(0, len(tokens))
-        for start in range(0, last, chunk):
-            ids = mx.array(tokens[start : min(start + chunk, last)])
+        hidden = self.read(tokens[:last], caches, chunk, lambda done: progress(done, len(tokens)))
+        return Context(mx.array(tokens[last:]), hidden, last, Transcript(tokens), caches, noise)
+
+    def read(
+        self,
+        tokens: Sequence[int],
+        caches: LayerCaches,
+        chunk: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> mx.array:
+        """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros."""
+        hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
+        for start in range(0, len(tokens), chunk):
+            ids = mx.array(tokens[start : start + chunk])
             caches.begin(len(ids))
             hidden = self.forward(ids[None], caches).hidden[0, -1:]
             caches.commit(range(len(ids)))
             mx.eval(hidden, caches.state)
-            progress(start + len(ids), len(tokens))
+            progress(start + len(ids))
             mx.clear_cache()
-        return Context(mx.array(tokens[last:]), hidden, last, Transcript(tokens), caches, noise)
+        return hidden
 
     def verify(self, context: Context, tree: TokenTree) -> Outcome:
         """One forward pass over all N nodes, the root at the pending token's position."""

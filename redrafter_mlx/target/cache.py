@@ -17,6 +17,9 @@ from redrafter_mlx.tree import TokenTree
 BLOCK = 256
 """Rows by which the buffers grow."""
 
+REWIND = 128
+"""Rows kept behind a sliding window, so that the last tokens can be taken back."""
+
 
 class Branches:
     """The rows of a tree that are in flight: one object, shared by the caches of all layers.
@@ -74,7 +77,9 @@ class TreeCache:
         """Make room for a pass of `rows` rows: consecutive tokens, or the rows of `branches`."""
         self._branches, self._written = branches, 0
         if self.keys is not None and self._stored + rows > self.keys.shape[2]:
-            dropped = 0 if self.window is None else max(0, self._stored - self.window + 1)
+            dropped = 0
+            if self.window is not None:
+                dropped = max(0, self._stored - self.window + 1 - REWIND)
             self.keys, self.values = (
                 _reallocate(x[..., dropped : self._stored, :], rows)
                 for x in (self.keys, self.values)
@@ -92,6 +97,13 @@ class TreeCache:
             self.values[..., kept, :] = mx.take(self.values, rows, axis=2)
         self._length += len(path)
         self._branches, self._written = None, 0
+
+    def rewind(self, length: int) -> bool:
+        """Forget all tokens but the first `length`; False, and nothing is done, if it cannot."""
+        if self._start > 0 and length - self.window + 1 < self._start:
+            return False
+        self._length = length
+        return True
 
     @property
     def _stored(self) -> int:
@@ -172,6 +184,14 @@ class LayerCaches:
         before, self._length = self._length, self._length + len(path)
         if before // BLOCK < self._length // BLOCK:
             mx.clear_cache()  # buffers of sizes that will not come again
+
+    def rewind(self, length: int) -> bool:
+        """Forget all tokens but the first `length`; False if a layer cannot.
+
+        After False the caches are of no further use.
+        """
+        self._length = length
+        return all(cache.rewind(length) for cache in self._branching)
 
     @property
     def state(self) -> list[Any]:

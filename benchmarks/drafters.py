@@ -1,0 +1,339 @@
+"""Drafters and rules against plain decoding, in one process, interleaved.
+
+    python -m benchmarks.drafters --drafters demo max_gram "union:[demo,max_gram]"
+    python -m benchmarks.drafters --prompts benchmarks/copy_edit.jsonl --drafters max_gram auto
+    python -m benchmarks.drafters --drafters demo --rules match rejection typical --temps 0.4 0.8 1
+    python -m benchmarks.drafters --lookups
+
+For each prompt plain decoding and every drafter with every rule and temperature run in the order
+A B C ... and back. Beside each measured speed stand what the literature's formula expects of it
+(EWIF, with rows of a pass for free), the same with the measured cost of rows, and SWI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+import redrafter_mlx
+from benchmarks import prompts as prompt_files
+from benchmarks.machine import machine
+from benchmarks.prompts import Prompt
+from redrafter_mlx import analysis, device
+from redrafter_mlx.config import DrafterOptions, DraftOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.drafters.cascade import CascadeDrafter
+from redrafter_mlx.drafters.model import ModelDrafter
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.drafters.suffixes import SuffixAutomaton
+from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.stats import Stats
+from redrafter_mlx.stream import Generation
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.tree import TokenTree
+
+PLAIN = "plain"
+
+LENGTHS = (100, 1000, 10_000, 100_000)
+"""Of the texts that lookups are timed in."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A drafter (or `plain`) with a rule at a temperature."""
+
+    drafter: str
+    rule: str
+    temp: float
+
+    def __str__(self) -> str:
+        rule = "" if self.rule == "match" else f" {self.rule}"
+        lossy = " (lossy)" if self.rule == "typical" else ""
+        return f"{self.drafter}{rule}{lossy}" + (f" at {self.temp:g}" if self.temp else "")
+
+    @property
+    def baseline(self) -> Method:
+        """Plain decoding at the same temperature."""
+        return Method(PLAIN, "match", self.temp)
+
+
+@dataclass
+class Run:
+    """One method on one prompt.
+
+    rate        tokens per second of decoding, whatever a draft model has to read included
+    draft_runs  (passes, cost by size) of each model that drafted
+    """
+
+    prompt: str
+    category: str
+    method: str
+    baseline: str
+    tokens: int
+    rate: float
+    rounds: int
+    nodes: int
+    accepted_at: list[int]
+    draft_seconds: float
+    decode_seconds: float
+    draft_runs: list[tuple[int, float]]
+
+
+class Bench:
+    """The target, its drafters, and the methods to compare."""
+
+    def __init__(self, flags: argparse.Namespace):
+        self.flags = flags
+        self.model, self.tokenizer = redrafter_mlx.load(flags.model)
+        self.drafters: dict[str, Drafter | None] = {PLAIN: None}
+        for name in flags.drafters:
+            given = {"cascade_k": flags.cascade_k, "lenience": flags.lenience}
+            self.drafters[name] = redrafter_mlx.load_drafter(
+                name, self.model, tokenizer=self.tokenizer, **(given if "cascade" in name else {})
+            )
+        self.methods = [Method(PLAIN, "match", temp) for temp in flags.temps]
+        for name in flags.drafters:
+            self.methods += [Method(name, r, t) for r in flags.rules for t in flags.temps]
+
+    def encode(self, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+    def run(self, method: Method, prompt: Prompt, ids: list[int]) -> tuple[Run, list[int]]:
+        budget = {} if self.flags.budget is None else {"budget": self.flags.budget}
+        run = Generation(
+            self.model,
+            ids,
+            self.drafters[method.drafter],
+            generation=GenerationOptions(max_tokens=self.flags.max_tokens),
+            sampling=SamplingOptions(temp=method.temp, seed=self.flags.seed, rule=method.rule),
+            draft=DraftOptions(**budget),
+            eos_token_ids=self.tokenizer.eos_token_ids,
+        )
+        tokens = [token.id for token in run]
+        stats = run.stats
+        return Run(
+            prompt.id,
+            prompt.category,
+            str(method),
+            str(method.baseline),
+            len(tokens),
+            stats.generation_tps,
+            stats.rounds,
+            stats.nodes,
+            stats.accepted_at,
+            stats.draft_seconds,
+            stats.decode_seconds,
+            self.draft_runs(self.drafters[method.drafter], stats),
+        ), tokens
+
+    def draft_runs(self, drafter: Drafter | None, stats: Stats) -> list[tuple[int, float]]:
+        """Passes of each model within a drafter, and what one costs by its size."""
+        if isinstance(drafter, (UnionDrafter, CascadeDrafter)):
+            parts = drafter.members if isinstance(drafter, UnionDrafter) else drafter.levels
+            return [run for part in parts for run in self.draft_runs(part, stats)]
+        if isinstance(drafter, ModelDrafter):
+            return [(drafter.passes, size(drafter.model) / size(self.model))]
+        if isinstance(drafter, RecurrentDrafter):
+            steps = stats.rounds * (DraftOptions().beam_length - 1)
+            return [(steps, size(drafter.head) / size(self.model))]
+        return []  # Max-Gram: free by the paper's measure
+
+    def costs(self, ids: list[int]) -> dict[int, float]:
+        """Median seconds of verifying chains of N rows after `ids`, interleaved."""
+        target = adapt(self.model)
+        context = target.prefill(ids, chunk=512)
+        seconds = defaultdict(list)
+        for repeat in range(self.flags.cost_repeats):
+            rows = self.flags.cost_rows
+            for n in rows if repeat % 2 == 0 else rows[::-1]:
+                tree = TokenTree.from_beams([[ids[-1]] * n])
+                began = time.perf_counter()
+                device.read(target.verify(context, tree).logits.argmax(axis=-1))
+                seconds[n].append(time.perf_counter() - began)
+        return {n: statistics.median(times) for n, times in seconds.items()}
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of its weights."""
+    return sum(x.nbytes for _, x in tree_flatten(module.parameters()))
+
+
+def measure(bench: Bench) -> dict:
+    """All runs of all prompts, as the JSON document that the tables are made from."""
+    flags = bench.flags
+    measured_on = machine()  # first: files may be edited while it runs
+    runs, costs, differences = [], [], []
+    chosen = prompt_files.read(flags.prompts, flags.per_category)
+    for i, prompt in enumerate(chosen):
+        ids = bench.encode(prompt.text)
+        if i == 0:
+            for method in bench.methods:  # warm-up: kernels are compiled, memory is touched
+                bench.run(method, prompt, ids)
+        texts: dict[Method, list[int]] = {}
+        for methods in [bench.methods, bench.methods[::-1]] * flags.repeats:
+            for method in methods:
+                run, texts[method] = bench.run(method, prompt, ids)
+                runs.append(run)
+        for method, tokens in texts.items():
+            if method.rule == "match" and tokens != texts[method.baseline]:
+                differences.append(f"{prompt.id} {method}")
+        costs.append(bench.costs(ids))
+        print(f"{i + 1}/{len(chosen)} {prompt.category} {prompt.id}", file=sys.stderr)
+    return {
+        "machine": measured_on,
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
+        "differences": differences,
+        "costs": [{str(n): s for n, s in curve.items()} for curve in costs],
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def tables(result: dict) -> str:
+    """Markdown: each method against plain decoding, overall and by category."""
+    rows = {int(n): [curve[n] for curve in result["costs"]] for n in result["costs"][0]}
+    cost = analysis.curve({n: statistics.median(seconds) for n, seconds in rows.items()})
+    one_pass = statistics.median(rows[1])
+    methods = list(dict.fromkeys(run["method"] for run in result["runs"]))
+    categories = list(dict.fromkeys(run["category"] for run in result["runs"]))
+    drafted = [m for m in methods if not m.startswith(PLAIN)]
+    lines = [
+        "| method | speed | tokens per round | accepted at depth 1, 2, ... | EWIF | EWIF, measured "
+        "rows | SWI | draft per round |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in drafted:
+        runs = [run for run in result["runs"] if run["method"] == method]
+        stats = total(runs)
+        draft = stats.draft_seconds / stats.rounds / one_pass
+        nodes = max(1, round(stats.nodes / stats.rounds))
+        alphas = analysis.acceptance(stats)
+        costs = [draft / max(len(alphas), 1)] * len(alphas)
+        paid = cost(nodes)  # a tree has more rows than its longest path
+        free_rows = analysis.ewif_horizontal(alphas, costs)
+        paid_rows = analysis.ewif_horizontal(alphas, costs, lambda rows, paid=paid: paid)
+        passes = [tuple(run) for r in runs for run in r["draft_runs"]]
+        lines.append(
+            f"| {method} | {geometric_mean(ratios(result, method, categories)):.2f} "
+            f"| {stats.tokens_per_round:.2f} | {', '.join(f'{a:.2f}' for a in alphas[:6])} "
+            f"| {free_rows:.2f} | {paid_rows:.2f} "
+            f"| {analysis.swi(stats.tokens, stats.rounds, passes):.2f} "
+            f"| {1000 * stats.draft_seconds / stats.rounds:.2f} ms |"
+        )
+    lines += ["", f"| category | {' | '.join(drafted)} |", f"|---|{'---|' * len(drafted)}"]
+    for category in categories:
+        cells = (f"{ratios(result, method, [category])[0]:.2f}" for method in drafted)
+        lines.append(f"| {category} | {' | '.join(cells)} |")
+    differences = ", ".join(result["differences"]) or "none"
+    lines += ["", f"Speeds are ratios to plain decoding. Texts that differ: {differences}."]
+    return "\n".join(lines)
+
+
+def total(runs: list[dict]) -> Stats:
+    """The counts of several runs together."""
+    depths = max((len(run["accepted_at"]) for run in runs), default=0)
+    add = lambda name: sum(run[name] for run in runs)
+    return Stats(
+        tokens=add("tokens"),
+        rounds=add("rounds"),
+        nodes=add("nodes"),
+        draft_seconds=add("draft_seconds"),
+        accepted_at=[
+            sum(run["accepted_at"][d] for run in runs if d < len(run["accepted_at"]))
+            for d in range(depths)
+        ],
+    )
+
+
+def ratios(result: dict, method: str, categories: list[str]) -> list[float]:
+    """Of each category: the geometric mean over its prompts of the speed over plain decoding."""
+    rates = defaultdict(list)
+    for run in result["runs"]:
+        rates[run["category"], run["prompt"], run["method"]].append(run["rate"])
+    baseline = next(run["baseline"] for run in result["runs"] if run["method"] == method)
+    return [
+        geometric_mean(
+            [
+                statistics.median(of_method) / statistics.median(rates[c, prompt, baseline])
+                for (c, prompt, name), of_method in rates.items()
+                if (c, name) == (category, method)
+            ]
+        )
+        for category in categories
+    ]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def lookups() -> str:
+    """Markdown: Max-Gram's time for taking in a token and for a lookup, by the text's length."""
+    lines = ["| text | tokens | microseconds per token | per lookup |", "|---|---|---|---|"]
+    rng = random.Random(0)
+    texts = {
+        "like words": lambda n: [int(rng.paretovariate(0.7)) % 49152 for _ in range(n)],
+        "one token": lambda n: [7] * n,
+    }
+    for kind, make in texts.items():
+        for n in LENGTHS:
+            text, index = make(n), SuffixAutomaton()
+            began = time.perf_counter()
+            for token in text:
+                index.append(token)
+            built = time.perf_counter() - began
+            began = time.perf_counter()
+            for _ in range(1000):
+                index.matches(text[:1])
+            looked_up = time.perf_counter() - began
+            lines.append(f"| {kind} | {n} | {1e6 * built / n:.1f} | {1e3 * looked_up:.1f} |")
+    return "\n".join(lines)
+
+
+def parse(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--model", default="demo")
+    flag("--drafters", nargs="+", default=["demo", "max_gram", "union:[demo,max_gram]"])
+    flag("--cascade-k", help="K matrix of the cascades among the drafters")
+    flag("--lenience", type=float, default=DrafterOptions.lenience)
+    flag("--rules", nargs="+", default=["match"])
+    flag("--temps", type=float, nargs="+", default=[0.0])
+    flag("--seed", type=int, default=0)
+    flag("--budget", type=lambda text: int(text) if text.isdigit() else text)
+    flag("--prompts", type=Path, default=prompt_files.OWN, help="JSONL in Spec-Bench's form")
+    flag("--per-category", type=int, default=2, help="prompts of each category")
+    flag("--max-tokens", type=int, default=96)
+    flag("--repeats", type=int, default=1, help="there-and-back passes over the methods")
+    flag("--cost-rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32])
+    flag("--cost-repeats", type=int, default=10)
+    flag("--lookups", action="store_true", help="only time Max-Gram's index")
+    flag("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(args)
+
+
+def main(args: list[str] | None = None) -> int:
+    flags = parse(args)
+    if flags.lookups:
+        print(lookups())
+        return 0
+    result = measure(Bench(flags))
+    if flags.output:
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        flags.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(tables(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A union: all members' candidates in one tree, cut by one budget."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.drafters.max_gram import MaxGramDrafter
+from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.round import Context, Transcript
+from redrafter_mlx.sampling import Noise
+from redrafter_mlx.tree import Candidates, TokenTree
+
+
+class Fixed:
+    """Always scores the same paths: {path after the root: probability}."""
+
+    def __init__(self, paths):
+        self.paths, self.heard, self.shapes, self.noise = paths, [], [], []
+
+    def propose(self, context, budget):
+        self.shapes.append((budget.width, budget.length))
+        self.noise.append(context.noise)
+        places = {(): -1} | {path: i for i, path in enumerate(self.paths)}
+        longest = max(map(len, self.paths), default=0)
+        return budget.tree(
+            Candidates(
+                root=context.transcript.tokens[-1],
+                tokens=np.array([path[-1] for path in self.paths], int),
+                parents=np.array([places[path[:-1]] for path in self.paths], int),
+                logprobs=np.log(np.array(list(self.paths.values()), float)),
+                beams=np.array([i for p, i in places.items() if p and len(p) == longest], int),
+            )
+        )
+
+    def observe(self, step):
+        self.heard.append(step)
+
+    def reset(self):
+        self.heard.append("reset")
+
+
+CONTEXT = Context(mx.array([3]), mx.zeros((1, 4)), 2, Transcript([1, 2, 3]), None)
+HEAD = {(5,): 0.6, (6,): 0.2, (5, 7): 0.3, (5, 8): 0.1}
+ECHO = {(5,): 0.4, (5, 9): 0.35, (5, 9, 4): 0.3, (2,): 0.05}
+
+
+def paths_of(tree: TokenTree) -> dict[tuple, float]:
+    return {
+        tuple(tree.tokens[tree.path(row)][1:].tolist()): round(float(np.exp(tree.logprobs[row])), 4)
+        for row in range(1, len(tree))
+    }
+
+
+def test_the_likeliest_of_all_candidates_are_verified():
+    tree = UnionDrafter([Fixed(HEAD), Fixed(ECHO)]).propose(CONTEXT, FixedBudget(4, 5, 5))
+    assert tree.tokens[0] == 3
+    assert paths_of(tree) == {(5,): 0.6, (5, 9): 0.35, (5, 7): 0.3, (5, 9, 4): 0.3}
+
+
+def test_with_room_enough_nothing_is_lost_and_nothing_is_there_twice():
+    tree = UnionDrafter([Fixed(HEAD), Fixed(ECHO)]).propose(CONTEXT, FixedBudget(4, 5, 64))
+    assert paths_of(tree) == ECHO | HEAD
+
+
+def test_the_order_of_the_members_does_not_matter():
+    one = UnionDrafter([Fixed(HEAD), Fixed(ECHO)]).propose(CONTEXT, FixedBudget(4, 5, 6))
+    other = UnionDrafter([Fixed(ECHO), Fixed(HEAD)]).propose(CONTEXT, FixedBudget(4, 5, 6))
+    assert paths_of(one) == paths_of(other)
+
+
+def test_the_papers_budget_takes_the_beams_of_every_member():
+    """Beams of different lengths: (5, 7), (5, 8) and (5, 9, 4)."""
+    tree = UnionDrafter([Fixed(HEAD), Fixed(ECHO)]).propose(CONTEXT, FixedBudget(4, 5, 0))
+    assert paths_of(tree).keys() == {(5,), (5, 7), (5, 8), (5, 9), (5, 9, 4)}
+
+
+@pytest.mark.parametrize("nodes", [0, 16])
+def test_a_member_without_an_idea_changes_nothing(nodes):
+    budget = FixedBudget(4, 5, nodes)
+    alone = Fixed(HEAD).propose(CONTEXT, budget)
+    united = UnionDrafter([Fixed({}), Fixed(HEAD), MaxGramDrafter()]).propose(CONTEXT, budget)
+    assert paths_of(united) == paths_of(alone)
+    assert len(UnionDrafter([Fixed({}), Fixed({})]).propose(CONTEXT, budget)) == 1
+
+
+def test_members_search_as_far_as_the_budget_says_and_hear_what_became_of_it():
+    members = [Fixed(HEAD), Fixed(ECHO)]
+    union = UnionDrafter(members)
+    union.reset()
+    union.propose(CONTEXT, FixedBudget(3, 7, 16))
+    union.observe("step")
+    assert [(m.shapes, m.heard) for m in members] == [([(3, 7)], ["reset", "step"])] * 2
+
+
+def test_members_reckon_with_noise_but_do_not_draw():
+    """Draws among candidates of others are draws no longer."""
+    coupled = Noise(mx.zeros(2, mx.uint32), mx.array(1.0))
+    for noise, given in ((coupled, coupled), (replace(coupled, coupled=False), None)):
+        member = Fixed(HEAD)
+        context = replace(CONTEXT, noise=noise)
+        UnionDrafter([member, Fixed(ECHO)]).propose(context, FixedBudget(4, 5, 16))
+        assert member.noise == [given]
+
+
+def test_a_member_that_gives_a_finished_tree_is_understood():
+    class Finished(Fixed):
+        def propose(self, context, budget):
+            return super().propose(context, FixedBudget(4, 5, 64))
+
+    tree = UnionDrafter([Finished(HEAD), Fixed(ECHO)]).propose(CONTEXT, FixedBudget(4, 5, 64))
+    assert paths_of(tree) == ECHO | HEAD
