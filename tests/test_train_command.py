@@ -109,7 +109,7 @@ def test_output_in_use_is_refused(tmp_path, capsys):
 
 def test_a_time_too_short_for_all_data_still_gives_a_drafter(tmp_path, capsys):
     assert command(tmp_path / "out", "--minutes", 0.005, "--data-tokens", 10**9) == 0
-    assert "steps of 64 positions" in capsys.readouterr().err
+    assert "steps of 128 positions" in capsys.readouterr().err
     load_head(tmp_path / "out", mx.float32)
 
 
