@@ -10,7 +10,7 @@ from redrafter_mlx.budget import AutoBudget
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import Policy, settings_within
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.tree import Candidates, TokenTree
 from simulated import Guesser, Machine, best_fixed, play, yields
 
 FULL = Setting(4, 5)
@@ -220,12 +220,28 @@ def test_probabilities_are_corrected_by_what_was_accepted():
     np.testing.assert_allclose(calibration.probabilities(candidates), [0.6, 0.2, 0.55])
     for turn in range(300):
         accepted = np.array([turn % 10 < 3, False, turn % 10 < 3])
-        calibration.observe(candidates.logprobs, candidates.depths, accepted)
+        calibration.count(candidates.logprobs, candidates.depths, accepted)
     probs = calibration.probabilities(candidates)
     np.testing.assert_allclose(probs, [0.3, 0.0, 0.3], atol=0.08)
     assert probs[2] <= probs[0], "a child is never likelier than its parent"
     calibration.doubt()
-    np.testing.assert_allclose(calibration.probabilities(candidates)[0], 0.35, atol=0.15)
+    np.testing.assert_allclose(calibration.probabilities(candidates)[0], 0.4, atol=0.15)
+
+
+def test_a_text_that_is_easier_than_others_shows_soon_and_is_forgotten_with_it():
+    calibration = Calibration(depths=2)
+    tree = TokenTree.from_beams([[0, 1, 2]], np.log([[1.0, 0.5, 0.2]]))
+    for turn in range(400):
+        calibration.observe(tree, [0, 1, 2][: 1 + (turn % 2) * (1 + (turn % 5 == 1))])
+    before = calibration.probabilities(Candidates.of(tree))
+    np.testing.assert_allclose(before, [0.5, 0.1], atol=0.1)
+    for _ in range(12):
+        calibration.observe(tree, [0, 1, 2])
+    easy = calibration.probabilities(Candidates.of(tree))
+    assert (easy > 1.3 * before).all()
+    assert easy[1] <= easy[0] <= 0.99
+    calibration.begin_text()
+    np.testing.assert_allclose(calibration.probabilities(Candidates.of(tree)), before, atol=0.12)
 
 
 def test_probabilities_of_nothing():

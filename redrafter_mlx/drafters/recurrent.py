@@ -258,7 +258,7 @@ class RecurrentDrafter:
             logits = self.logits(read, state, rows)
             if coupled:
                 logits = logits + noise[depth - 1]
-            return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            return logits - device.logsumexp(logits)
 
         return beam_search(
             advance=lambda state, tokens: self.head.advance(state, self.embed(tokens)),
@@ -293,7 +293,7 @@ class TextVocabulary:
     `BATCH` at a time, because each change copies the rows.
     """
 
-    SPARE = 1024
+    SPARE = 256
     BATCH = 16
 
     def __init__(self, static: mx.array, vocab_size: int, output: Callable[[mx.array], nn.Module]):

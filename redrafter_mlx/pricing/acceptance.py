@@ -191,7 +191,7 @@ def calibrate(recordings: Sequence[Recording], depths: int) -> Calibration:
     for recording in recordings:
         for draft in recording.drafts:
             c = draft.candidates
-            calibration.observe(c.logprobs, c.depths, draft.accepted)
+            calibration.count(c.logprobs, c.depths, draft.accepted)
     return calibration
 
 

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.tree import Candidates, TokenTree
 
 
 class Calibration:
-    """Accepted against predicted, by depth and by how sure the drafter was.
+    """Accepted against predicted: slowly by depth and by how sure the drafter was, fast by text.
 
-    A drafter's probability q of a node is scaled by (accepted + K r) / (predicted + K), summed
-    over the nodes of its depth and of its q's size (a factor of two), where r is the same ratio
-    for the whole depth, which starts from 1. So a cell with little evidence follows its depth, a
-    depth with little evidence the drafter. Old rounds fade: texts change.
+    Slowly: a drafter's probability q of a node is scaled by (accepted + K r) / (predicted + K),
+    summed over the nodes of its depth and of its q's size (a factor of two), where r is the same
+    ratio for the whole depth, which starts from 1. So a cell with little evidence follows its
+    depth, a depth with little evidence the drafter.
+
+    Fast: texts differ in how predictable they are, and a few rounds show it. The chance of each
+    step from an accepted node to a child is scaled by one more such ratio, of the latest rounds.
+
+    predicted, accepted  (depths, BINS) sums of the slow part
     """
 
     BINS = 8
-    FADE = 0.98
-    """Weight of a round in the next one."""
-    PRIOR = 1.0
+    FADE = 0.995
+    """Weight of a round in the next one, in the slow part."""
+    PRIOR = 3.0
     """K: the acceptances that a prior is worth."""
-    RECENT = 3.0
-    """Most acceptances that a cell remembers when it is doubted."""
+    DOUBTED = 1.0
+    """What a cell is predicted to have accepted, at most, once it is doubted."""
+    TEXT_FADE, TEXT_PRIOR = 0.95, 4.0
+    """The same of the fast part."""
+    TEXT_RANGE = 0.1, 4.0
+    """Least and largest ratio of the fast part."""
 
     def __init__(self, depths: int, predicted=None, accepted=None):
         shape = (depths, self.BINS)
@@ -31,20 +40,32 @@ class Calibration:
         if self.predicted.shape != shape or self.accepted.shape != shape:
             raise ValueError(f"a calibration of {depths} depths needs tables of {shape}")
         self._ratios: np.ndarray | None = None
+        self._text = np.zeros(2)  # predicted and accepted steps of the latest rounds
 
     def probabilities(self, candidates: Candidates) -> np.ndarray:
         """(M,) probability of each candidate to be accepted; a child's is at most its parent's."""
-        if self._ratios is None:
-            self._ratios = self._fit()
-        cells = self._cells(candidates.logprobs, candidates.depths)
-        probs = np.minimum(0.99, np.exp(candidates.logprobs) * self._ratios[cells])
-        for depth in range(2, candidates.depths.max(initial=0) + 1):
-            here = candidates.depths == depth
-            probs[here] = np.minimum(probs[here], probs[candidates.parents[here]])
-        return probs
+        c = candidates
+        return self._probabilities(c.logprobs, c.depths, c.parents, self.text_ratio)
 
-    def observe(self, logprobs: np.ndarray, depths: np.ndarray, accepted: np.ndarray) -> None:
-        """The nodes (N,) of a verified tree, without the root, and which of them were accepted."""
+    @property
+    def text_ratio(self) -> float:
+        """How much likelier steps are accepted in this text than in others."""
+        predicted, accepted = self._text + self.TEXT_PRIOR
+        return float(np.clip(accepted / predicted, *self.TEXT_RANGE))
+
+    def observe(self, tree: TokenTree, path: list[int]) -> None:
+        """A tree was verified, and its rows `path`, the root's first, were accepted."""
+        logprobs, depths, parents = tree.logprobs[1:], tree.depths[1:], tree.parents[1:] - 1
+        accepted = np.isin(np.arange(1, len(tree)), path)
+        offered = np.isin(parents + 1, path)
+        probs = self._probabilities(logprobs, depths, parents, 1.0)
+        steps = probs / np.append(probs, 1.0)[parents]  # the root's lies at -1
+        self._text *= self.TEXT_FADE
+        self._text += steps[offered].sum(), accepted.sum()
+        self.count(logprobs, depths, accepted)
+
+    def count(self, logprobs: np.ndarray, depths: np.ndarray, accepted: np.ndarray) -> None:
+        """One round's nodes (N,) for the slow part, and which of them were accepted."""
         self.predicted *= self.FADE
         self.accepted *= self.FADE
         cells = self._cells(logprobs, depths)
@@ -52,12 +73,30 @@ class Calibration:
         np.add.at(self.accepted, cells, accepted.astype(float))
         self._ratios = None
 
+    def begin_text(self) -> None:
+        """What is known of the text holds no more."""
+        self._text[:] = 0.0
+
     def doubt(self) -> None:
-        """Hold what is known less firmly, because the text may have changed."""
-        shrink = np.minimum(1.0, self.RECENT / np.maximum(self.predicted, 1e-9))
+        """Hold what is known less firmly, because drafts did not pay and may do so now."""
+        shrink = np.minimum(1.0, self.DOUBTED / np.maximum(self.predicted, 1e-9))
         self.predicted *= shrink
         self.accepted *= shrink
         self._ratios = None
+        self.begin_text()
+
+    def _probabilities(self, logprobs, depths, parents, ratio: float) -> np.ndarray:
+        if self._ratios is None:
+            self._ratios = self._fit()
+        probs = np.minimum(0.99, np.exp(logprobs) * self._ratios[self._cells(logprobs, depths)])
+        above, scaled = np.append(probs, 1.0), np.append(probs, 1.0)
+        for depth in range(1, depths.max(initial=0) + 1):
+            here = np.flatnonzero(depths == depth)
+            parent = parents[here]
+            above[here] = np.minimum(above[here], above[parent])
+            step = np.minimum(ratio * above[here] / above[parent], 0.99)
+            scaled[here] = scaled[parent] * step
+        return scaled[:-1]
 
     def _fit(self) -> np.ndarray:
         k, by_depth = self.PRIOR, {"axis": 1, "keepdims": True}

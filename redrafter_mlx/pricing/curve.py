@@ -114,14 +114,20 @@ class Recent:
         elif len(self._values) > 2:
             self.value = statistics.median(self._values)
 
+    def __len__(self) -> int:
+        return len(self._values)
+
 
 class LiveCosts:
     """What passes cost here and now: a measured curve, or none, corrected by the rounds that ran.
 
-    Without a curve a size that was never tried counts as hardly dearer than the next smaller one
-    that was: so it is tried when it promises something, and then its price is known. Sizes grow
-    twofold at most, so that the first try of a loser is cheap. What was found is the curve for
-    texts of twice the length or half of it, until they correct it.
+    Single passes vary by more than a row costs, and the cheapest-looking size is the likeliest to
+    have been measured too low. So all sizes share one correction, and each has a share of its own
+    that grows with its evidence. Without a curve costs rise in proportion to rows, as steeply as
+    the passes so far say, up to the largest size that was tried; larger ones count as no dearer, so
+    that they are tried when they promise something. They grow twofold at most, so that the first
+    try of a loser is cheap. What was found is the curve for texts of twice the length or half of
+    it, until they correct it.
     """
 
     FORGET = 256
@@ -131,6 +137,10 @@ class LiveCosts:
     """Rows tried first."""
     SHORT = 256
     """Tokens of context up to which costs count as equal."""
+    SLOPE = 0.01
+    """What a row is thought to add to the cost of a pass before two sizes were seen."""
+    DOUBT_MEASURED, DOUBT_GUESSED = 12.0, 1.0
+    """Measurements of a size that weigh as much as a curve's, or a straight line's, word on it."""
 
     def __init__(self, curve: CostCurve | None = None):
         self._curve = curve
@@ -160,19 +170,33 @@ class LiveCosts:
         """
         if not self.is_known:
             return None
-        known = {rows: r.value for rows, r in self._recent.items() if self._counts(rows, r)}
-        sizes = sorted(known)
-        base = self._base(context, most)
-        if not sizes:
-            return self._untried_left_out(base)
-        ratios = [known[rows] for rows in sizes]
-        between = np.interp if self._curve is not None else _hopefully
-        return self._untried_left_out(base * between(np.arange(most + 1), sizes, ratios))
-
-    def _untried_left_out(self, seconds: np.ndarray) -> np.ndarray:
+        seconds = self._base(context, most)
+        known = {rows: r for rows, r in sorted(self._recent.items()) if self._counts(rows, r)}
+        if known:
+            seconds = seconds * self._correction(known, most)
         if not self._is_measured:
             seconds[max(self.FIRST, 2 * self._tried) + 1 :] = np.inf
         return seconds
+
+    def _correction(self, known: dict[int, Recent], most: int) -> np.ndarray:
+        """(most + 1,) by what the curve is to be multiplied."""
+        sizes = np.array(list(known), float)
+        ratios = np.array([recent.value for recent in known.values()])
+        counts = np.array([len(recent) for recent in known.values()], float)
+        slope = 0.0
+        level = float(counts @ ratios / counts.sum())
+        if self._curve is None:
+            level, steps = ratios[0], sizes - 1
+            evidence = counts @ steps**2
+            slope = (counts @ (steps * (ratios / level - 1)) + self.SLOPE) / (evidence + 1)
+            slope = max(slope, 0.0)
+        doubt = self.DOUBT_MEASURED if self._is_measured else self.DOUBT_GUESSED
+        line = lambda rows: level * (1 + slope * (rows - 1))
+        own = (ratios / line(sizes) - 1) * counts / (counts + doubt)
+        rows = np.arange(most + 1)
+        if self._curve is None:
+            rows = np.clip(rows, 1, sizes[-1])  # hope: costs may fall where kernels change
+        return line(rows) * (1 + np.interp(rows, sizes, own))
 
     def _guess(self) -> CostCurve:
         """What is known now, as a curve."""
@@ -198,16 +222,6 @@ class LiveCosts:
 
     def _base(self, context: int, most: int) -> np.ndarray:
         return np.ones(most + 1) if self._curve is None else self._curve.at(context, most)
-
-
-def _hopefully(x: np.ndarray, xs: Sequence[int], ys: Sequence[float]) -> np.ndarray:
-    """`ys` over `xs` at `x`, where rises come late between two points: costs jump in steps."""
-    linear = np.interp(x, xs, ys)
-    above = np.minimum(np.searchsorted(xs, x, side="left"), len(xs) - 1)
-    below = np.maximum(above - 1, 0)
-    low, rise = np.asarray(ys)[below], np.asarray(ys)[above] - np.asarray(ys)[below]
-    late = (rise > 0) & (x > np.asarray(xs)[below]) & (x < np.asarray(xs)[above])
-    return np.where(late, low + (linear - low) ** 2 / np.where(rise > 0, rise, 1.0), linear)
 
 
 class LiveDraftCosts:

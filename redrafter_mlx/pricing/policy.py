@@ -8,6 +8,7 @@ in good rounds and too much in bad ones.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,22 @@ def settings_within(full: Setting) -> list[Setting]:
         for width in (*widths, full.width)
         for length in range(2, full.length + 1)
     ]
+
+
+class _Survey:
+    """What a full search scored, and which of it each narrower or shorter one would have."""
+
+    def __init__(self, candidates: Candidates, settings: list[Setting], full: Setting):
+        self.candidates = candidates
+        depths, all_of_them = candidates.depths, np.ones(len(candidates.tokens), bool)
+        self.found: dict[Setting, np.ndarray] = {}
+        for setting in settings:
+            found = all_of_them
+            if setting.width < full.width:
+                found = candidates.within(setting.width)
+            if setting.length < full.length:  # else however deep the drafter went
+                found = found & (depths < setting.length)
+            self.found[setting] = np.flatnonzero(found)
 
 
 @dataclass
@@ -61,7 +78,7 @@ class Policy:
     It speculates, or the drafter is parked. Parked rounds decode plainly for PAUSE rounds; then
     the drafter is on trial for a few. Each trial that fails doubles the next pause, so that a
     loser costs less and less; a success that lasts makes it short again. Speculating pays when it
-    is faster than plain decoding by GAIN, and stops when it is slower.
+    is faster than plain decoding by GAIN, and stops when it is slower or drafts for nothing.
 
     How far to search must be decided before anything was scored: looking at a draft halfway would
     be one more synchronisation. So every SURVEY rounds the full search runs, and what a narrower
@@ -70,10 +87,10 @@ class Policy:
 
     FIRST_PAUSE, LONGEST_PAUSE = 32, 2048
     FIRST_TRIAL, TRIAL, EXTENSIONS = 4, 2, 5
-    SURVEY = 12
+    SURVEY, SURVEYS = 12, 4
     LASTING = 48
-    GAIN, LOSS, BETTER = 1.02, 1.0, 1.01
-    SURPRISE = 1.5  # tokens accepted over expected, or the reverse: the text has changed
+    GAIN, LOSS, BETTER = 1.02, 1.0, 0.01
+    IDLE = 6  # drafts in a row of which nothing was worth a pass
     PATIENCE = 3  # failed trials after which a new text is no reason for another one
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
 
@@ -90,10 +107,10 @@ class Policy:
         self.calibration = calibration or Calibration(full.length - 1)
         self.settings = settings_within(full)
         self.setting = full
-        self._surveyed = {setting: Rate(0.25) for setting in self.settings}
+        self._surveys: deque[_Survey] = deque(maxlen=self.SURVEYS)
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self._trial, self._extensions = self.FIRST_TRIAL, 0
-        self._parked = self._failures = self._drafted = self._timing = 0
+        self._parked = self._failures = self._drafted = self._idle = self._timing = 0
         self._seconds = self._plain_seconds = 0.0  # of the present round, and of a plain one
 
     @property
@@ -102,6 +119,7 @@ class Policy:
 
     def begin_text(self) -> None:
         """Another text begins: it may be one that pays, unless too many did not."""
+        self.calibration.begin_text()
         if self._parked and self._failures <= self.PATIENCE:
             self._try_again()
 
@@ -138,49 +156,36 @@ class Policy:
         self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
         self._expected.add(tokens, self._seconds)
         if setting == self.full and (self._trial or self._drafted % self.SURVEY == 0):
-            self._survey(candidates, probs, costs, rate)
+            self._surveys.append(_Survey(candidates, self.settings, self.full))
+            self._choose_setting(costs, rate)
         self._drafted += 1
+        self._idle = 0 if nodes > 1 else self._idle + 1
         c = candidates
         return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
 
     def observe(self, tree: TokenTree, path: list[int]) -> None:
         """A drafted tree was verified and `path` of it, the root included, accepted."""
         if len(tree) > 1:
-            accepted = np.isin(np.arange(1, len(tree)), path)
-            self.calibration.observe(tree.logprobs[1:], tree.depths[1:], accepted)
+            self.calibration.observe(tree, path)
         self._realised.add(len(path), self._seconds)
         self._judge()
-        surprise = self._realised.tokens / max(self._expected.tokens, 1.0)
-        if self._realised.rounds >= 8 and not 1 / self.SURPRISE < surprise < self.SURPRISE:
-            self.calibration.doubt()
-            self._realised = Rate(0.125)
 
     @property
     def gain(self) -> float:
         """Speed of speculating over plain decoding, as last expected; 0 before the first draft."""
         return self._expected.per_second * self._plain_seconds
 
-    def _survey(self, candidates: Candidates, probs, costs, rate: float) -> None:
-        """What each setting would have found here; the best so far becomes the setting."""
-        depths = candidates.depths
-        for width in sorted({setting.width for setting in self.settings}):
-            kept = np.ones(len(probs), bool)
-            if width < self.full.width:
-                kept = candidates.within(width)
-            for length in range(2, self.full.length + 1):
-                if length < self.full.length:
-                    found = probs[kept & (depths < length)]
-                else:
-                    found = probs[kept]  # however deep the drafter went
-                _, tokens, seconds = _best_size(found, costs, rate, 1)
-                self._surveyed[width, length].add(tokens, seconds)
-        best = max(self.settings, key=self._value)
-        if self._value(best) > self.BETTER * self._value(self.setting):
+    def _choose_setting(self, costs: np.ndarray, rate: float) -> None:
+        """The setting that would have served best in the latest surveys, as they look now."""
+        values = dict.fromkeys(self.settings, 0.0)
+        for survey in self._surveys:
+            probs = self.calibration.probabilities(survey.candidates)
+            for setting, found in survey.found.items():
+                _, tokens, seconds = _best_size(probs[found], costs, rate, 1)
+                values[setting] += tokens - rate * (seconds + self.draft_costs.of(setting))
+        best = max(self.settings, key=lambda setting: values[setting])
+        if values[best] > values[self.setting] + self.BETTER * len(self._surveys):
             self.setting = best
-
-    def _value(self, setting: Setting) -> float:
-        found = self._surveyed[setting]
-        return found.tokens / (found.seconds + self.draft_costs.of(setting))
 
     def _judge(self) -> None:
         """Park the drafter when it does not pay.
@@ -189,7 +194,7 @@ class Policy:
         paid goes on for a while although no gain is expected yet.
         """
         if self._trial == 0:
-            if self.gain < self.LOSS:
+            if self.gain < self.LOSS or self._idle >= self.IDLE:
                 self._park()
             elif self._drafted >= self.LASTING:
                 self._failures = 0
@@ -214,7 +219,7 @@ class Policy:
 
     def _try_again(self) -> None:
         self._parked = 0
-        self._trial, self._extensions, self._drafted = self.TRIAL, 0, 0
+        self._trial, self._extensions, self._drafted, self._idle = self.TRIAL, 0, 0, 0
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self.calibration.doubt()
 
