@@ -8,8 +8,8 @@
 Methods: mlx-lm's stream_generate, without and with a draft model; our loop without a drafter; our
 loop with each drafter at each budget, where budget 0 is the paper's: all beams, nothing else. For
 each prompt and temperature they run in the order A B C ... and back, and texts that must be equal
-are compared. Beside them, after the same prompt, bare forward passes of 1 ... N causal rows with
-mlx-lm's own cache give cost(N), so that a measured speed can be held against what is possible:
+are compared. Beside them, after the same prompt and half of its answer, bare forward passes of
+1 ... N causal rows with mlx-lm's own cache give cost(N), so that a measured speed can be held against what is possible:
 
     bound = tokens x cost(1) / (sum of cost(N) over the rounds + draft seconds)
 """
@@ -238,8 +238,9 @@ def measure(bench: SpeedBench, flags: argparse.Namespace) -> dict:
                 if ours and tokens != texts[PLAIN]:
                     margin = bench.margin(tokens, ids, temp)
                     differences.append(f"{prompt.id} {name} at temperature {temp:g}: {margin}")
+        middle = [*ids, *texts[PLAIN][: len(texts[PLAIN]) // 2]]
         costs.append(
-            {"prompt": prompt.id, "context": len(ids), "seconds": bench.costs(ids, largest)}
+            {"prompt": prompt.id, "context": len(middle), "seconds": bench.costs(middle, largest)}
         )
         mine = [run for run in runs if run.prompt == prompt.id and run.temp == flags.temps[0]]
         line = ", ".join(
