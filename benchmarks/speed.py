@@ -9,7 +9,8 @@ Methods: mlx-lm's stream_generate, without and with a draft model; our loop with
 loop with each drafter at each budget, where budget 0 is the paper's: all beams, nothing else. For
 each prompt and temperature they run in the order A B C ... and back, and texts that must be equal
 are compared. Beside them, after the same prompt and half of its answer, bare forward passes of
-1 ... N causal rows with mlx-lm's own cache give cost(N), so that a measured speed can be held against what is possible:
+1 ... N causal rows with mlx-lm's own cache give cost(N), so that a measured speed can be held
+against what is possible:
 
     bound = tokens x cost(1) / (sum of cost(N) over the rounds + draft seconds)
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 
@@ -26,24 +27,15 @@ def by_columns(weight: mx.array) -> mx.array:
     return mx.contiguous(weight.T).T if mx.default_device() == mx.cpu else weight
 
 
-def logsumexp(x: mx.array) -> mx.array:
-    """log(sum(exp(x))) over the last axis of (..., D) float32, kept: (..., 1).
+def exp(x: mx.array) -> mx.array:
+    """e to the power of `x` <= 0, float32; without a gradient.
 
-    On a CPU mlx's own takes 13 to 19 ns for each element, all of it in exp; compiled, this takes 3.
+    On a CPU mlx's own takes 13 to 19 ns for each element, this, compiled, 3 ns. It is right to
+    3e-7, and where `x` itself is rounded more coarsely, to that: 2**n comes from its bits, 2**r
+    with r in [-1/2, 1/2] from a polynomial, Taylor's.
     """
     if mx.default_device() != mx.cpu:
-        return mx.logsumexp(x, axis=-1, keepdims=True)
-    most = x.max(axis=-1, keepdims=True)
-    return most + mx.log(_exp(x - most).sum(axis=-1, keepdims=True))
-
-
-def _exp(x: mx.array) -> mx.array:
-    """e to the power of `x` <= 0, to 2.4e-7 of it.
-
-    2**n comes from its bits, 2**r with r in [-1/2, 1/2] from a polynomial.
-
-    The coefficients are those of 2**r's Taylor series, ln(2)**k / k!.
-    """
+        return mx.exp(x)
     power = mx.maximum(x * math.log2(math.e), -126.0)
     n = mx.floor(power + 0.5)
     r = power - n
@@ -51,3 +43,38 @@ def _exp(x: mx.array) -> mx.array:
     for k in range(6, -1, -1):
         y = y * r + math.log(2) ** k / math.factorial(k)
     return y * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
+
+
+@mx.custom_function
+def softmax(x: mx.array) -> tuple[mx.array, mx.array]:
+    """log(sum(exp(x))) (..., 1) and the soft-max (..., D), its gradient, of (..., D) float32.
+
+    Together, because exponentials are what both cost. Only the former can be differentiated.
+    """
+    most = x.max(axis=-1, keepdims=True)
+    powers = exp(x - most)
+    total = powers.sum(axis=-1, keepdims=True)
+    return most + mx.log(total), powers / total
+
+
+@softmax.vjp
+def _(x, cotangents, outputs):
+    return cotangents[0] * outputs[1]
+
+
+@mx.custom_function
+def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
+    power = exp(-mx.abs(x))
+    sigmoid = mx.where(x >= 0, 1.0, power) / (1 + power)
+    return x * sigmoid, sigmoid
+
+
+@_silu.vjp
+def _(x, cotangents, outputs):
+    sigmoid = outputs[1]
+    return cotangents[0] * sigmoid * (1 + x * (1 - sigmoid))
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return _silu(x)[0] if mx.default_device() == mx.cpu else nn.silu(x)

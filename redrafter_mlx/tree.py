@@ -6,7 +6,7 @@ Pure numpy: no model, no device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -192,6 +192,7 @@ class Candidates:
     parents   (M,)    index of the parent among the candidates, -1 for children of the root
     logprobs  (M,)    cumulative log-probabilities
     beams     (W,)    the last node of each finished beam, the likeliest first
+    always    (M,)    bool: what any search would have scored, however narrow and short
     """
 
     root: int
@@ -199,6 +200,11 @@ class Candidates:
     parents: np.ndarray
     logprobs: np.ndarray
     beams: np.ndarray
+    always: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.always is None:
+            object.__setattr__(self, "always", np.zeros(len(self.tokens), bool))
 
     @cached_property
     def depths(self) -> np.ndarray:
@@ -228,7 +234,7 @@ class Candidates:
 
         A parent still scores no lower than its children, and every beam is still one.
         """
-        trie, beams = Trie(parts[0].root), []
+        trie, beams, always = Trie(parts[0].root), [], set()
         for part in parts:
             assert part.root == trie.tokens[0], "candidates must have the same root"
             place = []
@@ -238,7 +244,8 @@ class Candidates:
             for token, parent, logprob in nodes:
                 place.append(trie.add(0 if parent < 0 else place[parent], token, logprob))
             beams += [place[beam] for beam in part.beams]
-        return trie.candidates(beams)
+            always.update(place[node] for node in np.flatnonzero(part.always))
+        return trie.candidates(beams, always)
 
     @classmethod
     def of(cls, tree: TokenTree) -> Candidates:
@@ -292,7 +299,9 @@ class Trie:
         """The node of `token` after the node `parent`, if there is one."""
         return self._index.get((parent, token))
 
-    def candidates(self, beams: Iterable[int] | None = None) -> Candidates:
+    def candidates(
+        self, beams: Iterable[int] | None = None, always: Collection[int] = ()
+    ) -> Candidates:
         """All nodes; `beams` are the last nodes of finished beams, by default all leaves."""
         if beams is None:
             beams = set(range(1, len(self.tokens))) - set(self.parents)
@@ -303,4 +312,5 @@ class Trie:
             parents=np.array(self.parents[1:], int) - 1,
             logprobs=np.array(self.logprobs[1:], float),
             beams=np.array(beams, int) - 1,
+            always=np.isin(np.arange(1, len(self.tokens)), list(always)),
         )

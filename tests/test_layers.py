@@ -24,7 +24,7 @@ LAYERS = [
     ["training.manifest"],
     ["training.estimate"],
     ["training.scripts", "training.windows"],
-    ["storage", "training.shards"],
+    ["storage", "training.loss", "training.shards"],
     ["gguf.config", "gguf.tokenizer"],
     ["gguf.blocks"],
     ["gguf.file"],
@@ -51,7 +51,7 @@ LAYERS = [
     ["config", "training.jobs"],
     ["pricing.picture"],
     ["pricing.curve"],
-    ["blas", "errors", "training.filters", "training.loss", "training.picture"],
+    ["blas", "errors", "training.filters", "training.picture"],
 ]
 """From the top down: a module may import from lower lines only."""
 

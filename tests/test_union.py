@@ -8,7 +8,10 @@ import pytest
 
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
+from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.pricing.policy import _Survey
 from redrafter_mlx.round import Context, Transcript
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.tree import Candidates, TokenTree
@@ -112,3 +115,18 @@ def test_a_member_that_gives_a_finished_tree_is_understood():
 
     tree = UnionDrafter([Finished(HEAD), Fixed(ECHO)]).propose(CONTEXT, FixedBudget(4, 5, 64))
     assert paths_of(tree) == ECHO | HEAD
+
+
+def test_what_any_search_finds_is_marked_so():
+    """So that a shorter search is not thought to lose a long echo."""
+    index = MaxGramDrafter()
+    context = replace(CONTEXT, transcript=Transcript([5, 9, 4, 1, 2, 3, 5, 9, 4, 1, 2, 3]))
+    found = candidates_of(UnionDrafter([Fixed(HEAD), index]), context, 4, 5)
+    of_head = np.isin(found.tokens, [6, 7, 8])
+    assert of_head.any()
+    assert not found.always[of_head].any()
+    assert found.always[~of_head].all()
+    assert found.depths[found.always].max() > 5
+    survey = _Survey(found, [Setting(1, 2), Setting(4, 5)], Setting(4, 5))
+    assert set(np.flatnonzero(found.always)) <= set(survey.found[1, 2])
+    assert len(survey.found[4, 5]) == len(found.tokens)

@@ -120,7 +120,7 @@ class MaxGramDrafter:
                 break
         if taken == 0:
             return self._by_bigrams(root, self.length).candidates(root)
-        return trie.candidates()
+        return trie.candidates(always=range(len(trie.tokens)))
 
     def _add(self, trie: Trie, rest: dict[int, float], tokens: list[int], length: int) -> bool:
         """Add a continuation of a match of `length` tokens; whether it brought a new node."""

@@ -60,7 +60,7 @@ class ResidualBlock(nn.Module):
         self.linear = nn.Linear(size, size)
 
     def __call__(self, y: mx.array) -> mx.array:
-        return y + nn.silu(self.linear(y))
+        return y + device.silu(self.linear(y))
 
 
 class RecurrentHead(nn.Module):
@@ -88,7 +88,7 @@ class RecurrentHead(nn.Module):
             return embedding if state is None else state + embedding
         if state is None:
             state = mx.zeros_like(embedding)
-        return nn.silu(self.rnn_w(embedding) + self.rnn_u(state))
+        return device.silu(self.rnn_w(embedding) + self.rnn_u(state))
 
     def read(self, hidden: mx.array) -> mx.array:
         """What every step from a position needs of the target there (P, c) or, projected, (P, e).
@@ -258,7 +258,7 @@ class RecurrentDrafter:
             logits = self.logits(read, state, rows)
             if coupled:
                 logits = logits + noise[depth - 1]
-            return logits - device.logsumexp(logits)
+            return logits - device.softmax(logits)[0]
 
         return beam_search(
             advance=lambda state, tokens: self.head.advance(state, self.embed(tokens)),

@@ -123,11 +123,11 @@ class LiveCosts:
 
     Single passes vary by more than a row costs, and the cheapest-looking size is the likeliest to
     have been measured too low. So all sizes share one correction, and each has a share of its own
-    that grows with its evidence. Without a curve costs rise in proportion to rows, as steeply as
-    the passes so far say, up to the largest size that was tried; larger ones count as no dearer, so
-    that they are tried when they promise something. They grow twofold at most, so that the first
-    try of a loser is cheap. What was found is the curve for texts of twice the length or half of
-    it, until they correct it.
+    that grows with its evidence, plain rounds the fastest: they are rarely timed. Without a curve
+    costs rise in proportion to rows, as steeply as the passes so far say, up to the largest size
+    that was tried; larger ones count as no dearer, so that they are tried when they promise
+    something. They grow twofold at most, so that the first try of a loser is cheap. What was found
+    is the curve for texts of twice the length or half of it, until they correct it.
     """
 
     FORGET = 256
@@ -190,7 +190,9 @@ class LiveCosts:
             evidence = counts @ steps**2
             slope = (counts @ (steps * (ratios / level - 1)) + self.SLOPE) / (evidence + 1)
             slope = max(slope, 0.0)
-        doubt = self.DOUBT_MEASURED if self._is_measured else self.DOUBT_GUESSED
+        doubt = np.full(len(sizes), self.DOUBT_GUESSED)
+        if self._is_measured:  # a round without a draft is another kind of thing, and rarely timed
+            doubt[sizes > 1] = self.DOUBT_MEASURED
         line = lambda rows: level * (1 + slope * (rows - 1))
         own = (ratios / line(sizes) - 1) * counts / (counts + doubt)
         rows = np.arange(most + 1)

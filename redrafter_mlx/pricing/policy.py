@@ -44,7 +44,7 @@ class _Survey:
                 found = candidates.within(setting.width)
             if setting.length < full.length:  # else however deep the drafter went
                 found = found & (depths < setting.length)
-            self.found[setting] = np.flatnonzero(found)
+            self.found[setting] = np.flatnonzero(found | candidates.always)
 
 
 @dataclass
