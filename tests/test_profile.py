@@ -168,6 +168,19 @@ def test_a_profile_is_used_and_what_was_learned_is_kept(model, drafter, profile)
     assert warm.costs is policy.costs
 
 
+def test_passes_are_known_from_a_profile_of_another_drafter(model, profile, caplog):
+    other = random_drafter(model, seed=7)
+    path = save(replace(profile, identity={**profile.identity, "model": "another"}))
+    (path.parent / "broken.json").write_text("nonsense")
+    assert policy_for(adapt(model), other, DraftOptions(), 0.0).costs.at(10, 2) is None
+    save(profile)
+    policy = policy_for(adapt(model), random_drafter(model, seed=8), DraftOptions(), 0.0)
+    assert policy.costs.at(10, 2).tolist() == pytest.approx([0, 0.01, 0.02])
+    assert policy.draft_costs.of(Setting(4, 5)) == 0.0
+    assert not policy.calibration.predicted.any()
+    assert caplog.records == []
+
+
 def test_generation_with_a_bad_profile_says_so_once_and_gives_the_same_text(
     model, drafter, profile, caplog
 ):

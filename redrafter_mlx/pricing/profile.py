@@ -185,15 +185,31 @@ def load(identity: dict[str, str]) -> Profile | None:
     return profile
 
 
+def passes_with_other_drafter(identity: dict[str, str]) -> CostCurve | None:
+    """The newest curve that was measured here for the same model: no drafter changes passes."""
+    paths = profile_path(identity).parent.glob("*.json")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            found = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            if found.identity | {"drafter": identity["drafter"]} == identity:
+                return found.curve
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # whoever uses that drafter is told
+    return None
+
+
 def policy_for(target: Target, drafter: Drafter, options: DraftOptions, temp: float) -> Policy:
     """What is known about a drafter: of earlier texts of this process, else of a stored profile.
 
-    It is kept with the drafter. Each temperature has a Policy of its own; they share the costs.
+    Without one of this drafter, another drafter's still tells what passes cost. It is kept with the
+    drafter. Each temperature has a Policy of its own; they share the costs.
     """
     known = vars(drafter).setdefault("_redrafter_policies", {})
     if "profile" not in known:
-        known["profile"] = load(identify(target, drafter))
-        known["costs"] = LiveCosts(known["profile"] and known["profile"].curve)
+        identity = identify(target, drafter)
+        known["profile"] = load(identity)
+        curve = known["profile"].curve if known["profile"] else passes_with_other_drafter(identity)
+        known["costs"] = LiveCosts(curve)
     full = Setting(options.beam_width, options.beam_length)
     key = (*full, round(temp, 1))
     if key not in known:
