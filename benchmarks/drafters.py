@@ -13,7 +13,6 @@ A B C ... and back. Beside each measured speed stand what the literature's formu
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -22,13 +21,11 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mlx.nn as nn
-from mlx.utils import tree_flatten
-
 import redrafter_mlx
 from benchmarks import prompts as prompt_files
-from benchmarks.machine import machine
+from benchmarks.machine import document, machine, size, write
 from benchmarks.prompts import Prompt
+from benchmarks.report import headline
 from redrafter_mlx import analysis, device
 from redrafter_mlx.config import DrafterOptions, DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.cascade import CascadeDrafter
@@ -164,11 +161,6 @@ class Bench:
         return {n: statistics.median(times) for n, times in seconds.items()}
 
 
-def size(module: nn.Module) -> int:
-    """Bytes of its weights."""
-    return sum(x.nbytes for _, x in tree_flatten(module.parameters()))
-
-
 def measure(bench: Bench) -> dict:
     """All runs of all prompts, as the JSON document that the tables are made from."""
     flags = bench.flags
@@ -190,28 +182,38 @@ def measure(bench: Bench) -> dict:
                 differences.append(f"{prompt.id} {method}")
         costs.append(bench.costs(ids))
         print(f"{i + 1}/{len(chosen)} {prompt.category} {prompt.id}", file=sys.stderr)
-    return {
-        "machine": measured_on,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()},
-        "differences": differences,
-        "costs": [{str(n): s for n, s in curve.items()} for curve in costs],
-        "runs": [asdict(run) for run in runs],
-    }
+    return document(
+        "drafters",
+        flags,
+        measured_on,
+        differences=differences,
+        costs=[{str(n): s for n, s in curve.items()} for curve in costs],
+        runs=[asdict(run) for run in runs],
+    )
 
 
-def tables(result: dict) -> str:
-    """Markdown: each method against plain decoding, overall and by category."""
+def tables(result: dict, name: str) -> str:
+    """Markdown: each method against plain decoding, overall and by category.
+
+    name  of the JSON file
+    """
     rows = {int(n): [curve[n] for curve in result["costs"]] for n in result["costs"][0]}
     cost = analysis.curve({n: statistics.median(seconds) for n, seconds in rows.items()})
     one_pass = statistics.median(rows[1])
     methods = list(dict.fromkeys(run["method"] for run in result["runs"]))
     categories = list(dict.fromkeys(run["category"] for run in result["runs"]))
     drafted = [m for m in methods if not m.startswith(PLAIN)]
+    settings = result["settings"]
+    more = (
+        f"--prompts {Path(settings['prompts']).name} --per-category {settings['per_category']} "
+        f"--max-tokens {settings['max_tokens']} --drafters {' '.join(settings['drafters'])}"
+    )
     lines = [
+        headline(result, "drafters", name, more), "",
         "| method | speed | tokens per round | accepted at depth 1, 2, ... | EWIF | EWIF, measured "
         "rows | SWI | draft per round |",
         "|---|---|---|---|---|---|---|---|",
-    ]
+    ]  # fmt: skip
     for method in drafted:
         runs = [run for run in result["runs"] if run["method"] == method]
         stats = total(runs)
@@ -328,10 +330,8 @@ def main(args: list[str] | None = None) -> int:
         print(lookups())
         return 0
     result = measure(Bench(flags))
-    if flags.output:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(tables(result))
+    write(result, flags.output)
+    print(tables(result, Path(flags.output or "NAME.json").name))
     return 0
 
 

@@ -225,7 +225,7 @@ def draw_speed(result: dict, path: Path) -> bool:
 
 def acceptance_tables(result: dict, name: str) -> str:
     """Markdown of an acceptance benchmark: the shapes of trees at equal rows, over all prompts."""
-    lines = [_headline(result, "acceptance", name)]
+    lines = [headline(result, "acceptance", name)]
     for temp, found in result["temps"].items():
         yields = found["all"]
         budgets = [n for n in ("2", "4", "6", "8", "12", "16", "24", "32") if n in yields["best"]]
@@ -251,7 +251,7 @@ def cost_tables(result: dict, name: str) -> str:
     """Markdown of a measured cost curve: passes over that of one row."""
     curve = result["curve"]
     lines = [
-        _headline(result, "cost_curve", name), "",
+        headline(result, "cost_curve", name), "",
         f"| context | {' | '.join(map(str, curve['rows']))} rows |",
         f"|---|{'---|' * len(curve['rows'])}",
     ]  # fmt: skip
@@ -264,7 +264,7 @@ def cost_tables(result: dict, name: str) -> str:
 def memory_tables(result: dict, name: str) -> str:
     """Markdown of a memory benchmark."""
     lines = [
-        _headline(result, "memory", name), "",
+        headline(result, "memory", name), "",
         "| context | method | peak | target + head + KV cache | more |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for run in result["runs"]:
@@ -280,7 +280,7 @@ def context_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark over context lengths: speed over plain decoding."""
     methods = [m for m in result["methods"] if m != "plain"]
     lines = [
-        _headline(result, "long_context", name), "",
+        headline(result, "long_context", name), "",
         f"| context | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}",
     ]  # fmt: skip
     for context, rates in result["rates"].items():
@@ -290,17 +290,27 @@ def context_tables(result: dict, name: str) -> str:
     return "\n".join([*lines, "", "Cells: speed over our own plain decoding."])
 
 
-def _headline(result: dict, module: str, name: str) -> str:
+def headline(result: dict, module: str, name: str, more: str = "") -> str:
+    """The command that made a result, with `more` of its flags, and where it ran."""
     where = result["machine"]
+    command = " ".join(filter(None, (f"python -m benchmarks.{module}", more, "--output", name)))
     return (
-        f"`python -m benchmarks.{module} --output {name}` at commit {where['commit']}, "
+        f"`{command}` at commit {where['commit']}, "
         f"{where['date']}: {where['chip']}, mlx {where['mlx']} on {where['device']}, target "
         f"{result['settings']['model']}."
     )
 
 
+def drafter_tables(result: dict, name: str) -> str:
+    """Markdown of the benchmark of drafters and rules."""
+    from benchmarks.drafters import tables  # it imports this module
+
+    return tables(result, name)
+
+
 TABLES = {
     "speed": speed_tables,
+    "drafters": drafter_tables,
     "acceptance": acceptance_tables,
     "cost_curve": cost_tables,
     "memory": memory_tables,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks import drafters
 from benchmarks.prompts import read
+from benchmarks.report import TABLES
 from test_generate_command import tiny  # noqa: F401
 
 COPY_EDIT = Path(drafters.__file__).parent / "copy_edit.jsonl"
@@ -26,6 +27,15 @@ def run_of(method, prompt, category, rate, **counts):
 
 
 RESULT = {
+    "kind": "drafters",
+    "machine": {"commit": "c", "date": "d", "chip": "x", "mlx": "0", "device": "cpu"},
+    "settings": {
+        "model": "demo",
+        "prompts": "a/prompts.jsonl",
+        "per_category": 2,
+        "max_tokens": 30,
+        "drafters": ["max_gram", "demo"],
+    },
     "costs": [{"1": 0.1, "4": 0.2, "8": 0.3}] * 2,
     "differences": [],
     "runs": [
@@ -45,7 +55,9 @@ def test_speeds_are_ratios_to_plain_decoding_of_the_same_prompt():
 
 def test_the_table_holds_formulas_beside_measurements():
     """3 tokens a round for a draft of 0.1 passes: 3 / 1.1; with 4 rows at 2 passes: 3 / 2.1."""
-    table = drafters.tables(RESULT)
+    table = drafters.tables(RESULT, "result.json")
+    assert "--prompts prompts.jsonl --per-category 2" in table
+    assert table == TABLES["drafters"](RESULT, "result.json")
     (row,) = [line for line in table.splitlines() if line.startswith("| max_gram |")]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells == ["max_gram", "1.50", "3.00", "1.00, 1.00", "2.73", "1.43", "2.00", "10.00 ms"]
