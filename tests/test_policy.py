@@ -99,6 +99,20 @@ def test_a_useless_drafter_costs_next_to_nothing(liar, known):
     assert sum(setting is not None for setting in late) < 0.02 * len(late)
 
 
+def test_a_drafter_that_costs_nothing_waits_for_its_moment():
+    """Max-Gram has no idea for a long while, then a long echo."""
+    passes = CURVES["flat"]
+    here, silent = machine(passes), Guesser(sure=0.02, truth=lambda shares: 0.0 * shares)
+    here.drafts = lambda setting: 1e-3 * passes(1, 0)
+    kept = policy()
+    silent.draft = lambda setting: Candidates.of(TokenTree.root(0))
+    log = play(here, silent, auto(kept, here), 300)
+    assert not kept.is_parked
+    assert log.rate() > 0.99 / passes(1, 0)
+    echo = play(here, Guesser(sure=0.95), auto(kept, here), 100)
+    assert echo.rate() > 2 / passes(1, 0)
+
+
 def test_pauses_double():
     passes = CURVES["linear"]
     here = machine(passes)

@@ -90,6 +90,7 @@ class Policy:
     SURVEY, SURVEYS = 12, 4
     LASTING = 48
     GAIN, LOSS, BETTER = 1.02, 1.0, 0.01
+    CHEAP = 0.01  # of a plain round
     IDLE = 6  # drafts in a row of which nothing was worth a pass
     PATIENCE = 3  # failed trials after which a new text is no reason for another one
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
@@ -191,22 +192,29 @@ class Policy:
         """Park the drafter when it does not pay.
 
         What is expected lags behind a text that changed for the better. So a trial whose tokens
-        paid goes on for a while although no gain is expected yet.
+        paid goes on for a while although no gain is expected yet. A drafter that costs next to
+        nothing is never in the way: it is parked only if its trees lose.
         """
-        if self._trial == 0:
+        if self.gain >= 1 - self.CHEAP and self._is_cheap:
+            self._trial = max(self._trial - 1, 0)
+        elif self._trial == 0:
             if self.gain < self.LOSS or self._idle >= self.IDLE:
                 self._park()
             elif self._drafted >= self.LASTING:
                 self._failures = 0
-            return
-        self._trial -= 1
-        if self._trial == 0 and self.gain < self.GAIN:
-            realised = self._realised.per_second * self._plain_seconds
-            if realised >= self.GAIN and self._extensions < self.EXTENSIONS:
-                self._extensions += 1
-                self._trial = self.TRIAL
-            else:
-                self._park()
+        else:
+            self._trial -= 1
+            if self._trial == 0 and self.gain < self.GAIN:
+                realised = self._realised.per_second * self._plain_seconds
+                if realised >= self.GAIN and self._extensions < self.EXTENSIONS:
+                    self._extensions += 1
+                    self._trial = self.TRIAL
+                else:
+                    self._park()
+
+    @property
+    def _is_cheap(self) -> bool:
+        return self.draft_costs.of(self.setting) < self.CHEAP * self._plain_seconds
 
     def _is_hopeless(self, context: int) -> bool:
         """Whether passes are so dear here that not even a perfect free draft would pay."""
