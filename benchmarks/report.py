@@ -29,10 +29,16 @@ def speed_tables(result: dict, name: str) -> str:
     name  of the JSON file
     """
     where, settings = result["machine"], result["settings"]
+    several = (
+        f"--{flag} {' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in settings[flag])}"
+        for flag in ("drafters", "budgets", "temps")
+        if flag in settings
+    )
     command = (
         f"python -m benchmarks.speed --prompts {Path(settings['prompts']).name} --per-category "
         f"{settings['per_category']} --max-tokens {settings['max_tokens']} "
-        f"--repeats {settings['repeats']} --output {name}"
+        f"--repeats {settings['repeats']} {' '.join(several)} "
+        f"{'--reference ' if settings.get('reference') else ''}--output {name}"
     )
     memory = result["memory"]
     held = memory["target"] + memory["head"] + memory["kv_cache"]
