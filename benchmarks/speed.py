@@ -223,8 +223,9 @@ def measure(bench: SpeedBench, flags: argparse.Namespace) -> dict:
     for i, prompt in enumerate(chosen):
         ids = bench.encode(prompt.text)
         if i == 0:
-            for method in bench.methods:  # warm-up: kernels are compiled, memory is touched
-                bench.run(method, prompt, ids, flags.temps[0])
+            for temp in flags.temps:  # warm-up: kernels are compiled, memory is touched
+                for method in bench.methods:
+                    bench.run(method, prompt, ids, temp)
         largest = 1
         for temp in flags.temps:
             texts = {}
