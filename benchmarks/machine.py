@@ -102,7 +102,7 @@ def add_prompts(made: argparse.ArgumentParser) -> None:
 
 def document(kind: str, flags: argparse.Namespace, where: dict[str, str], **content) -> dict:
     """The JSON document of a benchmark."""
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()}
+    settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(flags).items()}
     return {"kind": kind, "machine": where, "settings": settings, **content}
 
 
