@@ -24,11 +24,12 @@ from redrafter_mlx.config import (
     flag_name,
     from_flags,
 )
-from redrafter_mlx.drafters.spec import parse
+from redrafter_mlx.drafters.spec import AUTO, parse
 from redrafter_mlx.errors import UserError
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.check import Comparison
+    from redrafter_mlx.drafters.protocol import Drafter
     from redrafter_mlx.stream import Generation, GenerationResponse
 
 DEMO = "demo"
@@ -46,8 +47,8 @@ def make_parser() -> cli.Parser:
     flag(
         "--drafter",
         help="a recurrent head (demo, a directory or Hugging Face repo, also as recurrent:NAME), "
-        "max_gram, model:NAME, cascade:[A,B,...], union:[A,B,...] or auto (default: the demo "
-        "target's own head; none for other models)",
+        "max_gram, model:NAME, cascade:[A,B,...], union:[A,B,...] or auto (default: auto, that is "
+        "max_gram, united with the target's own head if one comes with it)",
     )
     flag("--no-draft", action="store_true", help="plain decoding")
     flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
@@ -101,7 +102,7 @@ def command(flags: Namespace) -> int:
             "leave one out"
         )
     message = _read_message(flags.prompt)
-    drafter_name = _drafter_name(flags)
+    drafter_name = None if flags.no_draft else flags.drafter or AUTO
     drafter_options = from_flags(DrafterOptions, flags)
     _check_drafter(drafter_name, drafter_options)
 
@@ -115,10 +116,9 @@ def command(flags: Namespace) -> int:
         trust_remote_code=flags.trust_remote_code,
     )
     prompt = _encode(tokenizer, message, flags)
-    drafter = None
+    drafter, asked_for = None, bool(flags.drafter)
     if drafter_name:
-        given = dataclasses.asdict(drafter_options)
-        drafter = hub.load_drafter(drafter_name, model, tokenizer=tokenizer, **given)
+        drafter = _load_drafter(drafter_name, model, tokenizer, drafter_options, asked_for)
     options["eos_token_ids"] = tokenizer.eos_token_ids
     run = stream.Generation(model, prompt, drafter, progress=_PromptProgress(), **options)
     printed = _Printed(quiet=flags.json)
@@ -131,7 +131,8 @@ def command(flags: Namespace) -> int:
         plain = stream.Generation(model, prompt, None, **options)
         comparison = check.compare_with_plain(printed.tokens, plain)
     if flags.json:
-        print(json.dumps(_as_json(flags, run, printed, comparison), ensure_ascii=False))
+        used = drafter_name if drafter else None
+        print(json.dumps(_as_json(flags.model, used, run, printed, comparison), ensure_ascii=False))
     else:
         _report(flags.verbose, run, comparison)
     return cli.INTERRUPTED if interrupted else 0
@@ -185,15 +186,6 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _drafter_name(flags: Namespace) -> str | None:
-    if flags.no_draft:
-        return None
-    if flags.drafter or flags.model == DEMO:
-        return flags.drafter or DEMO
-    _log.info("no --drafter given for %s: plain decoding", flags.model)
-    return None
-
-
 def _check_drafter(name: str | None, options: DrafterOptions) -> None:
     """Tell of wrong names and options before anything is loaded."""
     if name is None:
@@ -202,6 +194,21 @@ def _check_drafter(name: str | None, options: DrafterOptions) -> None:
                 raise UserError(f"{flag_name(f)} has no use without a drafter: leave it out")
     else:
         parse(name, options)
+
+
+def _load_drafter(
+    name: str, model: Any, tokenizer: Any, options: DrafterOptions, asked_for: bool
+) -> Drafter | None:
+    """The drafter; None, with one line, where nobody asked for it and the model cannot draft."""
+    from redrafter_mlx import hub
+
+    try:
+        return hub.load_drafter(name, model, tokenizer=tokenizer, **dataclasses.asdict(options))
+    except UserError as error:
+        if asked_for or options != DrafterOptions():
+            raise
+        _log.warning("plain decoding, because %s", error)
+        return None
 
 
 class _PromptProgress:
@@ -258,11 +265,15 @@ def _report(verbose: bool | None, run: Generation, comparison: Comparison | None
 
 
 def _as_json(
-    flags: Namespace, run: Generation, printed: _Printed, comparison: Comparison | None
+    model: str,
+    drafter: str | None,
+    run: Generation,
+    printed: _Printed,
+    comparison: Comparison | None,
 ) -> dict[str, Any]:
     return {
-        "model": flags.model,
-        "drafter": _drafter_name(flags),
+        "model": model,
+        "drafter": drafter,
         "text": printed.text,
         "tokens": printed.tokens,
         "finish_reason": printed.finish_reason,

@@ -34,7 +34,7 @@ from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
 from redrafter_mlx.drafters.model import ModelDrafter, check_tokenizers, warn_if_larger
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter, RecurrentHead
 from redrafter_mlx.drafters.spec import (
     AUTO,
     CASCADE,
@@ -51,7 +51,7 @@ from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
-from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.target.adapter import Target, adapt
 
 DEMO = "demo"
 
@@ -206,8 +206,29 @@ class _Loader:
 
 
 def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDrafter:
-    directory = resolve_drafter(name, revision)
     target = adapt(model)
+    head, d2t = load_head_of(target, name, revision)
+    if mx.default_device() == mx.cpu:
+        compute_in_float32(head)
+    if head.config.fused_layers:
+        target.tap(head.config.fused_layers)
+    output = target.output_layer if head.config.tied_output else None
+    return RecurrentDrafter(head, d2t, target.embed, output)
+
+
+def load_head_of(
+    target: Target, name_or_path: str, revision: str | None = None
+) -> tuple[RecurrentHead, mx.array]:
+    """A recurrent head for a target, and the token ids (D,) it can propose.
+
+    Args:
+        target: whose dtype its weights get.
+        name_or_path, revision: as in `resolve_drafter`.
+
+    Raises:
+        UserError: no such drafter, damaged files, or a drafter made for another target.
+    """
+    directory = resolve_drafter(name_or_path, revision)
     head, d2t, config = load_head(directory, target.dtype)
     for name, found, needed in (
         ("hidden_size", config.hidden_size, target.hidden_size),
@@ -218,12 +239,7 @@ def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDr
                 f"{directory} was made for another target: its {name} is {found}, that of "
                 f"{target.name} is {needed}; give a drafter trained for this model"
             )
-    if mx.default_device() == mx.cpu:
-        compute_in_float32(head)
-    if config.fused_layers:
-        target.tap(config.fused_layers)
-    output = target.output_layer if config.tied_output else None
-    return RecurrentDrafter(head, d2t, target.embed, output)
+    return head, d2t
 
 
 def resolve_target(name_or_path: str, revision: str | None = None) -> Path:

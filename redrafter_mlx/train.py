@@ -66,6 +66,12 @@ def make_parser() -> cli.Parser:
         help=f"time for everything: {DATA_SHARE:.0%} of it for data, the rest for training "
         "(default: until the data is there and has been gone through ten times)".replace("%", "%%"),
     )
+    flag(
+        "--start-from",
+        metavar="DRAFTER",
+        help="train this recurrent head further, in its shape, instead of a new one: demo, a "
+        "directory or Hugging Face repo",
+    )
     flag("--resume", action="store_true", help="go on with what is in --output")
     flag("--evaluate", action="store_true", help="only measure the drafter in --output")
     flag("--dry-run", action="store_true", help="only say what it will take: memory, disk, time")
@@ -87,9 +93,12 @@ def _main(flags: Namespace) -> int:
         raise UserError(f"--minutes {flags.minutes} must be above 0")
     options = [from_flags(group, flags) for group in (DataOptions, HeadOptions, TrainingOptions)]
     _check_output(flags)
+    from redrafter_mlx import hub
     from redrafter_mlx.storage import in_use
-    from redrafter_mlx.training.run import head_config
+    from redrafter_mlx.training.run import head_config, shape_of
 
+    if flags.start_from:
+        options[1] = shape_of(flags.start_from, options[1])
     source = Source(
         flags.model,
         flags.revision,
@@ -98,6 +107,8 @@ def _main(flags: Namespace) -> int:
         options[1].fused_layers,
     )
     target = source.target()
+    if flags.start_from:
+        hub.load_head_of(target, flags.start_from)
     head_config(target, options[1], options[1].draft_vocab)  # refuses what cannot be, before hours
     if flags.dry_run:
         return _foretell(source, options)
@@ -167,7 +178,7 @@ def _train(flags: Namespace, source: Source, options) -> int:
         minutes = max(flags.minutes - spent, (1 - DATA_SHARE) * flags.minutes)
     with TrainingRun(
         source.target, Places(flags.output), head_options, training_options, data_options.seed,
-        minutes, jobs,
+        minutes, jobs, flags.start_from,
     ) as run:  # fmt: skip
         _introduce(run)
         with _interrupts() as interrupted:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from redrafter_mlx import cli
 from redrafter_mlx.config import DraftOptions, TuneOptions, add_flags, from_flags
+from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.pricing.tuning import Tuning
 
-DEMO = "demo"
+DEMO, NONE = "demo", "none"
 _log = logging.getLogger("redrafter_mlx")
 
 PROMPTS = (
@@ -43,8 +44,8 @@ def make_parser() -> cli.Parser:
     flag("--model", default=DEMO, help="demo, a model directory, .gguf file or Hugging Face repo")
     flag(
         "--drafter",
-        help="demo, a drafter directory or repo (default: the demo target's own; without one for "
-        "other models only passes are measured)",
+        default=AUTO,
+        help="any that generate takes, or none: only passes are measured (default: auto)",
     )
     flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
     flag("--adapter-path", help="a LoRA adapter for the target")
@@ -81,8 +82,8 @@ def _main(flags: Namespace) -> int:
         tokenizer_config={"trust_remote_code": flags.trust_remote_code},
         trust_remote_code=flags.trust_remote_code,
     )[:2]
-    name = flags.drafter or (DEMO if flags.model == DEMO else None)
-    drafter = hub.load_drafter(name, model, tokenizer=tokenizer) if name else None
+    name = flags.drafter
+    drafter = None if name == NONE else hub.load_drafter(name, model, tokenizer=tokenizer)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     found = tune(adapt(model), drafter, ids, options, draft, tokenizer.eos_token_ids, _progress)
     if flags.json:
@@ -96,7 +97,7 @@ def _main(flags: Namespace) -> int:
             "the profile cannot be kept: %s; set REDRAFTER_MLX_CACHE to a writable directory", error
         )
     if flags.picture:
-        title = f"{flags.model} with {name or 'no drafter'}"
+        title = f"{flags.model} with drafter {name}"
         try:
             draw(found.profile.curve, found.speedups, flags.picture, title)
         except (OSError, ValueError) as error:

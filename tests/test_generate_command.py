@@ -208,6 +208,23 @@ def test_json_of_plain_decoding_has_no_drafter(command):
     assert (found["mean_nodes"], found["accepted_at"]) == (1, [])
 
 
+def test_drafting_is_the_default_where_the_model_can(command, monkeypatch, caplog):
+    words = ["--json", "--max-tokens", "24"]
+    plain = result_of(command("--no-draft", *words))
+    found = result_of(command(*words))
+    assert (found["drafter"], found["text"]) == ("auto", plain["text"])
+
+    def refuse(*args, **kwargs):
+        raise UserError("it cannot verify a tree")
+
+    monkeypatch.setattr("redrafter_mlx.hub.load_drafter", refuse)
+    found = result_of(command(*words))
+    assert (found["drafter"], found["text"]) == (None, plain["text"])
+    assert "plain decoding, because it cannot verify a tree" in caplog.text
+    assert "it cannot verify a tree" in refused(command("--drafter", "auto"))
+    assert "it cannot verify a tree" in refused(command("--max-gram-memory", "memory.json"))
+
+
 @pytest.mark.parametrize("temp", ["0", "0.8"])
 def test_check_finds_the_text_of_plain_decoding(command, drafted, temp):
     found = result_of(command(*drafted, "--temp", temp, "--check", "--json"))

@@ -15,6 +15,7 @@ from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.storage import in_use
 from redrafter_mlx.training import run as training_run
 from support import TinyTokenizer, generation, ids, tiny_prompt
+from test_generate_command import build as build_words
 
 SMALL = ["--data-tokens", "1500", "--rows", "8", "--columns", "96", "--answer-tokens", "24",
          "--jobs", "1", "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
@@ -91,6 +92,43 @@ def test_evaluate_measures_what_is_there(tmp_path, capsys):
     evaluated = capsys.readouterr().out
     assert evaluated.splitlines()[0] == trained.splitlines()[0]
     assert evaluated.count("|") == trained.count("|")
+
+
+def test_a_head_is_trained_further(tmp_path, target, capsys):
+    """In its shape and with its vocabulary, from where it was; resuming knows where it began."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shape = ["--fused-layers", 0, 1, "--blocks", 1]
+    assert command(first, "--steps", 6, "--dtype", "float32", *shape) == 0
+    assert command(second, "--steps", 1, "--start-from", first) == 0
+    ended, began = (
+        [json.loads(line)["tree"] for line in (output / "training/log.jsonl").open()]
+        for output in (first, second)
+    )
+    assert began[0] == ended[-1] != ended[0]
+    heads = [load_head(output, mx.float32) for output in (first, second)]
+    assert heads[0][2] == heads[1][2]
+    assert heads[0][1].tolist() == heads[1][1].tolist()
+    card = (second / "README.md").read_text()
+    assert f"--start-from {first}" in card
+    assert command(second, "--steps", 1, "--resume", *shape) == 2
+    assert "start_from was" in capsys.readouterr().err
+
+
+def test_a_head_of_another_shape_or_target_is_no_start(tmp_path, target, monkeypatch, capsys):
+    assert command(tmp_path / "first", "--steps", 1) == 0
+    capsys.readouterr()
+    start = ["--steps", 1, "--start-from", tmp_path / "first"]
+    assert command(tmp_path / "second", *start, "--blocks", 3) == 2
+    assert f"--blocks 3: the head of --start-from {tmp_path / 'first'} has 2" in (
+        capsys.readouterr().err
+    )
+    other = build_words(hidden_size=32)[0]
+    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (other, TinyTokenizer()))
+    train._loaded.cache_clear()
+    assert command(tmp_path / "third", *start) == 2
+    said = capsys.readouterr().err
+    assert "was made for another target: its hidden_size is 64" in said
+    assert not (tmp_path / "third").exists(), "nothing is written before it is refused"
 
 
 def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, capsys):

@@ -15,9 +15,10 @@ from itertools import islice
 
 import numpy as np
 
-from redrafter_mlx.config import MOST_BUDGET, SamplingOptions
+from redrafter_mlx.budget import Budget, FixedBudget
+from redrafter_mlx.config import SamplingOptions
 from redrafter_mlx.decoding import decode
-from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.protocol import Drafter, candidates_of
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.round import Context
@@ -27,33 +28,15 @@ from redrafter_mlx.tree import Candidates, TokenTree
 from redrafter_mlx.verification import Match
 
 
-@dataclass(frozen=True)
-class Everything:
-    """A budget that keeps all candidates of one setting."""
-
-    width: int
-    length: int
-
-    def plan(self, position: int) -> bool:
-        return True
-
-    def tree(self, candidates: Candidates) -> TokenTree:
-        c = candidates
-        return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, MOST_BUDGET)
-
-    def observe(self, tree, step) -> None:
-        pass
-
-
 @dataclass
 class Watched:
-    """A drafter whose drafts are kept and never verified."""
+    """A drafter whose candidates are kept and never verified."""
 
     drafter: Drafter
-    drafts: list[TokenTree] = field(default_factory=list)
+    found: list[Candidates] = field(default_factory=list)
 
-    def propose(self, context: Context, budget: Everything) -> TokenTree:
-        self.drafts.append(self.drafter.propose(context, budget))
+    def propose(self, context: Context, budget: Budget) -> TokenTree:
+        self.found.append(candidates_of(self.drafter, context, budget.width, budget.length))
         return TokenTree.root()
 
     def observe(self, step) -> None:
@@ -75,22 +58,17 @@ class Draft:
     path: list[int]
 
     @classmethod
-    def of(cls, tree: TokenTree, following: Sequence[int]) -> Draft:
-        """A tree and the tokens of the text after its root."""
-        rows = [0]
+    def of(cls, candidates: Candidates, following: Sequence[int]) -> Draft:
+        """Candidates and the tokens of the text after their root."""
+        places = zip(candidates.parents.tolist(), candidates.tokens.tolist(), strict=True)
+        nodes = {place: node for node, place in enumerate(places)}
+        path = [-1]
         for token in following:
-            child = tree.children[rows[-1]].get(int(token))
-            if child is None:
+            node = nodes.get((path[-1], int(token)))
+            if node is None:
                 break
-            rows.append(child)
-        candidates = Candidates(
-            int(tree.tokens[0]),
-            tree.tokens[1:],
-            np.where(tree.parents[1:] > 0, tree.parents[1:] - 1, -1),
-            tree.logprobs[1:],
-            beams=np.zeros(0, int),
-        )
-        return cls(candidates, [row - 1 for row in rows[1:]])
+            path.append(node)
+        return cls(candidates, path[1:])
 
     def ranks(self, setting: Setting, full: Setting) -> np.ndarray:
         """(k,) place of each node of the path among what the setting would have scored.
@@ -102,8 +80,8 @@ class Draft:
         if setting.length < full.length:  # else whatever the drafter gave, however deep
             scored = c.depths < setting.length
         if setting.width < full.width:
-            scored &= c.within(setting.width)
-        order = np.flatnonzero(scored)
+            scored = scored & c.within(setting.width)
+        order = np.flatnonzero(scored | c.always)
         order = order[np.argsort(-c.logprobs[order], kind="stable")]
         places = {int(node): place for place, node in enumerate(order)}
         ranks = []
@@ -152,7 +130,7 @@ def record(
     watched = Watched(drafter)
     watched.reset()
     context = target.prefill(prompt, chunk=512, noise=sampler.noise)
-    rounds = decode(target, watched, Match(sampler), Everything(*full), context)
+    rounds = decode(target, watched, Match(sampler), FixedBudget(*full, nodes=2), context)
     text = []
     for step in islice(rounds, tokens):
         text += step.tokens
@@ -160,7 +138,7 @@ def record(
             break
     drafter.reset()
     # the draft at position p is rooted at the token before text[p]
-    return Recording(full, [Draft.of(t, text[p:]) for p, t in enumerate(watched.drafts)])
+    return Recording(full, [Draft.of(c, text[p:]) for p, c in enumerate(watched.found)])
 
 
 def tokens_per_round(recordings: Sequence[Recording], setting: Setting, most: int) -> np.ndarray:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 
 import numpy as np
 
 from redrafter_mlx.config import DraftOptions, SamplingOptions, TuneOptions
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.errors import UserError
 from redrafter_mlx.pricing.acceptance import (
     Choice,
     Recording,
@@ -83,6 +82,10 @@ def tune(
         recordings.append(
             record(target, drafter, prompt, options.tokens, full, SamplingOptions(), list(ends))
         )
+    if not any(len(d.candidates.tokens) for r in recordings for d in r.drafts):
+        found = _without_drafter(Profile(identity, curve), passes)
+        nothing = "the drafter proposed nothing in the answers to these prompts"
+        return replace(found, complaints=[*found.complaints, nothing])
     yields = yields_of(recordings, settings)
     speedups = {c: speedup_by_budget(yields, curve, drafts, c) for c in curve.contexts}
     choices = {c: best_choice(yields, curve, drafts, c) for c in curve.contexts}
@@ -104,10 +107,10 @@ def yields_of(
 ) -> dict[Setting, np.ndarray]:
     """Tokens per round by setting and budget, as far as there are candidates."""
     most = max(len(d.candidates.tokens) for r in recordings for d in r.drafts) + 1
-    if most < 2:
-        raise UserError("the drafter proposed nothing at all: there is no budget to find")
-    most = min(most, MOST_NODES)
-    return {setting: tokens_per_round(recordings, setting, most) for setting in settings}
+    return {
+        setting: tokens_per_round(recordings, setting, min(most, MOST_NODES))
+        for setting in settings
+    }
 
 
 def speedup_by_budget(

@@ -7,12 +7,13 @@ OUTPUT/training/checkpoint.safetensors, log.jsonl                  where the run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.config import HeadOptions, TrainingOptions
-from redrafter_mlx.drafters.checkpoint import save_head
+from redrafter_mlx import device, hub
+from redrafter_mlx.config import HeadOptions, TrainingOptions, flag_name
+from redrafter_mlx.drafters.checkpoint import load_head, save_head
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
@@ -68,7 +70,7 @@ class Places:
 class Vocabulary:
     """The token ids a head can propose in any text.
 
-    ids       (D,) the ones written most often, most frequent first
+    ids       (D,)
     coverage  share of the held-out answers' tokens among them; with_prompt: among them or the
               answer's own prompt
     """
@@ -78,9 +80,8 @@ class Vocabulary:
     with_prompt: float
 
     @classmethod
-    def choose(cls, shards: Shards, answers: Sequence[Answer], size: int, vocab_size: int):
-        """The `size` likeliest ids of the shards; coverage measured on the answers."""
-        ids = np.argsort(-shards.counts(vocab_size), kind="stable")[: min(size, vocab_size)]
+    def measured(cls, ids: np.ndarray, answers: Sequence[Answer], vocab_size: int):
+        """The vocabulary of these ids, its coverage measured on the answers."""
         known = np.zeros(vocab_size, bool)
         known[ids] = True
         static, either, total = 0, 0, 0
@@ -98,6 +99,7 @@ class TrainingRun:
     load      gives the target, with the layers that the head fuses in `taps`
     jobs      processes that compute gradients; with several, `load` is called in each and must be
               picklable. The weights do not depend on it.
+    start     a head to train further, as `hub.load_head_of` takes it; None: a new one
     settings  everything the weights depend on; a checkpoint made with others is refused
 
     A context: the other processes end with it.
@@ -112,21 +114,19 @@ class TrainingRun:
         seed: int,
         minutes: float | None = None,
         jobs: int = 1,
+        start: str | None = None,
     ):
         self.target, self.places, self._options = load(), places, training
         target = self.target
         self.shards = Shards(training_shards(parts(places.data)))
         self.answers = held_out_answers(places.data)
-        self.vocabulary = Vocabulary.choose(
-            self.shards, self.answers, head.draft_vocab, target.vocab_size
-        )
-        self.config = head_config(target, head, len(self.vocabulary.ids))
-        d2t = mx.array(self.vocabulary.ids.astype(np.int32))
-        fit = islice(self.shards.batches("fit", 64, 2 * training.ahead), FIT_BATCHES)
-        self.head = initial_head(
-            self.config, target.embed, target.output_layer, d2t, fit, training.ahead,
-            mx.random.key(seed),
-        )  # fmt: skip
+        if start is None:
+            self.head, d2t = self._new_head(head, seed)
+        else:
+            self.head, d2t = hub.load_head_of(target, start)
+            hub.compute_in_float32(self.head)
+        self.config = self.head.config
+        self.vocabulary = Vocabulary.measured(np.array(d2t), self.answers, target.vocab_size)
         gradients = gradients_of(target, self.head, d2t, self.shards, training, seed)
         self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
         make = partial(
@@ -135,12 +135,26 @@ class TrainingRun:
         self._crew = Crew(gradients, make, jobs, training.accumulate)
         depends_on = {**asdict(head), **asdict(training), "seed": seed}
         depends_on["data_tokens"] = self.shards.tokens
+        depends_on["start_from"] = start and fingerprint(self.head)
         self.settings = json.loads(json.dumps(depends_on))  # as they will be read back
         self.drafter = RecurrentDrafter(
             self.head, d2t, target.embed, target.output_layer if self.config.tied_output else None
         )
         self.log: list[dict] = []
         self._minutes = minutes
+
+    def _new_head(self, options: HeadOptions, seed: int) -> tuple[RecurrentHead, mx.array]:
+        """An untrained head and the token ids (D,) that it can propose."""
+        target, ahead = self.target, self._options.ahead
+        counts = self.shards.counts(target.vocab_size)
+        ids = np.argsort(-counts, kind="stable")[: min(options.draft_vocab, len(counts))]
+        d2t = mx.array(ids.astype(np.int32))
+        fit = islice(self.shards.batches("fit", 64, 2 * ahead), FIT_BATCHES)
+        head = initial_head(
+            head_config(target, options, len(ids)), target.embed, target.output_layer, d2t, fit,
+            ahead, mx.random.key(seed),
+        )  # fmt: skip
+        return head, d2t
 
     def __enter__(self) -> TrainingRun:
         with ExitStack() as stack:
@@ -301,6 +315,30 @@ def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> 
         tied_output=tied,
         fused_layers=tuple(options.fused_layers),
     )
+
+
+def shape_of(name: str, given: HeadOptions) -> HeadOptions:
+    """The options that describe an existing head; UserError where `given` ones say otherwise."""
+    c = load_head(hub.resolve_drafter(name), mx.float32)[2]
+    output_layer = "tied" if c.tied_output else "trained"
+    shape = HeadOptions(c.exit_dim, c.num_blocks, c.draft_vocab_size, output_layer, c.fused_layers)
+    for f in fields(HeadOptions):
+        wanted, found = getattr(given, f.name), getattr(shape, f.name)
+        if wanted not in (f.default, found):
+            raise UserError(
+                f"{flag_name(f)} {wanted}: the head of --start-from {name} has {found}; leave it "
+                "out"
+            )
+    return shape
+
+
+def fingerprint(head: RecurrentHead) -> str:
+    """16 hex digits of a head's weights."""
+    digest = hashlib.sha256()
+    for name, weights in tree_flatten(head.parameters()):
+        digest.update(name.encode())
+        digest.update(device.read(weights)[0].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def first_tokens(answers: Sequence[Answer], tokens: int) -> list[Answer]:

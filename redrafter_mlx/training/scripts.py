@@ -158,7 +158,7 @@ def own_conversations(
     seed   the same seed gives the same scripts
     limit  most tokens of an answer
 
-    A third of the questions are all the target's own; the others begin with given words.
+    Two in seven questions are all the target's own; the others begin with given words.
     """
     draw = random.Random(seed)
     words = _words(tokenizer)
@@ -166,14 +166,14 @@ def own_conversations(
 
     def opener() -> tuple[str, int]:
         """First words of a question, and how long it may become."""
-        kind = draw.choice(("none", "none", "opener", "topic", "topic", "passage"))
+        kind = draw.choice(("none", "none", "opener", "topic", "topic", "passage", "passage"))
         if kind == "none":
             return "", QUESTION_LIMIT
         if kind == "opener":
             return draw.choice(OPENERS), QUESTION_LIMIT
         if kind == "topic":
             return draw.choice(TOPICAL) + draw.choice(words), QUESTION_LIMIT
-        if draw.random() < 0.2:
+        if draw.random() < 0.3:
             first, second = draw.sample(LANGUAGES, 2)
             return f"Translate from {first} to {second}:" + draw.choice(words), PASSAGE_LIMIT
         return draw.choice(PASSAGES) + draw.choice(words), PASSAGE_LIMIT
