@@ -273,7 +273,8 @@ def memory(bench: SpeedBench) -> dict[str, float]:
     peak = mx.get_peak_memory()
     cache = make_prompt_cache(bench.model)
     mx.eval(bench.model(mx.array([text]), cache=cache)[:, -1])
-    heads = [d.head for d in bench.drafters.values() if hasattr(d, "head")]
+    members = [m for d in bench.drafters.values() for m in getattr(d, "members", [d])]
+    heads = [member.head for member in members if hasattr(member, "head")]
     return {
         "prompt_tokens": len(ids),
         "peak": peak,

@@ -354,7 +354,8 @@ def _finish(flags: Namespace, run: TrainingRun) -> int:
         card(run, flags.model, command, shown, drawn), encoding="utf-8"
     )
     print(shown)
-    use = ["redrafter_mlx.generate", "--model", flags.model, "--drafter", str(flags.output)]
+    drafter = f"union:[{flags.output},max_gram]"
+    use = ["python", "-m", "redrafter_mlx.generate", "--model", flags.model, "--drafter", drafter]
     _say(f"the drafter is in {flags.output}; use it with {shlex.join(use)} --prompt ...")
     return 0
 

@@ -16,6 +16,12 @@ PENDING = -1
 """Token id of a root whose value only the device knows yet: the target's pending token."""
 
 
+def likeliest(scores, budget: int) -> np.ndarray:
+    """Candidates, in their order, that a tree of `budget` nodes holds beside its root."""
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    return np.sort(order[: max(budget - 1, 0)])
+
+
 @dataclass(frozen=True, eq=False)
 class TokenTree:
     """Candidate continuations that share their prefixes, rooted at the pending token.
@@ -59,9 +65,8 @@ class TokenTree:
         before its children among the candidates.
         """
         parents = np.asarray(parents, dtype=int)  # also of an empty list
-        likeliest = np.argsort(-np.asarray(logprobs if scores is None else scores), kind="stable")
-        kept = np.sort(likeliest[: max(budget - 1, 0)])
-        new_index = np.full(len(likeliest) + 1, -1)
+        kept = likeliest(logprobs if scores is None else scores, budget)
+        new_index = np.full(len(parents) + 1, -1)
         new_index[kept] = np.arange(1, len(kept) + 1)
         new_index[-1] = 0  # index -1 is the root
         return cls._depth_first(
@@ -214,6 +219,18 @@ class Candidates:
             depths += nodes >= 0
             nodes = np.where(nodes >= 0, self.parents[nodes], -1)
         return depths
+
+    def follow(self, tokens: Iterable[int]) -> list[int]:
+        """The candidates that a text takes which goes on with `tokens`, as far as there are any."""
+        places = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
+        nodes = {place: node for node, place in enumerate(places)}
+        path = [-1]
+        for token in tokens:
+            node = nodes.get((path[-1], int(token)))
+            if node is None:
+                break
+            path.append(node)
+        return path[1:]
 
     def within(self, width: int) -> np.ndarray:
         """(M,) bool: what a search that keeps only `width` beams would have scored of this."""

@@ -233,8 +233,7 @@ def test_probabilities_are_corrected_by_what_was_accepted():
     )
     np.testing.assert_allclose(calibration.probabilities(candidates), [0.6, 0.2, 0.55])
     for turn in range(300):
-        accepted = np.array([turn % 10 < 3, False, turn % 10 < 3])
-        calibration.count(candidates.logprobs, candidates.depths, accepted)
+        calibration.count(candidates, [0, 2] * (turn % 10 < 3))
     probs = calibration.probabilities(candidates)
     np.testing.assert_allclose(probs, [0.3, 0.0, 0.3], atol=0.08)
     assert probs[2] <= probs[0], "a child is never likelier than its parent"
@@ -244,18 +243,33 @@ def test_probabilities_are_corrected_by_what_was_accepted():
 
 def test_a_text_that_is_easier_than_others_shows_soon_and_is_forgotten_with_it():
     calibration = Calibration(depths=2)
-    tree = TokenTree.from_beams([[0, 1, 2]], np.log([[1.0, 0.5, 0.2]]))
+    chain = Candidates.of(TokenTree.from_beams([[0, 1, 2]], np.log([[1.0, 0.5, 0.2]])))
+    verified = np.arange(2)
     for turn in range(400):
-        calibration.observe(tree, [0, 1, 2][: 1 + (turn % 2) * (1 + (turn % 5 == 1))])
-    before = calibration.probabilities(Candidates.of(tree))
+        calibration.observe(chain, verified, [0, 1][: (turn % 2) * (1 + (turn % 5 == 1))])
+    before = calibration.probabilities(chain)
     np.testing.assert_allclose(before, [0.5, 0.1], atol=0.1)
     for _ in range(12):
-        calibration.observe(tree, [0, 1, 2])
-    easy = calibration.probabilities(Candidates.of(tree))
+        calibration.observe(chain, verified, [0, 1])
+    easy = calibration.probabilities(chain)
     assert (easy > 1.3 * before).all()
     assert easy[1] <= easy[0] <= 0.99
     calibration.begin_text()
-    np.testing.assert_allclose(calibration.probabilities(Candidates.of(tree)), before, atol=0.12)
+    np.testing.assert_allclose(calibration.probabilities(chain), before, atol=0.12)
+
+
+def test_a_useless_drafter_does_not_spoil_what_is_found_without_it():
+    """As in a union of a bad head and Max-Gram."""
+    calibration = Calibration(depths=2)
+    both = Candidates(
+        0, np.array([1, 2]), np.array([-1, -1]), np.log([0.6, 0.5]), np.array([0, 1]),
+        always=np.array([False, True]),
+    )  # fmt: skip
+    for turn in range(200):
+        calibration.observe(both, np.arange(2), [1] * (turn % 2))
+    np.testing.assert_allclose(calibration.probabilities(both), [0.0, 0.5], atol=0.05)
+    calibration.begin_text()
+    np.testing.assert_allclose(calibration.probabilities(both), [0.0, 0.5], atol=0.05)
 
 
 def test_probabilities_of_nothing():

@@ -36,7 +36,7 @@ def drafter(model):
 def profile(model, drafter):
     curve = CostCurve([10, 100], [1, 2, 16], [[0.01, 0.02, 0.03], [0.02, 0.03, 0.05]])
     drafts = {Setting(4, 5): 0.002, Setting(1, 2): 0.001}
-    tables = [[[1.0] * 8] * 4, [[0.5] * 8] * 4]
+    tables = [[[[1.0] * 8] * 4] * 2, [[[0.5] * 8] * 4] * 2]
     return Profile(identify(adapt(model), drafter), curve, drafts, *tables, {"note": "a"})
 
 
@@ -161,7 +161,7 @@ def test_a_profile_is_used_and_what_was_learned_is_kept(model, drafter, profile)
     policy = policy_for(adapt(model), drafter, options, 0.0)
     assert policy.costs.at(10, 2).tolist() == pytest.approx([0, 0.01, 0.02])
     assert policy.draft_costs.of(Setting(4, 5)) == 0.002
-    assert policy.calibration.predicted.shape == (5, 8)
+    assert policy.calibration.predicted.shape == (2, 5, 8)
     assert policy_for(adapt(model), drafter, options, 0.0) is policy
     warm = policy_for(adapt(model), drafter, options, 0.8)
     assert warm is not policy

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -60,15 +59,7 @@ class Draft:
     @classmethod
     def of(cls, candidates: Candidates, following: Sequence[int]) -> Draft:
         """Candidates and the tokens of the text after their root."""
-        places = zip(candidates.parents.tolist(), candidates.tokens.tolist(), strict=True)
-        nodes = {place: node for node, place in enumerate(places)}
-        path = [-1]
-        for token in following:
-            node = nodes.get((path[-1], int(token)))
-            if node is None:
-                break
-            path.append(node)
-        return cls(candidates, path[1:])
+        return cls(candidates, candidates.follow(following))
 
     def ranks(self, setting: Setting, full: Setting) -> np.ndarray:
         """(k,) place of each node of the path among what the setting would have scored.
@@ -90,11 +81,6 @@ class Draft:
                 break
             ranks.append(places[node])
         return np.maximum.accumulate(np.array(ranks, int))
-
-    @cached_property
-    def accepted(self) -> np.ndarray:
-        """(M,) bool."""
-        return np.isin(np.arange(len(self.candidates.tokens)), self.path)
 
 
 @dataclass(frozen=True)
@@ -168,8 +154,7 @@ def calibrate(recordings: Sequence[Recording], depths: int) -> Calibration:
     calibration = Calibration(depths)
     for recording in recordings:
         for draft in recording.drafts:
-            c = draft.candidates
-            calibration.count(c.logprobs, c.depths, draft.accepted)
+            calibration.count(draft.candidates, draft.path)
     return calibration
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.tree import Candidates
 
 
 class Calibration:
@@ -18,7 +18,10 @@ class Calibration:
     Fast: texts differ in how predictable they are, and a few rounds show it. The chance of each
     step from an accepted node to a child is scaled by one more such ratio, of the latest rounds.
 
-    predicted, accepted  (depths, BINS) sums of the slow part
+    What was searched for and what was found without a search (`Candidates.always`) count apart:
+    they come from different drafters, and the one may be useless where the other is not.
+
+    predicted, accepted  (2, depths, BINS) sums of the slow part: searched, found without
     """
 
     BINS = 8
@@ -34,43 +37,47 @@ class Calibration:
     """Least and largest ratio of the fast part."""
 
     def __init__(self, depths: int, predicted=None, accepted=None):
-        shape = (depths, self.BINS)
+        shape = (2, depths, self.BINS)
         self.predicted = np.zeros(shape) if predicted is None else np.array(predicted, float)
         self.accepted = np.zeros(shape) if accepted is None else np.array(accepted, float)
         if self.predicted.shape != shape or self.accepted.shape != shape:
             raise ValueError(f"a calibration of {depths} depths needs tables of {shape}")
         self._ratios: np.ndarray | None = None
-        self._text = np.zeros(2)  # predicted and accepted steps of the latest rounds
+        self._text = np.zeros((2, 2))  # predicted and accepted steps of the latest rounds
 
     def probabilities(self, candidates: Candidates) -> np.ndarray:
         """(M,) probability of each candidate to be accepted; a child's is at most its parent's."""
-        c = candidates
-        return self._probabilities(c.logprobs, c.depths, c.parents, self.text_ratio)
+        return self._probabilities(candidates, self.text_ratios[candidates.always.astype(int)])
 
     @property
-    def text_ratio(self) -> float:
-        """How much likelier steps are accepted in this text than in others."""
+    def text_ratios(self) -> np.ndarray:
+        """(2,) how much likelier steps are accepted in this text than in others."""
         predicted, accepted = self._text + self.TEXT_PRIOR
-        return float(np.clip(accepted / predicted, *self.TEXT_RANGE))
+        return np.clip(accepted / predicted, *self.TEXT_RANGE)
 
-    def observe(self, tree: TokenTree, path: list[int]) -> None:
-        """A tree was verified, and its rows `path`, the root's first, were accepted."""
-        logprobs, depths, parents = tree.logprobs[1:], tree.depths[1:], tree.parents[1:] - 1
-        accepted = np.isin(np.arange(1, len(tree)), path)
-        offered = np.isin(parents + 1, path)
-        probs = self._probabilities(logprobs, depths, parents, 1.0)
-        steps = probs / np.append(probs, 1.0)[parents]  # the root's lies at -1
+    def observe(self, candidates: Candidates, verified: np.ndarray, path: list[int]) -> None:
+        """Of the candidates some were verified, and a path from the root's child on accepted."""
+        c, parents = candidates, candidates.parents[verified]
+        probs = self._probabilities(c, np.ones(len(c.tokens)))
+        steps = (probs / np.append(probs, 1.0)[c.parents])[verified]  # the root's lies at -1
+        offered, accepted = np.isin(parents, [-1, *path]), np.isin(verified, path)
+        source = c.always[verified].astype(int)
         self._text *= self.TEXT_FADE
-        self._text += steps[offered].sum(), accepted.sum()
-        self.count(logprobs, depths, accepted)
+        np.add.at(self._text[0], source[offered], steps[offered])
+        np.add.at(self._text[1], source[accepted], 1.0)
+        self.count(c, path, verified)
 
-    def count(self, logprobs: np.ndarray, depths: np.ndarray, accepted: np.ndarray) -> None:
-        """One round's nodes (N,) for the slow part, and which of them were accepted."""
+    def count(
+        self, candidates: Candidates, path: list[int], verified: np.ndarray | None = None
+    ) -> None:
+        """One round for the slow part: which candidates were accepted, of all or those verified."""
+        if verified is None:
+            verified = np.arange(len(candidates.tokens))
         self.predicted *= self.FADE
         self.accepted *= self.FADE
-        cells = self._cells(logprobs, depths)
-        np.add.at(self.predicted, cells, np.exp(logprobs))
-        np.add.at(self.accepted, cells, accepted.astype(float))
+        cells = tuple(axis[verified] for axis in self._cells(candidates))
+        np.add.at(self.predicted, cells, np.exp(candidates.logprobs[verified]))
+        np.add.at(self.accepted, cells, np.isin(verified, path).astype(float))
         self._ratios = None
 
     def begin_text(self) -> None:
@@ -85,24 +92,27 @@ class Calibration:
         self._ratios = None
         self.begin_text()
 
-    def _probabilities(self, logprobs, depths, parents, ratio: float) -> np.ndarray:
+    def _probabilities(self, candidates: Candidates, ratios: np.ndarray) -> np.ndarray:
+        """(M,) with the chance of each one's last step scaled by `ratios` (M,)."""
         if self._ratios is None:
             self._ratios = self._fit()
-        probs = np.minimum(0.99, np.exp(logprobs) * self._ratios[self._cells(logprobs, depths)])
+        c = candidates
+        probs = np.minimum(0.99, np.exp(c.logprobs) * self._ratios[self._cells(c)])
         above, scaled = np.append(probs, 1.0), np.append(probs, 1.0)
-        for depth in range(1, depths.max(initial=0) + 1):
-            here = np.flatnonzero(depths == depth)
-            parent = parents[here]
+        for depth in range(1, c.depths.max(initial=0) + 1):
+            here = np.flatnonzero(c.depths == depth)
+            parent = c.parents[here]
             above[here] = np.minimum(above[here], above[parent])
-            step = np.minimum(ratio * above[here] / above[parent], 0.99)
+            step = np.minimum(ratios[here] * above[here] / above[parent], 0.99)
             scaled[here] = scaled[parent] * step
         return scaled[:-1]
 
     def _fit(self) -> np.ndarray:
-        k, by_depth = self.PRIOR, {"axis": 1, "keepdims": True}
+        k, by_depth = self.PRIOR, {"axis": -1, "keepdims": True}
         depth = (self.accepted.sum(**by_depth) + k) / (self.predicted.sum(**by_depth) + k)
         return (self.accepted + k * depth) / (self.predicted + k)
 
-    def _cells(self, logprobs: np.ndarray, depths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        bins = np.clip(-logprobs / np.log(2), 0, self.BINS - 1).astype(int)  # halvings of q
-        return np.minimum(depths, len(self.predicted)) - 1, bins
+    def _cells(self, candidates: Candidates) -> tuple[np.ndarray, ...]:
+        c, depths = candidates, self.predicted.shape[1]
+        bins = np.clip(-c.logprobs / np.log(2), 0, self.BINS - 1).astype(int)  # halvings of q
+        return c.always.astype(int), np.minimum(c.depths, depths) - 1, bins

@@ -15,7 +15,7 @@ import numpy as np
 
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import LiveCosts, LiveDraftCosts, Setting
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.tree import Candidates, TokenTree, likeliest
 
 MOST_NODES = 64
 """Largest tree that is considered."""
@@ -161,13 +161,15 @@ class Policy:
             self._choose_setting(costs, rate)
         self._drafted += 1
         self._idle = 0 if nodes > 1 else self._idle + 1
-        c = candidates
+        c, self._verified = candidates, likeliest(probs, nodes)
+        self._candidates = c
         return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
 
     def observe(self, tree: TokenTree, path: list[int]) -> None:
         """A drafted tree was verified and `path` of it, the root included, accepted."""
         if len(tree) > 1:
-            self.calibration.observe(tree, path)
+            accepted = self._candidates.follow(tree.tokens[path[1:]])
+            self.calibration.observe(self._candidates, self._verified, accepted)
         self._realised.add(len(path), self._seconds)
         self._judge()
 

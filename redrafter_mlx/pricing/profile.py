@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import blas, device
@@ -26,7 +27,7 @@ from redrafter_mlx.pricing.policy import Policy
 from redrafter_mlx.storage import cache_directory, one_line
 from redrafter_mlx.target.adapter import Target
 
-FORMAT = 1
+FORMAT = 2
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -37,15 +38,15 @@ class Profile:
     identity     of what they hold for: machine, mlx, BLAS, model, dtype, drafter
     curve        seconds of passes
     drafts       seconds of drafts by setting; empty without a drafter
-    predicted, accepted  sums by depth and size of probability, as Calibration holds them
+    predicted, accepted  sums by source, depth and size of probability, as Calibration holds them
     summary      what the measuring command had to say; nobody's input
     """
 
     identity: dict[str, str]
     curve: CostCurve
     drafts: dict[Setting, float] = field(default_factory=dict)
-    predicted: list[list[float]] = field(default_factory=list)
-    accepted: list[list[float]] = field(default_factory=list)
+    predicted: list[list[list[float]]] = field(default_factory=list)
+    accepted: list[list[list[float]]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,10 +84,9 @@ class Profile:
         """What it knows of acceptance, for searches of as many depths."""
         if not self.predicted:
             return None
-        last = len(self.predicted) - 1
-        rows = [min(depth, last) for depth in range(depths)]
+        rows = np.minimum(np.arange(depths), len(self.predicted[0]) - 1)
         return Calibration(
-            depths, [self.predicted[i] for i in rows], [self.accepted[i] for i in rows]
+            depths, np.array(self.predicted)[:, rows], np.array(self.accepted)[:, rows]
         )
 
 
