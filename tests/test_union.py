@@ -10,8 +10,8 @@ from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter
-from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.policy import _Survey
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, Setting
+from redrafter_mlx.pricing.policy import Policy, _Survey
 from redrafter_mlx.round import Context, Transcript
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.tree import Candidates, TokenTree
@@ -117,6 +117,32 @@ def test_a_member_that_gives_a_finished_tree_is_understood():
     assert paths_of(tree) == ECHO | HEAD
 
 
+def test_without_a_search_only_those_that_need_none_are_asked():
+    head, context = Fixed(HEAD), replace(CONTEXT, transcript=Transcript([3, 9, 4, 3]))
+    union = UnionDrafter([head, MaxGramDrafter()])
+    tree = union.propose(context, FixedBudget(0, 5, 3))
+    assert (head.shapes, tree.tokens.tolist()) == ([], [3, 9, 4])
+
+
+def test_a_member_that_never_helps_is_asked_no_more_where_another_does():
+    """But for a survey now and then; the other one's echoes go on being verified."""
+    policy = Policy(Setting(4, 5), LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])))
+    context = replace(CONTEXT, transcript=Transcript([3, 9, 4, 3]))
+    head = Fixed({(8,): 0.7, (7,): 0.2})
+    union = UnionDrafter([head, MaxGramDrafter()])
+    for _ in range(2):
+        policy.draft_costs.observe(Setting(4, 5), 0.4)
+    policy.costs.observe(1, 100, 1.0)  # else a plain round is timed first
+    for _ in range(200):
+        setting = policy.plan(100)
+        candidates = candidates_of(union, context, *setting)
+        tree = policy.choose(setting, candidates, 100)
+        echo = tree.children[0].get(9)
+        policy.observe(tree, [0] if echo is None else [0, echo])
+    assert len(head.shapes) < 30
+    assert policy.setting.width == 0
+
+
 def test_what_any_search_finds_is_marked_so():
     """So that a shorter search is not thought to lose a long echo."""
     index = MaxGramDrafter()
@@ -127,6 +153,7 @@ def test_what_any_search_finds_is_marked_so():
     assert not found.always[of_head].any()
     assert found.always[~of_head].all()
     assert found.depths[found.always].max() > 5
-    survey = _Survey(found, [Setting(1, 2), Setting(4, 5)], Setting(4, 5))
+    survey = _Survey(found, [Setting(0, 5), Setting(1, 2), Setting(4, 5)], Setting(4, 5))
+    assert survey.found[0, 5].tolist() == np.flatnonzero(found.always).tolist()
     assert set(np.flatnonzero(found.always)) <= set(survey.found[1, 2])
     assert len(survey.found[4, 5]) == len(found.tokens)

@@ -37,6 +37,7 @@ class MaxGramDrafter:
     (`HitRates`).
     """
 
+    needs_no_search = True
     CONTINUATIONS = 4
     LEAST = 0.02  # probability of a path below which it is not proposed
 

@@ -14,14 +14,18 @@ class UnionDrafter:
     """Asks each of its drafters and verifies the likeliest of all their candidates.
 
     Whatever two of them propose is verified once. Which nodes are worth a row of the pass is the
-    budget's decision, by their probabilities.
+    budget's decision, by their probabilities. A search of no width asks those only that find
+    something without one (`needs_no_search`).
     """
 
     def __init__(self, members: Sequence[Drafter]):
         self.members = list(members)
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
-        parts = [candidates_of(m, context, budget.width, budget.length) for m in self.members]
+        asked = [m for m in self.members if budget.width or getattr(m, "needs_no_search", False)]
+        parts = [
+            candidates_of(m, context, budget.width, budget.length) for m in asked or self.members
+        ]
         return budget.tree(Candidates.merged(parts))
 
     def observe(self, step: Step) -> None:

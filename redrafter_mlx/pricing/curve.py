@@ -254,10 +254,14 @@ class LiveDraftCosts:
 
     def _base(self, setting: Setting) -> float:
         """Seconds if measured ahead, else a share of the largest search's."""
-        guess = (setting.length - 1) * (1 + setting.width)
         if not self._measured:
-            return guess
+            return self._size(setting)
         if setting in self._measured:
             return self._measured[setting]
         largest = max(self._measured)
-        return self._measured[largest] * guess / ((largest.length - 1) * (1 + largest.width))
+        return self._measured[largest] * self._size(setting) / self._size(largest)
+
+    @staticmethod
+    def _size(setting: Setting) -> int:
+        """What a search is thought to cost, in steps of no beam; no search costs one."""
+        return (setting.length - 1) * (1 + setting.width) if setting.width else 1

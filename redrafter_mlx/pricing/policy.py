@@ -83,6 +83,7 @@ class Policy:
     How far to search must be decided before anything was scored: looking at a draft halfway would
     be one more synchronisation. So every SURVEY rounds the full search runs, and what a narrower
     or shorter one would have found is read off it. The best of them serves until the next survey.
+    One of no width is no search at all: what other drafters of a union find without one.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 32, 2048
@@ -106,7 +107,8 @@ class Policy:
         self.costs = costs or LiveCosts()
         self.draft_costs = draft_costs or LiveDraftCosts()
         self.calibration = calibration or Calibration(full.length - 1)
-        self.settings = settings_within(full)
+        self._no_search = Setting(0, full.length)
+        self.settings = [self._no_search, *settings_within(full)]
         self.setting = full
         self._surveys: deque[_Survey] = deque(maxlen=self.SURVEYS)
         self._expected, self._realised = Rate(0.125), Rate(0.125)
@@ -181,6 +183,8 @@ class Policy:
     def _choose_setting(self, costs: np.ndarray, rate: float) -> None:
         """The setting that would have served best in the latest surveys, as they look now."""
         values = dict.fromkeys(self.settings, 0.0)
+        if not any(survey.candidates.always.any() for survey in self._surveys):
+            values[self._no_search] = -np.inf  # plain rounds are for parking to decide
         for survey in self._surveys:
             probs = self.calibration.probabilities(survey.candidates)
             for setting, found in survey.found.items():
