@@ -20,7 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from redrafter_mlx import device, hub
 from redrafter_mlx.config import HeadOptions, TrainingOptions, flag_name
@@ -126,6 +126,7 @@ class TrainingRun:
             self.head, d2t = hub.load_head_of(target, start)
             hub.compute_in_float32(self.head)
         self.config = self.head.config
+        self._started_from = self.head.parameters()
         self.vocabulary = Vocabulary.measured(np.array(d2t), self.answers, target.vocab_size)
         gradients = gradients_of(target, self.head, d2t, self.shards, training, seed)
         self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
@@ -252,6 +253,14 @@ class TrainingRun:
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.log))
         os.replace(partial, self.places.log)
         tell(progress, entry)
+
+    def blend(self, share: float) -> None:
+        """Mix `share` of the weights that training started from into the head (WiSE-FT, arXiv
+        2109.01903): the last thing to do, after the last checkpoint.
+        """
+        mixed = lambda before, now: share * before + (1 - share) * now
+        self.head.update(tree_map(mixed, self._started_from, self.head.parameters()))
+        mx.eval(self.head.parameters())
 
     def save(self, dtype: str) -> None:
         """Write the drafter's config.json and model.safetensors."""
