@@ -7,6 +7,8 @@ import pytest
 
 from families import build
 from redrafter_mlx.config import DraftOptions, SamplingOptions, TuneOptions
+from redrafter_mlx.drafters.max_gram import MaxGramDrafter
+from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.pricing.acceptance import best_choice, record, tokens_per_round
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.measure import Timings, bushy_tree, measure_drafts, measure_passes
@@ -73,8 +75,11 @@ def test_the_tree_that_is_timed_branches(rows):
     assert tree.is_chain == (rows == 2)
 
 
-def test_drafts_are_timed(target):
+@pytest.mark.parametrize("united", [False, True])
+def test_drafts_are_timed(target, united):
     drafter = random_drafter(target.model)
+    if united:
+        drafter = UnionDrafter([drafter, MaxGramDrafter()])
     settings = settings_within(Setting(2, 3))
     found = measure_drafts(target, drafter, tiny_prompt(9), settings, turns=3, clock=ticking())
     assert found.seconds.tolist() == [[1.0] * 3] * len(settings)

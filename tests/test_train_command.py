@@ -105,6 +105,12 @@ def test_a_head_is_trained_further(tmp_path, target, capsys):
         for output in (first, second)
     )
     assert began[0] == ended[-1] != ended[0]
+    kept, mixed = tmp_path / "kept", ["--start-from", first, "--dtype", "float32", "--keep"]
+    assert command(kept, "--steps", 2, *mixed, 1) == 0
+    weights = lambda output: mx.load(str(output / "model.safetensors"))
+    for name, before in weights(first).items():
+        assert mx.allclose(weights(kept)[name], before, atol=1e-6)
+    assert any(not mx.allclose(weights(second)[n], x, atol=1e-6) for n, x in weights(first).items())
     heads = [load_head(output, mx.float32) for output in (first, second)]
     assert heads[0][2] == heads[1][2]
     assert heads[0][1].tolist() == heads[1][1].tolist()
@@ -155,6 +161,7 @@ def test_a_time_too_short_for_all_data_still_gives_a_drafter(tmp_path, capsys):
     ("flags", "complaint"),
     [
         (["--minutes", "0"], "--minutes 0.0 must be above 0"),
+        (["--keep", "1.5"], "--keep 1.5 is outside its range: 0 to 1"),
         (["--resume"], "holds no training run; leave --resume out"),
         (["--evaluate"], "holds no training run"),
         (["--exit-dim", "40"], "--exit-dim 40: a tied output needs the target's hidden size 64"),

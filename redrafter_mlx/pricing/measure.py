@@ -163,6 +163,7 @@ def measure_drafts(
             tree = drafter.propose(context, FixedBudget(width, length, 16))
             spent = clock() - began
             pending = mx.array(tree.tokens[-1:].tolist(), dtype=context.pending.dtype)
+            context.transcript.extend((), pending)
             context = replace(context, pending=pending)
             if turn >= 0:
                 seconds[k, turn] = spent
