@@ -326,10 +326,11 @@ TABLES = {
 
 
 def all_tables(directory: Path) -> str:
-    """The tables of all results in a directory, by kind and then by name."""
+    """The tables of all results in a directory: by kind, a machine's main result first."""
     paths, kinds = directory.glob("*.json"), list(TABLES)
     results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    results.sort(key=lambda entry: (kinds.index(entry[1].get("kind", "speed")), entry[0].name))
+    place = lambda path, result: (kinds.index(result.get("kind", "speed")), len(path.suffixes))
+    results.sort(key=lambda entry: (*place(*entry), entry[0].name))
     return "\n\n".join(TABLES[r.get("kind", "speed")](r, path.name) for path, r in results)
 
 
