@@ -135,3 +135,12 @@ def test_foreign_files_are_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is not a complete shard"):
             map_shard(path)
+
+
+def test_a_shard_is_one_open_file(tmp_path):
+    """A run of hours has hundreds of shards, and macOS lets a process open 256 files."""
+    write_shard(tmp_path / "shard.safetensors", several(1), {})
+    mapped = map_shard(tmp_path / "shard.safetensors")
+    files = {id(array.base) for array in mapped.values()}
+    assert len(mapped) == 6
+    assert len(files) == 1

@@ -219,7 +219,7 @@ def test_jobs_share_the_questions_and_have_seeds_of_their_own(tmp_path):
         ]
     lines = prompts(tmp_path).read_text("utf-8").splitlines()
     assert sorted(asked) == sorted(tuple(CHAT.encode(json.loads(x)["prompt"])) for x in lines)
-    own = DataOptions(data_tokens=10, **OWN)
+    own = DataOptions(data_tokens=10, **OWN | {"rows": 24})
     for job in range(2):
         write_data(target(), CHAT, tmp_path / f"own-{job}", own, job=job, jobs=2)
     first, second = (files(tmp_path / f"own-{job}") for job in range(2))

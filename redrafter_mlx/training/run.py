@@ -260,7 +260,6 @@ class TrainingRun:
         """
         mixed = lambda before, now: share * before + (1 - share) * now
         self.head.update(tree_map(mixed, self._started_from, self.head.parameters()))
-        mx.eval(self.head.parameters())
 
     def save(self, dtype: str) -> None:
         """Write the drafter's config.json and model.safetensors."""

@@ -105,8 +105,9 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a shard, mapped into memory; bfloat16 as uint16. UserError if it is damaged."""
     try:
         header, begin = _header(path)
+        file = np.memmap(path, np.uint8, "r")  # once: each mapping keeps a file open
         arrays = {
-            name: _mapped(path, begin, entry)
+            name: _part(file, begin, entry)
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -128,11 +129,11 @@ def as_mlx(hidden: np.ndarray) -> mx.array:
     return array.view(mx.bfloat16) if hidden.dtype == np.uint16 else array
 
 
-def _mapped(path: Path, begin: int, entry: dict) -> np.ndarray:
+def _part(file: np.ndarray, begin: int, entry: dict) -> np.ndarray:
     first, last = entry["data_offsets"]
-    if begin + last > path.stat().st_size:
-        raise ValueError(f"it ends {begin + last - path.stat().st_size} bytes early")
-    return np.memmap(path, _NUMPY[entry["dtype"]], "r", begin + first, tuple(entry["shape"]))
+    if begin + last > len(file):
+        raise ValueError(f"it ends {begin + last - len(file)} bytes early")
+    return np.ndarray(tuple(entry["shape"]), _NUMPY[entry["dtype"]], file, begin + first)
 
 
 def _header(path: Path) -> tuple[dict, int]:
