@@ -203,13 +203,8 @@ def tables(result: dict, name: str) -> str:
     methods = list(dict.fromkeys(run["method"] for run in result["runs"]))
     categories = list(dict.fromkeys(run["category"] for run in result["runs"]))
     drafted = [m for m in methods if not m.startswith(PLAIN)]
-    settings = result["settings"]
-    more = (
-        f"--prompts {Path(settings['prompts']).name} --per-category {settings['per_category']} "
-        f"--max-tokens {settings['max_tokens']} --drafters {' '.join(settings['drafters'])}"
-    )
     lines = [
-        headline(result, "drafters", name, more), "",
+        headline(result, name), "",
         "| method | speed | tokens per round | accepted at depth 1, 2, ... | EWIF | EWIF, measured "
         "rows | SWI | draft per round |",
         "|---|---|---|---|---|---|---|---|",

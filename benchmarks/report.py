@@ -1,6 +1,6 @@
 """Tables and pictures from the JSON that the benchmarks write.
 
-python -m benchmarks.report            # rewrites README.md's tables from benchmarks/results/*.json
+python -m benchmarks.report   # README.md's table and RESULTS.md's, from benchmarks/results/*.json
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 from redrafter_mlx.pricing.picture import new_figure
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = ROOT / "README.md", Path(__file__).parent / "results"
-BEGIN, END = "<!-- speed tables: begin -->", "<!-- speed tables: end -->"
-BASE = "mlx-lm"
+README, DETAILS = ROOT / "README.md", Path(__file__).parent / "RESULTS.md"
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+BASE, PLAIN = "mlx-lm", "plain"
+AUTO = "budget auto"
 
 
 def speed_tables(result: dict, name: str) -> str:
@@ -29,22 +31,11 @@ def speed_tables(result: dict, name: str) -> str:
     name  of the JSON file
     """
     where, settings = result["machine"], result["settings"]
-    several = (
-        f"--{flag} {' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in settings[flag])}"
-        for flag in ("drafters", "budgets", "temps")
-        if flag in settings
-    )
-    command = (
-        f"python -m benchmarks.speed --prompts {Path(settings['prompts']).name} --per-category "
-        f"{settings['per_category']} --max-tokens {settings['max_tokens']} "
-        f"--repeats {settings['repeats']} {' '.join(several)} "
-        f"{'--reference ' if settings.get('reference') else ''}--output {name}"
-    )
     memory = result["memory"]
     held = memory["target"] + memory["head"] + memory["kv_cache"]
     temps = sorted({run.get("temp", 0.0) for run in result["runs"]})
     lines = [
-        f"`{command}` at commit {where['commit']}, {where['date']}: {where['chip']}, "
+        f"`{command(result, name)}` at commit {where['commit']}, {where['date']}: {where['chip']}, "
         f"mlx {where['mlx']} on {where['device']}, BLAS {where['blas']}, mlx-lm "
         f"{where['mlx_lm']}, target {settings['model']}. Medians over "
         f"{len(result['costs'])} prompts, with the middle half of them; ratios against mlx-lm on "
@@ -107,11 +98,11 @@ def _category_table(result: dict) -> list[str]:
         f"{statistics.geometric_mean(means[m].values()):.2f}" if means[m] else "" for m in methods
     ]
     lines.append(f"| geometric mean | {' | '.join(cells)} |")
-    lines += ["", "Cells: speed ratio (tokens per round)."]
-    for auto in (method for method in methods if method.endswith("auto")):
-        fixed = [m for m in methods if m.startswith(auto.removesuffix("auto") + "b")]
+    lines += ["", "Cells: speed ratio, geometric mean over prompts (tokens per round)."]
+    for auto in (method for method in methods if method.endswith(AUTO)):
+        fixed = [m for m in methods if m != auto and m.startswith(auto.removesuffix(AUTO) + "b")]
         shares = [
-            means[auto][category] / max(means[m].get(category, 0.0) for m in ["plain", *fixed])
+            means[auto][category] / max(means[m].get(category, 0.0) for m in [PLAIN, *fixed])
             for category in means[auto]
         ]
         if fixed and shares:
@@ -142,12 +133,12 @@ def ratios(result: dict, method: str) -> dict[str, float]:
 
 
 def category_ratios(result: dict, method: str) -> dict[str, float]:
-    """Category -> median speed ratio of its prompts."""
+    """Category -> geometric mean of its prompts' speed ratios."""
     category = {run["prompt"]: run["category"] for run in result["runs"]}
     found = defaultdict(list)
     for prompt, ratio in ratios(result, method).items():
         found[category[prompt]].append(ratio)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.geometric_mean(values) for name, values in found.items()}
 
 
 def efficiency(result: dict, method: str) -> float | None:
@@ -167,12 +158,8 @@ def efficiency(result: dict, method: str) -> float | None:
 
 def sizes(run: dict) -> dict[int, int]:
     """Rounds of a run by the nodes of their tree; none where no tree was verified."""
-    if "sizes" in run:
-        found = {int(nodes): rounds for nodes, rounds in run["sizes"].items()}
-        return found if max(found, default=1) > 1 else {}
-    if run["method"].startswith("budget"):
-        return {int(run["method"].split()[1]): run["rounds"]}
-    return {}
+    found = {int(nodes): rounds for nodes, rounds in run["sizes"].items()}
+    return found if max(found, default=1) > 1 else {}
 
 
 def bound(run: dict, seconds: dict[str, float] | dict[int, float]) -> float:
@@ -212,7 +199,7 @@ def draw_speed(result: dict, path: Path) -> bool:
         for i, method in enumerate(methods):
             found = ratios(part, method)
             values = [[r for p, r in found.items() if of[p] == c] for c in categories]
-            middle = np.array([statistics.median(v) if v else 0.0 for v in values])
+            middle = np.array([statistics.geometric_mean(v) if v else 0.0 for v in values])
             spread = [
                 middle - [min(v, default=0.0) for v in values],
                 [max(v, default=0.0) for v in values] - middle,
@@ -231,7 +218,7 @@ def draw_speed(result: dict, path: Path) -> bool:
 
 def acceptance_tables(result: dict, name: str) -> str:
     """Markdown of an acceptance benchmark: the shapes of trees at equal rows, over all prompts."""
-    lines = [headline(result, "acceptance", name)]
+    lines = [headline(result, name)]
     for temp, found in result["temps"].items():
         yields = found["all"]
         budgets = [n for n in ("2", "4", "6", "8", "12", "16", "24", "32") if n in yields["best"]]
@@ -257,7 +244,7 @@ def cost_tables(result: dict, name: str) -> str:
     """Markdown of a measured cost curve: passes over that of one row."""
     curve = result["curve"]
     lines = [
-        headline(result, "cost_curve", name), "",
+        headline(result, name), "",
         f"| context | {' | '.join(map(str, curve['rows']))} rows |",
         f"|---|{'---|' * len(curve['rows'])}",
     ]  # fmt: skip
@@ -270,7 +257,7 @@ def cost_tables(result: dict, name: str) -> str:
 def memory_tables(result: dict, name: str) -> str:
     """Markdown of a memory benchmark."""
     lines = [
-        headline(result, "memory", name), "",
+        headline(result, name), "",
         "| context | method | peak | target + head + KV cache | more |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for run in result["runs"]:
@@ -284,27 +271,103 @@ def memory_tables(result: dict, name: str) -> str:
 
 def context_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark over context lengths: speed over plain decoding."""
-    methods = [m for m in result["methods"] if m != "plain"]
+    methods = [m for m in result["methods"] if m != PLAIN]
     lines = [
-        headline(result, "long_context", name), "",
+        headline(result, name), "",
         f"| context | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}",
     ]  # fmt: skip
     for context, rates in result["rates"].items():
-        plain = statistics.median(rates["plain"])
+        plain = statistics.median(rates[PLAIN])
         cells = (f"{statistics.median(rates[m]) / plain:.2f}" for m in methods)
         lines.append(f"| {context} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Cells: speed over our own plain decoding."])
 
 
-def headline(result: dict, module: str, name: str, more: str = "") -> str:
-    """The command that made a result, with `more` of its flags, and where it ran."""
+FLAGS = (
+    "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "rules", "budgets",
+    "temps", "contexts", "reference",
+)  # fmt: skip
+"""Of the benchmarks, as far as they have them: those that tables name."""
+
+
+def command(result: dict, name: str) -> str:
+    """What made a result."""
+    settings, shown = result["settings"], []
+    for flag in FLAGS:
+        given = settings.get(flag)
+        values = given if isinstance(given, list) else [given]
+        if given is True:
+            values = []
+        elif not given or given == ["match"]:
+            continue
+        elif flag == "prompts":
+            values = [Path(given).name]
+        texts = (f"{x:g}" if isinstance(x, float) else str(x) for x in values)
+        shown.append(" ".join((f"--{flag.replace('_', '-')}", *texts)))
+    return f"python -m benchmarks.{result['kind']} {' '.join(shown)} --output {name}"
+
+
+def headline(result: dict, name: str) -> str:
+    """The command that made a result, and where it ran."""
     where = result["machine"]
-    command = " ".join(filter(None, (f"python -m benchmarks.{module}", more, "--output", name)))
     return (
-        f"`{command}` at commit {where['commit']}, "
+        f"`{command(result, name)}` at commit {where['commit']}, "
         f"{where['date']}: {where['chip']}, mlx {where['mlx']} on {where['device']}, target "
         f"{result['settings']['model']}."
     )
+
+
+def summary(results: list[tuple[str, dict]]) -> str:
+    """Markdown: one row for each method of the benchmarks of speed, and what made it.
+
+    results  (name of the JSON file, document)
+    """
+    lines = [
+        "| | `--drafter` | prompts | speed | lowest to highest task | tokens per round |",
+        "|---|---|---|---|---|---|",
+    ]
+    commands = []
+    for name, result in results:
+        if result["kind"] not in _SUMMARIES:
+            continue
+        commands.append(f"{len(commands) + 1}. `{command(result, name)}`")
+        settings = result["settings"]
+        prompts = len({run["prompt"] for run in result["runs"]})
+        where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
+        for method, speeds, tokens in _SUMMARIES[result["kind"]](result):
+            low, high = min(speeds.values()), max(speeds.values())
+            lines.append(
+                f"| {len(commands)} | {method} | {where} "
+                f"| **{statistics.geometric_mean(speeds.values()):.2f}** "
+                f"| {f'{low:.2f} to {high:.2f}' if len(speeds) > 1 else ''} | {tokens:.2f} |"
+            )
+    return "\n".join([*lines, "", *commands])
+
+
+def _speeds(result: dict):
+    """(method, speed by category, tokens per round) of a speed benchmark's drafted methods."""
+    for temp in sorted({run["temp"] for run in result["runs"]}):
+        part = at_temperature(result, temp)
+        for method, runs in _by(part["runs"], "method").items():
+            speeds = category_ratios(part, method)
+            if method not in (BASE, PLAIN) and speeds:
+                at = f", temperature {temp:g}" if temp else ""
+                name = method.removeprefix("drafter ").removesuffix(f", {AUTO}")
+                yield name + at, speeds, tokens_per_round(runs)
+
+
+def _drafter_speeds(result: dict):
+    """The same of a benchmark of drafters and rules."""
+    from benchmarks.drafters import PLAIN, ratios  # it imports this module
+
+    categories = list(_by(result["runs"], "category"))
+    for method, runs in _by(result["runs"], "method").items():
+        if not method.startswith(PLAIN):
+            speeds = dict(zip(categories, ratios(result, method, categories), strict=True))
+            yield method, speeds, tokens_per_round(runs)
+
+
+_SUMMARIES = {"speed": _speeds, "drafters": _drafter_speeds}
 
 
 def drafter_tables(result: dict, name: str) -> str:
@@ -322,28 +385,40 @@ TABLES = {
     "memory": memory_tables,
     "long_context": context_tables,
 }
-"""By the `kind` of a document; the oldest have none and are of speed."""
+"""By the `kind` of a document."""
 
 
-def all_tables(directory: Path) -> str:
-    """The tables of all results in a directory: by kind, a machine's main result first."""
+def read(directory: Path) -> list[tuple[str, dict]]:
+    """(file name, document) of all results: by kind, a machine's main result first."""
     paths, kinds = directory.glob("*.json"), list(TABLES)
-    results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    place = lambda path, result: (kinds.index(result.get("kind", "speed")), len(path.suffixes))
-    results.sort(key=lambda entry: (*place(*entry), entry[0].name))
-    return "\n\n".join(TABLES[r.get("kind", "speed")](r, path.name) for path, r in results)
+    results = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    place = lambda name, result: (kinds.index(result["kind"]), name.count("."), name)
+    return sorted(results, key=lambda entry: place(*entry))
 
 
-def with_tables(readme: str, tables: str) -> str:
-    before, rest = readme.split(BEGIN)
+def details(results: list[tuple[str, dict]]) -> str:
+    """Markdown: the tables of all results."""
+    return "\n\n".join(f"## {name}\n\n{TABLES[r['kind']](r, name)}" for name, r in results)
+
+
+def with_tables(page: str, tables: str) -> str:
+    """The page with what stands between its marks replaced."""
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """The pages with tables, as the results say."""
+    results = read(RESULTS)
+    made = {README: summary(results), DETAILS: details(results)}
+    return {p: with_tables(p.read_text(encoding="utf-8"), tables) for p, tables in made.items()}
 
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.parse_args(args)
-    readme = README.read_text(encoding="utf-8")
-    README.write_text(with_tables(readme, all_tables(RESULTS)), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

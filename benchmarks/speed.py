@@ -114,15 +114,14 @@ class SpeedBench(Bench):
     def _drafted(self) -> Iterator[Method]:
         flags = self.flags
         for drafter in self.drafters:
-            prefix = "" if len(self.drafters) == 1 else f"{drafter}: "
+            prefix = f"drafter {drafter}, "
+            beams = f"beams {flags.beam_width}x{flags.beam_length}"
             if flags.reference:
-                name = f"{prefix}beams {flags.beam_width}x{flags.beam_length} unshared"
+                name = f"{prefix}{beams} unshared"
                 shape = flags.beam_width, flags.beam_length
                 yield Method(name, drafter, budget=UnsharedBeams(*shape, nodes=0))
             for budget in flags.budgets:
-                name = {0: f"beams {flags.beam_width}x{flags.beam_length}", "auto": "auto"}.get(
-                    budget, f"budget {budget}"
-                )
+                name = f"budget {budget}" if budget else beams
                 options = DraftOptions(flags.beam_width, flags.beam_length, budget)
                 yield Method(prefix + name, drafter, options)
 

@@ -37,15 +37,15 @@ def result():
         "runs": [
             run("mlx-lm", 10.0),
             run("plain", 9.9),
-            run("auto", 12.0, rounds=10, sizes={"4": 8, "6": 2}, draft=0.05),
+            run("budget auto", 12.0, rounds=10, sizes={"4": 8, "6": 2}, draft=0.05),
         ],
     }  # fmt: skip
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
+def test_the_pages_have_the_tables_of_the_results():
     """Made by: python -m benchmarks.report."""
-    readme = report.README.read_text(encoding="utf-8")
-    assert readme == report.with_tables(readme, report.all_tables(report.RESULTS))
+    for path, text in report.pages().items():
+        assert path.read_text(encoding="utf-8") == text
 
 
 def test_the_bound_counts_each_round_at_the_cost_of_its_tree(result):
@@ -54,13 +54,13 @@ def test_the_bound_counts_each_round_at_the_cost_of_its_tree(result):
     costs = result["costs"][0]["seconds"]
     for keys in (costs, {int(n): s for n, s in costs.items()}):
         assert report.bound(auto, keys) == pytest.approx(20 * 0.1 / seconds)
-    assert report.efficiency(result, "auto") == pytest.approx(1.2 / (20 * 0.1 / seconds))
+    assert report.efficiency(result, "budget auto") == pytest.approx(1.2 / (20 * 0.1 / seconds))
     assert report.efficiency(result, "plain") is None
 
 
 def test_the_tables_of_a_run(result):
     tables = report.speed_tables(result, "NAME.json")
-    assert "| auto | 1.200 (1.20-1.20) | 2.00 | 102.0% |" in tables
+    assert "| budget auto | 1.200 (1.20-1.20) | 2.00 | 102.0% |" in tables
     assert "| qa | 0.99 (1.00) | 1.20 (2.00) |" in tables
     assert "| geometric mean | 0.99 | 1.20 |" in tables
 
@@ -68,7 +68,7 @@ def test_the_tables_of_a_run(result):
 def test_auto_is_held_against_the_best_fixed_budget(result):
     assert "best fixed" not in report.speed_tables(result, "NAME.json")
     result["runs"] += [run("budget 4", 8.0, sizes={"4": 20}), run("beams 2x3", 12.5)]
-    assert "auto reaches 96.0% to 96.0%" in report.speed_tables(result, "NAME.json")
+    assert "budget auto reaches 96.0% to 96.0%" in report.speed_tables(result, "NAME.json")
 
 
 def test_unshared_beams_cost_a_row_for_each_token():
@@ -84,12 +84,29 @@ def test_unshared_beams_cost_a_row_for_each_token():
     assert tree.tokens[: len(shared)].tolist() == shared.tokens.tolist()
 
 
+def test_tasks_are_means_of_their_prompts(result):
+    """A median of three prompts would be one of them."""
+    for prompt, rate in (("b", 24.0), ("c", 40.5)):
+        result["runs"] += [run("mlx-lm", 10.0, prompt), run("budget auto", rate, prompt)]
+    mean = (1.2 * 2.4 * 4.05) ** (1 / 3)
+    assert report.category_ratios(result, "budget auto") == {"qa": pytest.approx(mean)}
+
+
+def test_the_summary_has_a_row_for_each_drafter_and_its_command(result):
+    result["runs"].append(run("budget auto", 16.0, category="rag", prompt="b", rounds=5))
+    result["runs"].append(run("mlx-lm", 10.0, category="rag", prompt="b"))
+    lines = report.summary([("NAME.json", result)]).splitlines()
+    assert "| 1 | budget auto | 2 of p, 20 tokens | **1.39** | 1.20 to 1.60 | 2.67 |" in lines
+    assert not any("plain" in line for line in lines)
+    assert lines[-1].startswith("1. `python -m benchmarks.speed --prompts p.jsonl --per-category 1")
+
+
 def test_texts_without_a_second_token_have_no_rate(result):
     """A model that ends at once: nothing was decoded that could be timed."""
-    for method in ("mlx-lm", "plain", "auto"):
+    for method in ("mlx-lm", "plain", "budget auto"):
         result["runs"].append(run(method, None, prompt="b", tokens=1, rounds=1))
     result["costs"].append({"prompt": "b", "context": 3, "seconds": {"1": 0.1}})
-    assert report.ratios(result, "auto").keys() == {"a"}
+    assert report.ratios(result, "budget auto").keys() == {"a"}
     assert "1.20" in report.speed_tables(result, "NAME.json")
 
 
@@ -139,7 +156,7 @@ def test_other_machines_on_paper(acceptance, capsys):
 
 
 def test_how_well_it_predicts(result):
-    (line,) = [line for line in machines.against(result).splitlines() if "auto" in line]
+    (line,) = [line for line in machines.against(result).splitlines() if "budget auto" in line]
     assert "1.176 | 1.200 | 1.020" in line
 
 
