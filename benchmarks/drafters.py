@@ -25,6 +25,7 @@ import redrafter_mlx
 from benchmarks import prompts as prompt_files
 from benchmarks.machine import document, machine, size, write
 from benchmarks.prompts import Prompt
+from benchmarks.ratios import PLAIN
 from benchmarks.report import headline
 from redrafter_mlx import analysis, device
 from redrafter_mlx.config import DrafterOptions, DraftOptions, GenerationOptions, SamplingOptions
@@ -38,8 +39,6 @@ from redrafter_mlx.stats import Stats
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.tree import TokenTree
-
-PLAIN = "plain"
 
 LENGTHS = (100, 1000, 10_000, 100_000)
 """Of the texts that lookups are timed in."""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import bound, ratios, sizes
+from benchmarks.ratios import bound, ratios, sizes
 from redrafter_mlx.pricing.curve import CostCurve
 
 

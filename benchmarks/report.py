@@ -9,19 +9,27 @@ import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.ratios import (
+    BASE,
+    PLAIN,
+    at_temperature,
+    by,
+    category_ratios,
+    efficiency,
+    ratios,
+    tokens_per_round,
+)
 from redrafter_mlx.pricing.picture import new_figure
 
 ROOT = Path(__file__).parent.parent
 README, DETAILS = ROOT / "README.md", Path(__file__).parent / "RESULTS.md"
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-BASE, PLAIN = "mlx-lm", "plain"
 AUTO = "budget auto"
 
 
@@ -55,18 +63,12 @@ def speed_tables(result: dict, name: str) -> str:
     return "\n".join(lines)
 
 
-def at_temperature(result: dict, temp: float) -> dict:
-    """The same document with the runs at one temperature."""
-    runs = [run for run in result["runs"] if run.get("temp", 0.0) == temp]
-    return {**result, "runs": runs}
-
-
 def _method_table(result: dict) -> list[str]:
     lines = [
         "| method | speed ratio | tokens per round | of the bound | draft | verify | rest |",
         "|---|---|---|---|---|---|---|",
     ]
-    for method, runs in _by(result["runs"], "method").items():
+    for method, runs in by(result["runs"], "method").items():
         if method == BASE:
             continue
         total = sum(run["decode_seconds"] for run in runs)
@@ -84,10 +86,10 @@ def _method_table(result: dict) -> list[str]:
 
 
 def _category_table(result: dict) -> list[str]:
-    methods = [m for m in _by(result["runs"], "method") if m != BASE]
+    methods = [m for m in by(result["runs"], "method") if m != BASE]
     lines = [f"| category | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
     means = {method: category_ratios(result, method) for method in methods}
-    for category, runs in _by(result["runs"], "category").items():
+    for category, runs in by(result["runs"], "category").items():
         cells = []
         for method in methods:
             own = [run for run in runs if run["method"] == method]
@@ -118,72 +120,6 @@ def _middle(values: Iterable[float]) -> str:
     return f"{median:.3f} ({low:.2f}-{high:.2f})"
 
 
-def ratios(result: dict, method: str) -> dict[str, float]:
-    """Prompt id -> median rate of the method over mlx-lm's; only where both decoded something."""
-    rates = defaultdict(lambda: defaultdict(list))
-    for run in result["runs"]:
-        if run["rate"]:
-            rates[run["prompt"]][run["method"]].append(run["rate"])
-    median = statistics.median
-    return {
-        prompt: median(r[method]) / median(r[BASE])
-        for prompt, r in rates.items()
-        if r[method] and r[BASE]
-    }
-
-
-def category_ratios(result: dict, method: str) -> dict[str, float]:
-    """Category -> geometric mean of its prompts' speed ratios."""
-    category = {run["prompt"]: run["category"] for run in result["runs"]}
-    found = defaultdict(list)
-    for prompt, ratio in ratios(result, method).items():
-        found[category[prompt]].append(ratio)
-    return {name: statistics.geometric_mean(values) for name, values in found.items()}
-
-
-def efficiency(result: dict, method: str) -> float | None:
-    """Median over prompts of the measured speed ratio over its bound; None without a drafter."""
-    shares, reached = [], ratios(result, method)
-    for cost in result["costs"]:
-        runs = [
-            run
-            for run in result["runs"]
-            if run["method"] == method and run["prompt"] == cost["prompt"] and sizes(run)
-        ]
-        if runs and cost["prompt"] in reached:
-            bounds = [bound(run, cost["seconds"]) for run in runs]
-            shares.append(reached[cost["prompt"]] / statistics.median(bounds))
-    return statistics.median(shares) if shares else None
-
-
-def sizes(run: dict) -> dict[int, int]:
-    """Rounds of a run by the nodes of their tree; none where no tree was verified."""
-    found = {int(nodes): rounds for nodes, rounds in run["sizes"].items()}
-    return found if max(found, default=1) > 1 else {}
-
-
-def bound(run: dict, seconds: dict[str, float] | dict[int, float]) -> float:
-    """The highest speed ratio that the run's rounds allow: nothing but passes and drafts."""
-    measured = {int(n): s for n, s in seconds.items()}  # JSON makes strings of numbers
-    rows = sorted(measured)
-    costs = [measured[n] for n in rows]
-    passes = sum(
-        rounds * float(np.interp(nodes, rows, costs)) for nodes, rounds in sizes(run).items()
-    )
-    return run["tokens"] * costs[0] / (passes + run["draft_seconds"])
-
-
-def tokens_per_round(runs: list[dict]) -> float:
-    return sum(run["tokens"] for run in runs) / sum(run["rounds"] for run in runs)
-
-
-def _by(runs: list[dict], key: str) -> dict[str, list[dict]]:
-    groups = defaultdict(list)
-    for run in runs:
-        groups[run[key]].append(run)
-    return groups
-
-
 def draw_speed(result: dict, path: Path) -> bool:
     """Bars of the speed ratio by category and method, with the spread over prompts, as PNG."""
     temps = sorted({run.get("temp", 0.0) for run in result["runs"]})
@@ -193,8 +129,8 @@ def draw_speed(result: dict, path: Path) -> bool:
     rows = figure.subplots(len(temps), 1, squeeze=False)[:, 0]
     for temp, axes in zip(temps, rows, strict=True):
         part = at_temperature(result, temp)
-        methods = [m for m in _by(part["runs"], "method") if m != BASE]
-        categories = list(_by(part["runs"], "category"))
+        methods = [m for m in by(part["runs"], "method") if m != BASE]
+        categories = list(by(part["runs"], "category"))
         of = {run["prompt"]: run["category"] for run in part["runs"]}
         for i, method in enumerate(methods):
             found = ratios(part, method)
@@ -348,7 +284,7 @@ def _speeds(result: dict):
     """(method, speed by category, tokens per round) of a speed benchmark's drafted methods."""
     for temp in sorted({run["temp"] for run in result["runs"]}):
         part = at_temperature(result, temp)
-        for method, runs in _by(part["runs"], "method").items():
+        for method, runs in by(part["runs"], "method").items():
             speeds = category_ratios(part, method)
             if method not in (BASE, PLAIN) and speeds:
                 at = f", temperature {temp:g}" if temp else ""
@@ -358,12 +294,12 @@ def _speeds(result: dict):
 
 def _drafter_speeds(result: dict):
     """The same of a benchmark of drafters and rules."""
-    from benchmarks.drafters import PLAIN, ratios  # it imports this module
+    from benchmarks.drafters import ratios as drafter_ratios  # it imports this module
 
-    categories = list(_by(result["runs"], "category"))
-    for method, runs in _by(result["runs"], "method").items():
+    categories = list(by(result["runs"], "category"))
+    for method, runs in by(result["runs"], "method").items():
         if not method.startswith(PLAIN):
-            speeds = dict(zip(categories, ratios(result, method, categories), strict=True))
+            speeds = dict(zip(categories, drafter_ratios(result, method, categories), strict=True))
             yield method, speeds, tokens_per_round(runs)
 
 

@@ -35,6 +35,7 @@ import redrafter_mlx
 from benchmarks import prompts as prompt_files
 from benchmarks.machine import Bench, add_prompts, document, machine, parser, size, write
 from benchmarks.prompts import Prompt
+from benchmarks.ratios import BASE, PLAIN
 from benchmarks.report import draw_speed, speed_tables
 from redrafter_mlx.budget import Budget, FixedBudget
 from redrafter_mlx.check import compare_with_plain
@@ -42,7 +43,7 @@ from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOption
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.tree import Candidates, TokenTree
 
-MLX_LM, MLX_LM_DRAFT, PLAIN = "mlx-lm", "mlx-lm with a draft model", "plain"
+MLX_LM_DRAFT = f"{BASE} with a draft model"
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Rows of the bare passes, as far as trees are that large; between them lines are drawn."""
 
@@ -107,7 +108,7 @@ class SpeedBench(Bench):
         self.draft_model = None
         if flags.draft_model:  # prepared as the target is: in float32 on a CPU
             self.draft_model = redrafter_mlx.load(flags.draft_model)[0]
-        self.methods = [Method(MLX_LM), Method(PLAIN), *self._drafted()]
+        self.methods = [Method(BASE), Method(PLAIN), *self._drafted()]
         if self.draft_model is not None:
             self.methods.insert(1, Method(MLX_LM_DRAFT))
 
@@ -127,7 +128,7 @@ class SpeedBench(Bench):
 
     def run(self, method: Method, prompt: Prompt, ids: list[int], temp: float):
         """(Run, token ids)."""
-        if method.name in (MLX_LM, MLX_LM_DRAFT):
+        if method.name in (BASE, MLX_LM_DRAFT):
             return self._mlx_lm(method, prompt, ids, temp)
         run = self.generation(method, ids, temp)
         tokens, began, first = [], time.perf_counter(), 0
@@ -235,7 +236,7 @@ def measure(bench: SpeedBench, flags: argparse.Namespace) -> dict:
                     runs.append(run)
                     largest = max([largest, *run.sizes])
             for name, tokens in texts.items():
-                ours = name not in (MLX_LM, MLX_LM_DRAFT) or temp == 0
+                ours = name not in (BASE, MLX_LM_DRAFT) or temp == 0
                 if ours and tokens != texts[PLAIN]:
                     margin = bench.margin(tokens, ids, temp)
                     differences.append(f"{prompt.id} {name} at temperature {temp:g}: {margin}")

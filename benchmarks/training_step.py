@@ -22,11 +22,11 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from redrafter_mlx import blas, hub
-from redrafter_mlx.config import HeadOptions, TrainingOptions
 from redrafter_mlx.drafters.recurrent import HeadConfig
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.initial import initial_head
+from redrafter_mlx.training.options import HeadOptions, TrainingOptions
 from redrafter_mlx.training.run import Vocabulary, gradients_of, head_config, make_gradients
 from redrafter_mlx.training.shards import parts, training_shards
 from redrafter_mlx.training.windows import LENGTH, Shards

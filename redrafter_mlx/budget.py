@@ -117,9 +117,11 @@ class AutoBudget:
         """What the user should know; nothing while speculation pays."""
         if not self.policy.is_parked:
             return ""
+        gain = self.policy.gain
+        expected = f" (expected {gain:.2f}x plain decoding)" if gain < 1 else ""  # as of its park
         return (
-            f"drafting does not pay here (expected {self.policy.gain:.2f}x plain decoding), so the "
-            "drafter is parked; python -m redrafter_mlx.tune measures why"
+            f"drafting does not pay here{expected}, so the drafter is parked; "
+            "python -m redrafter_mlx.tune measures why"
         )
 
     @property

@@ -22,14 +22,9 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from redrafter_mlx import cli
-from redrafter_mlx.config import (
-    DataOptions,
-    HeadOptions,
-    TrainingOptions,
-    add_flags,
-    from_flags,
-)
+from redrafter_mlx.config import add_flags, from_flags
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -224,8 +219,11 @@ def _write_data(flags: Namespace, source: Source, options: DataOptions) -> int:
     standing: dict[int, Progress] = {}
 
     def tell(job: int, progress: Progress) -> None:
+        before = standing.get(job)
         standing[job] = progress
         bar.n = sum(p.counts.tokens for p in standing.values())
+        if bar.disable and before and progress.batches > before.batches:  # not a terminal
+            _say(f"writing data: {bar.n:,} of {options.data_tokens:,} tokens")
         at = ", ".join(f"{p.batches + 1}: {p.share:.0%}" for _, p in sorted(standing.items()))
         bar.set_postfix_str(f"batch {at}", refresh=True)
 

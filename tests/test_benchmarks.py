@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import machines, prompts, report
+from benchmarks import machines, prompts, ratios, report
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.tree import Candidates
 
@@ -53,9 +53,9 @@ def test_the_bound_counts_each_round_at_the_cost_of_its_tree(result):
     seconds = 8 * 0.15 + 2 * 0.225 + 0.05
     costs = result["costs"][0]["seconds"]
     for keys in (costs, {int(n): s for n, s in costs.items()}):
-        assert report.bound(auto, keys) == pytest.approx(20 * 0.1 / seconds)
-    assert report.efficiency(result, "budget auto") == pytest.approx(1.2 / (20 * 0.1 / seconds))
-    assert report.efficiency(result, "plain") is None
+        assert ratios.bound(auto, keys) == pytest.approx(20 * 0.1 / seconds)
+    assert ratios.efficiency(result, "budget auto") == pytest.approx(1.2 / (20 * 0.1 / seconds))
+    assert ratios.efficiency(result, "plain") is None
 
 
 def test_the_tables_of_a_run(result):
@@ -89,7 +89,7 @@ def test_tasks_are_means_of_their_prompts(result):
     for prompt, rate in (("b", 24.0), ("c", 40.5)):
         result["runs"] += [run("mlx-lm", 10.0, prompt), run("budget auto", rate, prompt)]
     mean = (1.2 * 2.4 * 4.05) ** (1 / 3)
-    assert report.category_ratios(result, "budget auto") == {"qa": pytest.approx(mean)}
+    assert ratios.category_ratios(result, "budget auto") == {"qa": pytest.approx(mean)}
 
 
 def test_the_summary_has_a_row_for_each_drafter_and_its_command(result):
@@ -106,7 +106,7 @@ def test_texts_without_a_second_token_have_no_rate(result):
     for method in ("mlx-lm", "plain", "budget auto"):
         result["runs"].append(run(method, None, prompt="b", tokens=1, rounds=1))
     result["costs"].append({"prompt": "b", "context": 3, "seconds": {"1": 0.1}})
-    assert report.ratios(result, "budget auto").keys() == {"a"}
+    assert ratios.ratios(result, "budget auto").keys() == {"a"}
     assert "1.20" in report.speed_tables(result, "NAME.json")
 
 

@@ -10,7 +10,6 @@ from redrafter_mlx.cli import Parser
 from redrafter_mlx.config import (
     GROUPS,
     NOT_HONOURED,
-    DataOptions,
     DraftOptions,
     GenerationOptions,
     SamplingOptions,
@@ -21,6 +20,7 @@ from redrafter_mlx.config import (
     parse_keywords,
 )
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.training.options import DataOptions
 
 FIELDS = {f.name: (group, f) for group in GROUPS for f in dataclasses.fields(group)}
 NUMBERS = {name for name, (_, f) in FIELDS.items() if f.metadata["type"] in (int, float)}

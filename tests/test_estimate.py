@@ -6,7 +6,6 @@ import mlx.core as mx
 import pytest
 
 from families import build
-from redrafter_mlx.config import DataOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import estimate as module
@@ -18,6 +17,7 @@ from redrafter_mlx.training.estimate import (
     memory_needed,
     share,
 )
+from redrafter_mlx.training.options import DataOptions
 from redrafter_mlx.training.shards import held_out_shards, training_shards
 from support import TinyTokenizer
 

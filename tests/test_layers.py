@@ -47,7 +47,7 @@ LAYERS = [
     ["round"],
     ["sampling"],
     ["tree", "device"],
-    ["cli", "drafters.spec"],
+    ["cli", "drafters.spec", "training.options"],
     ["config", "training.jobs"],
     ["pricing.picture"],
     ["pricing.curve"],

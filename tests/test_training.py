@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.config import DraftOptions, TrainingOptions
+from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import adapt
@@ -27,6 +27,7 @@ from redrafter_mlx.training.objective import (
     tied_output,
     trained_output,
 )
+from redrafter_mlx.training.options import TrainingOptions
 from redrafter_mlx.training.replay import BUDGETS, greedy_answers, replay
 from redrafter_mlx.training.shards import shard_path, write_shard
 from redrafter_mlx.training.windows import Shards

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx.config import DataOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import in_use
 from redrafter_mlx.target.adapter import Target
@@ -21,6 +20,7 @@ from redrafter_mlx.training import data, shards
 from redrafter_mlx.training.data import Counts, write_data
 from redrafter_mlx.training.filters import loop_end
 from redrafter_mlx.training.lockstep import Role
+from redrafter_mlx.training.options import DataOptions
 from redrafter_mlx.training.shards import (
     held_out_shards,
     map_shard,

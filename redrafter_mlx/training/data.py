@@ -21,7 +21,6 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx.config import DataOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import in_use, one_line
 from redrafter_mlx.target.adapter import Target
@@ -29,6 +28,7 @@ from redrafter_mlx.training.estimate import share
 from redrafter_mlx.training.filters import Sieve, loop_end
 from redrafter_mlx.training.lockstep import Conversation, Role, Script, can_stagger, play
 from redrafter_mlx.training.manifest import note_counts, settle
+from redrafter_mlx.training.options import DataOptions
 from redrafter_mlx.training.questions import Question, read_questions
 from redrafter_mlx.training.scripts import (
     Template,

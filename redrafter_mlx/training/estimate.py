@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.config import DataOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.cache import BLOCK
 from redrafter_mlx.training.lockstep import CHUNK, K, Probe
+from redrafter_mlx.training.options import DataOptions
 
 ANSWERS = 0.6
 """Share of all tokens that are answers and are kept: three batches (64 rows of 512 columns) of the

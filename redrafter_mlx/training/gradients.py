@@ -20,10 +20,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from redrafter_mlx import blas, device
-from redrafter_mlx.config import TrainingOptions
 from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.training.jobs import blas_threads
 from redrafter_mlx.training.objective import Objective, candidates
+from redrafter_mlx.training.options import TrainingOptions
 from redrafter_mlx.training.windows import Shards, Window
 
 Parameters = Any

@@ -15,9 +15,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from redrafter_mlx.config import TrainingOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.gradients import Crew, Gradients
+from redrafter_mlx.training.options import TrainingOptions
 
 WARM_UP = 0.02
 """Share of the steps over which the learning rate rises."""

@@ -11,12 +11,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import device
-from redrafter_mlx.config import DataOptions
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.estimate import choose_rows
 from redrafter_mlx.training.lockstep import K
+from redrafter_mlx.training.options import DataOptions
 from redrafter_mlx.training.scripts import Template
 from redrafter_mlx.training.shards import shard_count
 

@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from redrafter_mlx import device, hub
-from redrafter_mlx.config import HeadOptions, TrainingOptions, flag_name
+from redrafter_mlx.config import flag_name
 from redrafter_mlx.drafters.checkpoint import load_head, save_head
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
 from redrafter_mlx.errors import UserError
@@ -33,6 +33,7 @@ from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective, tied_output, trained_output
+from redrafter_mlx.training.options import HeadOptions, TrainingOptions
 from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
 from redrafter_mlx.training.shards import held_out_shards, parts, training_shards
 from redrafter_mlx.training.windows import LENGTH, Shards
