@@ -113,6 +113,18 @@ def test_a_drafter_that_costs_nothing_waits_for_its_moment():
     assert echo.rate() > 2 / passes(1, 0)
 
 
+@pytest.mark.parametrize("gain, said", [(0.8, " (expected 0.80x plain decoding)"), (1.1, "")])
+def test_a_parked_drafter_is_not_said_to_gain(monkeypatch, gain, said):
+    """What was expected last may look like a gain where drafts led to nothing."""
+    passes = CURVES["linear"]
+    here = machine(passes)
+    budget = auto(policy(passes), here)
+    assert budget.note == ""
+    play(here, Guesser(**LIARS["liar"]), budget, 20)
+    monkeypatch.setattr(Policy, "gain", gain)
+    assert budget.note.startswith(f"drafting does not pay here{said}, so the drafter is parked")
+
+
 def test_pauses_double():
     passes = CURVES["linear"]
     here = machine(passes)
