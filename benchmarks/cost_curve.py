@@ -42,7 +42,9 @@ def measure(flags: argparse.Namespace) -> dict:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
-    made.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048])
+    made.add_argument(
+        "--contexts", type=int, nargs="+", default=[128, 512, 2048], help="tokens before the answer"
+    )
     rows = list(chain(range(1, 17), (20, 24, 32, 48, 64)))
     made.add_argument("--rows", type=int, nargs="+", default=rows, help="ascending, 1 first")
     made.add_argument("--turns", type=int, default=9, help="how often each size is timed")

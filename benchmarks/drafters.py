@@ -21,14 +21,20 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import redrafter_mlx
 from benchmarks import prompts as prompt_files
-from benchmarks.machine import document, machine, size, write
+from benchmarks.machine import Bench, add_prompts, document, machine, parser, size, write
 from benchmarks.prompts import Prompt
 from benchmarks.ratios import PLAIN
 from benchmarks.report import headline
 from redrafter_mlx import analysis, device
-from redrafter_mlx.config import DrafterOptions, DraftOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.config import (
+    AUTO,
+    DrafterOptions,
+    DraftOptions,
+    GenerationOptions,
+    SamplingOptions,
+    budget_size,
+)
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.protocol import Drafter
@@ -85,35 +91,25 @@ class Run:
     draft_runs: list[tuple[int, float]]
 
 
-class Bench:
+class DrafterBench(Bench):
     """The target, its drafters, and the methods to compare."""
 
     def __init__(self, flags: argparse.Namespace):
+        cascade = {"cascade_k": flags.cascade_k, "lenience": flags.lenience}
+        super().__init__(flags.model, flags.drafters, **cascade)
         self.flags = flags
-        self.model, self.tokenizer = redrafter_mlx.load(flags.model)
-        self.drafters: dict[str, Drafter | None] = {PLAIN: None}
-        for name in flags.drafters:
-            given = {"cascade_k": flags.cascade_k, "lenience": flags.lenience}
-            self.drafters[name] = redrafter_mlx.load_drafter(
-                name, self.model, tokenizer=self.tokenizer, **(given if "cascade" in name else {})
-            )
         self.methods = [Method(PLAIN, "match", temp) for temp in flags.temps]
         for name in flags.drafters:
             self.methods += [Method(name, r, t) for r in flags.rules for t in flags.temps]
 
-    def encode(self, text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-
     def run(self, method: Method, prompt: Prompt, ids: list[int]) -> tuple[Run, list[int]]:
-        budget = {} if self.flags.budget is None else {"budget": self.flags.budget}
         run = Generation(
             self.model,
             ids,
-            self.drafters[method.drafter],
+            self.drafters.get(method.drafter),
             generation=GenerationOptions(max_tokens=self.flags.max_tokens),
             sampling=SamplingOptions(temp=method.temp, seed=self.flags.seed, rule=method.rule),
-            draft=DraftOptions(**budget),
+            draft=DraftOptions(budget=self.flags.budget),
             eos_token_ids=self.tokenizer.eos_token_ids,
         )
         tokens = [token.id for token in run]
@@ -130,7 +126,7 @@ class Bench:
             stats.accepted_at,
             stats.draft_seconds,
             stats.decode_seconds,
-            self.draft_runs(self.drafters[method.drafter], stats),
+            self.draft_runs(self.drafters.get(method.drafter), stats),
         ), tokens
 
     def draft_runs(self, drafter: Drafter | None, stats: Stats) -> list[tuple[int, float]]:
@@ -160,7 +156,7 @@ class Bench:
         return {n: statistics.median(times) for n, times in seconds.items()}
 
 
-def measure(bench: Bench) -> dict:
+def measure(bench: DrafterBench) -> dict:
     """All runs of all prompts, as the JSON document that the tables are made from."""
     flags = bench.flags
     measured_on = machine()  # first: files may be edited while it runs
@@ -297,25 +293,24 @@ def lookups() -> str:
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flag = parser.add_argument
-    flag("--model", default="demo")
-    flag("--drafters", nargs="+", default=["demo", "max_gram", "union:[demo,max_gram]"])
+    made = parser(__doc__.split("\n")[0])
+    add_prompts(made)
+    flag = made.add_argument
+    flag(
+        "--drafters", nargs="+", default=["demo", "max_gram", "union:[demo,max_gram]"],
+        help="as --drafter, and random: a useless one",
+    )  # fmt: skip
     flag("--cascade-k", help="K matrix of the cascades among the drafters")
-    flag("--lenience", type=float, default=DrafterOptions.lenience)
-    flag("--rules", nargs="+", default=["match"])
-    flag("--temps", type=float, nargs="+", default=[0.0])
-    flag("--seed", type=int, default=0)
-    flag("--budget", type=lambda text: int(text) if text.isdigit() else text)
-    flag("--prompts", type=Path, default=prompt_files.OWN, help="JSONL in Spec-Bench's form")
-    flag("--per-category", type=int, default=2, help="prompts of each category")
-    flag("--max-tokens", type=int, default=96)
+    flag("--lenience", type=float, default=DrafterOptions.lenience, help="of the cascades")
+    flag("--rules", nargs="+", default=["match"], help="as --rule")
+    flag("--temps", type=float, nargs="+", default=[0.0], help="as --temp")
+    flag("--seed", type=int, default=0, help="as --seed")
+    flag("--budget", type=budget_size, default=AUTO, help="as --budget of generate")
     flag("--repeats", type=int, default=1, help="there-and-back passes over the methods")
-    flag("--cost-rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32])
-    flag("--cost-repeats", type=int, default=10)
+    flag("--cost-rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 32], help="ascending")
+    flag("--cost-repeats", type=int, default=10, help="how often each is timed")
     flag("--lookups", action="store_true", help="only time Max-Gram's index")
-    flag("--output", type=Path, help="JSON file to write")
-    return parser.parse_args(args)
+    return made.parse_args(args)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -323,7 +318,7 @@ def main(args: list[str] | None = None) -> int:
     if flags.lookups:
         print(lookups())
         return 0
-    result = measure(Bench(flags))
+    result = measure(DrafterBench(flags))
     write(result, flags.output)
     print(tables(result, Path(flags.output or "NAME.json").name))
     return 0

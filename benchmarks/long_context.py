@@ -78,11 +78,25 @@ def draw(result: dict, path: Path) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
-    made.add_argument("--drafter", default="demo")
-    made.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192])
-    made.add_argument("--budgets", type=budget_size, nargs="+", default=[4, 16, "auto"])
-    made.add_argument("--max-tokens", type=int, default=64)
-    made.add_argument("--repeats", type=int, default=1)
+    made.add_argument("--drafter", default="demo", help="as --drafter of generate")
+    made.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[128, 512, 2048, 8192],
+        help="tokens before the answer",
+    )
+    made.add_argument(
+        "--budgets",
+        type=budget_size,
+        nargs="+",
+        default=[4, 16, "auto"],
+        help="as --budget of generate",
+    )
+    made.add_argument("--max-tokens", type=int, default=64, help="of each answer")
+    made.add_argument(
+        "--repeats", type=int, default=1, help="there-and-back passes over the methods"
+    )
     flags = made.parse_args(args)
     if flags.max_tokens < 16:
         made.error("--max-tokens must be at least 16: the first round is not timed")

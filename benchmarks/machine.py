@@ -26,16 +26,18 @@ RESULTS = Path(__file__).parent / "results"
 class Bench:
     """A target and its drafters.
 
-    names  as for --drafter; "random" is the first one's shape with random weights: a useless one
+    names    as for --drafter; "random" is the first one's shape with random weights: a useless one
+    cascade  what load_drafter is told of cascades
     """
 
-    def __init__(self, model: str, names: list[str]):
+    def __init__(self, model: str, names: list[str], **cascade):
         self.model, self.tokenizer = redrafter_mlx.load(model)
         self.drafters: dict[str, Drafter] = {}
         for name in names:
             if name != RANDOM:
+                more = cascade if "cascade" in name else {}
                 self.drafters[name] = redrafter_mlx.load_drafter(
-                    name, self.model, tokenizer=self.tokenizer
+                    name, self.model, tokenizer=self.tokenizer, **more
                 )
         if RANDOM in names:
             self.drafters[RANDOM] = self._random()
@@ -85,8 +87,10 @@ def machine() -> dict[str, str]:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags that every benchmark has."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--model", default="demo")
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    made.add_argument("--model", default="demo", help="as generate takes it")
     made.add_argument("--output", type=Path, help="JSON file to write; the picture lies beside it")
     return made
 
@@ -97,7 +101,7 @@ def add_prompts(made: argparse.ArgumentParser) -> None:
         "--prompts", type=Path, default=prompt_files.OWN, help="JSONL in Spec-Bench's form"
     )
     made.add_argument("--per-category", type=int, default=2, help="prompts of each category")
-    made.add_argument("--max-tokens", type=int, default=96)
+    made.add_argument("--max-tokens", type=int, default=96, help="of each answer")
 
 
 def document(kind: str, flags: argparse.Namespace, where: dict[str, str], **content) -> dict:

@@ -56,10 +56,18 @@ def _cache_bytes(bench: Bench, tokens: int) -> int:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
-    made.add_argument("--drafter", default="demo")
-    made.add_argument("--contexts", type=int, nargs="+", default=[128, 2048])
-    made.add_argument("--budgets", type=budget_size, nargs="+", default=[16, "auto"])
-    made.add_argument("--max-tokens", type=int, default=64)
+    made.add_argument("--drafter", default="demo", help="as --drafter of generate")
+    made.add_argument(
+        "--contexts", type=int, nargs="+", default=[128, 2048], help="tokens before the answer"
+    )
+    made.add_argument(
+        "--budgets",
+        type=budget_size,
+        nargs="+",
+        default=[16, "auto"],
+        help="as --budget of generate",
+    )
+    made.add_argument("--max-tokens", type=int, default=64, help="of each answer")
     flags = made.parse_args(args)
     result = measure(flags)
     write(result, flags.output)

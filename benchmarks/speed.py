@@ -289,15 +289,16 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     add_prompts(made)
     flag = made.add_argument
     flag("--drafters", nargs="+", default=["demo"], help="as --drafter, and random: a useless one")
-    flag("--budgets", type=budget_size, nargs="+", default=[4, 8, 16, 0, "auto"])
-    flag("--beam-width", type=int, default=DraftOptions.beam_width)
-    flag("--beam-length", type=int, default=DraftOptions.beam_length)
+    flag("--budgets", type=budget_size, nargs="+", default=[4, 8, 16, 0, "auto"],
+         help="as --budget of generate")  # fmt: skip
+    flag("--beam-width", type=int, default=DraftOptions.beam_width, help="as of generate")
+    flag("--beam-length", type=int, default=DraftOptions.beam_length, help="as of generate")
     flag("--reference", action="store_true", help="also beams whose prefixes are not shared")
-    flag("--temps", type=float, nargs="+", default=[0.0])
+    flag("--temps", type=float, nargs="+", default=[0.0], help="as --temp")
     flag("--draft-model", help="a smaller model for mlx-lm's own speculative decoding")
     flag("--draft-tokens", type=int, default=3, help="that it drafts each round")
     flag("--repeats", type=int, default=1, help="there-and-back passes over the methods")
-    flag("--cost-repeats", type=int, default=10)
+    flag("--cost-repeats", type=int, default=10, help="how often each bare pass is timed")
     flag("--cool-down", type=float, default=0.0, help="seconds to wait before each run")
     return made.parse_args(args)
 

@@ -113,7 +113,7 @@ def test_a_drafter_that_costs_nothing_waits_for_its_moment():
     assert echo.rate() > 2 / passes(1, 0)
 
 
-@pytest.mark.parametrize("gain, said", [(0.8, " (expected 0.80x plain decoding)"), (1.1, "")])
+@pytest.mark.parametrize(("gain", "said"), [(0.8, " (expected 0.80x plain decoding)"), (1.1, "")])
 def test_a_parked_drafter_is_not_said_to_gain(monkeypatch, gain, said):
     """What was expected last may look like a gain where drafts led to nothing."""
     passes = CURVES["linear"]
