@@ -11,7 +11,7 @@ from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, Setting
-from redrafter_mlx.pricing.policy import Policy, _Survey
+from redrafter_mlx.pricing.policy import Policy, Survey
 from redrafter_mlx.round import Context, Transcript
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.tree import Candidates, TokenTree
@@ -153,7 +153,7 @@ def test_what_any_search_finds_is_marked_so():
     assert not found.always[of_head].any()
     assert found.always[~of_head].all()
     assert found.depths[found.always].max() > 5
-    survey = _Survey(found, [Setting(0, 5), Setting(1, 2), Setting(4, 5)], Setting(4, 5))
+    survey = Survey(found, [Setting(0, 5), Setting(1, 2), Setting(4, 5)], Setting(4, 5))
     assert survey.found[0, 5].tolist() == np.flatnonzero(found.always).tolist()
     assert set(np.flatnonzero(found.always)) <= set(survey.found[1, 2])
     assert len(survey.found[4, 5]) == len(found.tokens)

@@ -16,7 +16,8 @@ class Calibration:
     depth, a depth with little evidence the drafter.
 
     Fast: texts differ in how predictable they are, and a few rounds show it. The chance of each
-    step from an accepted node to a child is scaled by one more such ratio, of the latest rounds.
+    step from an accepted node to a child is scaled by one more such ratio, of the latest rounds;
+    by one above 1 its odds, or a long chain of likely steps would become a certain one.
 
     What was searched for and what was found without a search (`Candidates.always`) count apart:
     they come from different drafters, and the one may be useless where the other is not.
@@ -35,6 +36,8 @@ class Calibration:
     """The same of the fast part."""
     TEXT_RANGE = 0.1, 4.0
     """Least and largest ratio of the fast part."""
+    SUREST = 0.99
+    """Most that a step is worth."""
 
     def __init__(self, depths: int, predicted=None, accepted=None):
         shape = (2, depths, self.BINS)
@@ -93,18 +96,20 @@ class Calibration:
         self.begin_text()
 
     def _probabilities(self, candidates: Candidates, ratios: np.ndarray) -> np.ndarray:
-        """(M,) with the chance of each one's last step scaled by `ratios` (M,)."""
+        """(M,) with the chance or odds of each one's last step scaled by `ratios` (M,)."""
         if self._ratios is None:
             self._ratios = self._fit()
         c = candidates
-        probs = np.minimum(0.99, np.exp(c.logprobs) * self._ratios[self._cells(c)])
+        probs = np.minimum(self.SUREST, np.exp(c.logprobs) * self._ratios[self._cells(c)])
         above, scaled = np.append(probs, 1.0), np.append(probs, 1.0)
         for depth in range(1, c.depths.max(initial=0) + 1):
             here = np.flatnonzero(c.depths == depth)
             parent = c.parents[here]
             above[here] = np.minimum(above[here], above[parent])
-            step = np.minimum(ratios[here] * above[here] / above[parent], 0.99)
-            scaled[here] = scaled[parent] * step
+            step = np.minimum(above[here] / above[parent], self.SUREST)
+            likelier = ratios[here] * step
+            step = likelier / np.maximum(1.0, 1 - step + likelier)
+            scaled[here] = scaled[parent] * np.minimum(step, self.SUREST)
         return scaled[:-1]
 
     def _fit(self) -> np.ndarray:

@@ -31,7 +31,7 @@ def settings_within(full: Setting) -> list[Setting]:
     ]
 
 
-class _Survey:
+class Survey:
     """What a full search scored, and which of it each narrower or shorter one would have."""
 
     def __init__(self, candidates: Candidates, settings: list[Setting], full: Setting):
@@ -110,7 +110,7 @@ class Policy:
         self._no_search = Setting(0, full.length)
         self.settings = [self._no_search, *settings_within(full)]
         self.setting = full
-        self._surveys: deque[_Survey] = deque(maxlen=self.SURVEYS)
+        self._surveys: deque[Survey] = deque(maxlen=self.SURVEYS)
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self._trial, self._extensions = self.FIRST_TRIAL, 0
         self._parked = self._failures = self._drafted = self._idle = self._timing = 0
@@ -159,7 +159,7 @@ class Policy:
         self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
         self._expected.add(tokens, self._seconds)
         if setting == self.full and (self._trial or self._drafted % self.SURVEY == 0):
-            self._surveys.append(_Survey(candidates, self.settings, self.full))
+            self._surveys.append(Survey(candidates, self.settings, self.full))
             self._choose_setting(costs, rate)
         self._drafted += 1
         self._idle = 0 if nodes > 1 else self._idle + 1
