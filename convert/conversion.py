@@ -98,7 +98,8 @@ def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
     if extensions and order.layout.name != "mlx":
         raise UserError(
             f"--to {order.layout.name}: {extensions} of {head.source.path} are known to this "
-            "package alone; train a head with --output-layer trained and without --fused-layers"
+            "package alone; train a head with --output-layer trained, --lookback-heads 0 and "
+            "without --fused-layers"
         )
     if order.packing and not order.layout.packed:
         raise UserError(f"--quantize is for --to mlx; {order.layout.name} has no packed weights")

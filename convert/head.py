@@ -20,6 +20,7 @@ from redrafter_mlx.drafters.checkpoint import (
     draft_ids,
     expected_tensors,
     fused_layers,
+    lookback,
     tied_output,
 )
 from redrafter_mlx.drafters.recurrent import HeadConfig
@@ -174,7 +175,8 @@ class _Sizes:
         self._check_blocks()
         vocab_size = self._vocab_size(output, draft_size, offsets, lookup)
         sizes = vocab_size, hidden, exit_dim, self._num_blocks, rnn, draft_size
-        return HeadConfig(*sizes, tied_output=tied, fused_layers=fused)
+        looks = lookback(where, settings)
+        return HeadConfig(*sizes, tied_output=tied, fused_layers=fused, **looks)
 
     def _matrix(self, name: str) -> tuple[int, int]:
         """Rows and columns of a weight, counted unpacked."""

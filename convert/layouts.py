@@ -14,20 +14,25 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from redrafter_mlx.drafters.checkpoint import MODEL_TYPE, UNUSED
+from redrafter_mlx.drafters.checkpoint import (
+    LOOKBACK_MODULES,
+    LOOKBACK_NUMBERS,
+    MODEL_TYPE,
+    UNUSED,
+)
 from redrafter_mlx.errors import UserError
 
 CONFIG_KEYS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
 WRAPPERS = ("", "module.", "_orig_mod.", "model.")
 """What a training script may have put before every name."""
 
-MODULES = ("input_proj", "rnn_u", "rnn_w")
+MODULES = ("input_proj", "rnn_u", "rnn_w", *LOOKBACK_MODULES)
 """Modules that every layout names alike, unless its table says otherwise."""
 
 ALIASES = {"input_projs": "input_proj"}
 """Other names of a module, accepted in every layout."""
 
-BARE = ("d2t", *UNUSED)
+BARE = ("d2t", *LOOKBACK_NUMBERS, *UNUSED)
 """Tensors that have the same name in every layout."""
 
 

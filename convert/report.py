@@ -67,7 +67,8 @@ def _tensors(source: Source) -> list[dict[str, Any]]:
 
 def _head(head: Head) -> dict[str, Any]:
     c = head.config
-    groups: dict[str, int] = {"recurrence": 0, "projection": 0, "blocks": 0, "output": 0}
+    parts = ("recurrence", "projection", "blocks", "lookback", "output")
+    groups: dict[str, int] = dict.fromkeys(parts, 0)
     for name, tensor in head.tensors.items():
         groups[_group(head, name)] += tensor.nbytes
     return {
@@ -80,6 +81,7 @@ def _head(head: Head) -> dict[str, Any]:
         "draft_vocab_size": c.draft_vocab_size,
         "tied_output": c.tied_output,
         "fused_layers": list(c.fused_layers),
+        "lookback_heads": c.lookback_heads,
         "quantization": vars(head.packing) if head.packing else None,
         "dtypes": sorted({t.dtype for t in head.tensors.values()}),
         "parameters": parameter_count(c),
@@ -96,6 +98,8 @@ def _group(head: Head, name: str) -> str:
         return "recurrence"
     if module == "input_proj":
         return "projection"
+    if module.startswith("lookback"):
+        return "lookback"
     return "output" if module == head.output else "blocks"
 
 
@@ -122,6 +126,8 @@ def _summary(f: dict[str, Any]) -> list[str]:
     own = ["rows of the target's own head, and of each text's ids"] * f["tied_output"]
     if f["fused_layers"]:
         own.append(f"also reads layers {', '.join(map(str, f['fused_layers']))}")
+    if f["lookback_heads"]:
+        own.append(f"looks back at the text with {f['lookback_heads']} attention heads")
     parts = ", ".join(f"{k} {megabytes(v)}" for k, v in f["bytes_by_part"].items() if v)
     known = f"; {f['same_sizes_as']} has these sizes" if f["same_sizes_as"] else ""
     return [

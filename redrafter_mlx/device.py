@@ -65,6 +65,21 @@ def _(x, cotangents, outputs):
 
 
 @mx.custom_function
+def probabilities(x: mx.array) -> mx.array:
+    """The soft-max (..., D) of (..., D) float32, to be differentiated."""
+    if mx.default_device() != mx.cpu:
+        return mx.softmax(x, axis=-1)
+    powers = exp(x - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@probabilities.vjp
+def _(x, cotangents, outputs):
+    weighed = cotangents * outputs
+    return weighed - outputs * weighed.sum(axis=-1, keepdims=True)
+
+
+@mx.custom_function
 def _silu(x: mx.array) -> tuple[mx.array, mx.array]:
     power = exp(-mx.abs(x))
     sigmoid = mx.where(x >= 0, 1.0, power) / (1 + power)

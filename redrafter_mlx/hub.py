@@ -210,8 +210,8 @@ def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDr
     head, d2t = load_head_of(target, name, revision)
     if mx.default_device() == mx.cpu:
         compute_in_float32(head)
-    if head.config.fused_layers:
-        target.tap(head.config.fused_layers)
+    if head.config.fused_layers or head.config.lookback_heads:
+        target.tap(head.config.fused_layers, trail=head.config.lookback_heads > 0)
     output = target.output_layer if head.config.tied_output else None
     return RecurrentDrafter(head, d2t, target.embed, output)
 

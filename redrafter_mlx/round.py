@@ -41,6 +41,27 @@ class Transcript:
         return self._tokens
 
 
+class Trail:
+    """The hidden states of all processed tokens, kept for drafters that look back."""
+
+    def __init__(self):
+        self._pieces: list[mx.array] = []
+        self._length = 0
+
+    def add(self, hidden: mx.array) -> None:
+        """Those (T, E) of the tokens processed next."""
+        self._pieces.append(hidden)
+        self._length += len(hidden)
+
+    def since(self, first: int) -> mx.array | None:
+        """(T, E) from the `first` processed token on; None if there is none."""
+        found, start = [], self._length
+        while start > first:
+            found.append(self._pieces[-1 - len(found)])
+            start -= len(found[-1])
+        return mx.concatenate(found[::-1])[first - start :] if found else None
+
+
 @dataclass(frozen=True)
 class Context:
     """What the target has verified: all that a drafter and a rule may build on.
@@ -52,6 +73,7 @@ class Context:
     transcript  every token up to and including the pending one
     caches      the target's own memory of the text; nobody else's business
     noise       what sampling will add to the target's logits; None at temperature 0
+    trail       hidden states of all processed tokens; None if no drafter looks back
     """
 
     pending: mx.array
@@ -60,6 +82,7 @@ class Context:
     transcript: Transcript
     caches: Any = field(repr=False)
     noise: Noise | None = None
+    trail: Trail | None = None
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,11 @@ def make_parser() -> cli.Parser:
     flag(
         "--keep",
         type=float,
-        default=0.3,
+        default=0.5,
         metavar="SHARE",
-        help="with --start-from: the written weights are this share of the ones it started from "
-        "and the rest of the trained ones, which holds better on other texts (default: 0.3)",
+        help="the written weights are this share of those that training began with, and the rest "
+        "of the trained ones, which holds better on other texts; of a new head, those of its "
+        "lookback (default: 0.5)",
     )
     flag("--resume", action="store_true", help="go on with what is in --output")
     flag("--evaluate", action="store_true", help="only measure the drafter in --output")
@@ -188,8 +189,7 @@ def _train(flags: Namespace, source: Source, options) -> int:
         _introduce(run)
         with _interrupts() as interrupted:
             whole = run.run(_tell, interrupted)
-    if flags.start_from:
-        run.blend(flags.keep)
+    run.blend(flags.keep)
     run.save(flags.dtype)
     if not whole:
         _say(

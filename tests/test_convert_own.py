@@ -1,4 +1,4 @@
-"""Heads with what only this package knows, a tied output and fused layers, in the converter."""
+"""Heads with what only this package knows, such as a tied output, in the converter."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,11 +11,14 @@ from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
 IDS = [5, 90, 3, 41, 7, 8, 60]
 
 
-@pytest.fixture(params=[((), False), ((0, 3), True), ((), True)], ids=["tied", "both", "tied, rnn"])
+@pytest.fixture(
+    params=[((), False, 0), ((0, 3), True, 0), ((), True, 0), ((0,), True, 2)],
+    ids=["tied", "both", "tied, rnn", "looks back"],
+)
 def source(request, tmp_path):
     """A head whose ids are in order of frequency, as training writes them."""
-    fused, rnn = request.param
-    config = HeadConfig(97, 64, 64, 2, rnn, len(IDS), tied_output=True, fused_layers=fused)
+    fused, rnn, heads = request.param
+    config = HeadConfig(97, 64, 64, 2, rnn, len(IDS), True, fused, heads, 32)
     mx.random.seed(0)
     (tmp_path / "head").mkdir()
     save_head(tmp_path / "head", RecurrentHead(config), mx.array(IDS), mx.float16)
@@ -68,4 +71,5 @@ def test_inspect_says_what_it_is(source, capsys):
     assert run("inspect", source) == 0
     said = capsys.readouterr().out
     assert "rows of the target's own head" in said
-    assert ("layers 0, 3" in said) == bool(settings(source).get("fused_layers"))
+    assert ("also reads layers 0" in said) == bool(settings(source).get("fused_layers"))
+    assert ("2 attention heads" in said) == bool(settings(source).get("lookback_heads"))

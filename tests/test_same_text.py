@@ -48,7 +48,8 @@ def test_tiny_targets(model, sampling):
     assert len(set(plain)) > 3, "a text this dull would hide differences"
     reduced = random_drafter(model, seed=1, d2t=D2T, rnn=False, exit_dim=24)
     tied = random_drafter(model, seed=2, d2t=D2T[:20], tied_output=True, fused_layers=(0, 1))
-    for drafter in (random_drafter(model), reduced, tied):
+    looks_back = random_drafter(model, seed=3, fused_layers=(0, 1), lookback_heads=2)
+    for drafter in (random_drafter(model), reduced, tied, looks_back):
         for draft in BUDGETS:
             assert ids(generation(model, prompt, drafter, draft=draft, **sampling)) == plain
     for script in ({"right": 3, "wrong": 1, "decoys": True}, {"right": 0, "wrong": 3}):

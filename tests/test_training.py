@@ -66,6 +66,8 @@ def untrained(model, shards: Shards, tied: bool, loss: str, steps: int = STEPS):
         rnn=True,
         draft_vocab_size=target.vocab_size,
         tied_output=tied,
+        lookback_heads=2 if tied else 0,
+        lookback_size=16,
     )
     d2t = mx.arange(target.vocab_size)
     batches = list(islice(shards.batches("init", 16, 8), 4))
@@ -88,6 +90,7 @@ def in_another_process(directory, options: TrainingOptions) -> Gradients:
 
 def trainer(grammar, options: TrainingOptions, tied=True) -> Trainer:
     model, _, directory = grammar
+    adapt(model).tap((), trail=True)
     return Trainer(gradients_of(model, directory, options, tied), options, Progress(options.steps))
 
 

@@ -27,8 +27,8 @@ def beam_search(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The `width` likeliest continuations of each `root`, and every candidate scored on the way.
 
-    advance    (state (P·R, h) or None, tokens (P·R,)) -> state (P·R, h)
-    score      (state (P·R, h), depth) -> log-probabilities (P·R, D) of the tokens at that depth
+    advance    (state of P·R rows or None, tokens (P·R,)) -> state; state[rows] is that of rows
+    score      (state of P·R rows, depth) -> log-probabilities (P·R, D) of the tokens at that depth
     token_ids  draft ids -> token ids of the target
     root       (P,) the pending token of each of P positions; generation has one
 
@@ -43,7 +43,7 @@ def beam_search(
     candidates were expanded and that the best beams end in the first child of each.
     """
     positions = root.size
-    state = advance(None, root)
+    state, live = advance(None, root), 1
     beam_logprobs = mx.zeros((positions, 1, 1))
     tokens, logprobs, survivors = [], [], []
     for depth in range(1, length):
@@ -55,11 +55,11 @@ def beam_search(
         logprobs.append(joint)
         survivors.append(best)
         if depth + 1 < length:
-            live = state.shape[0] // positions
             rows = live * mx.arange(positions)[:, None] + best // width
             state = advance(
                 state[rows.reshape(-1)], mx.take_along_axis(ids, best, axis=-1).reshape(-1)
             )
+            live = width
             beam_logprobs = mx.take_along_axis(joint, best, axis=-1)[:, :, None]
     return (
         mx.concatenate(tokens, axis=-1),

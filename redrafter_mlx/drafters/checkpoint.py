@@ -2,9 +2,10 @@
 
 Extensions of the layout: `draft_vocab_size` with the tensor `d2t` (EAGLE-3's convention: the
 target's id of draft id d is d + d2t[d]); `tied_output`, the output layer being rows of the target's
-own head; `fused_layers` of the target, read beside its final hidden state; and mlx's quantised
-linear layers with `quantization` in the config. Shape letters: D draft vocabulary, V vocabulary,
-h hidden size, e exit size.
+own head; `fused_layers` of the target, read beside its final hidden state; `lookback_heads` of
+`lookback_size`, which attend to the text so far; and mlx's quantised linear layers with
+`quantization` in the config. Shape letters: D draft vocabulary, V vocabulary, h hidden size, e exit
+size.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ UNUSED = {
     "emb_norm.weight": "the reference code loads it and never applies it",
     "t2d": "d2t says the same",
 }
+LOOKBACK_NUMBERS = ("lookback.carry", "lookback.nothing")
+LOOKBACK_MODULES = (
+    "lookback.key_context", "lookback.key_token", "lookback.query_context", "lookback.query_token",
+    "lookback.query_state", "lookback.out",
+)  # fmt: skip
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -70,6 +76,9 @@ def own_settings(config: HeadConfig) -> dict[str, Any]:
         settings["tied_output"] = True
     if config.fused_layers:
         settings["fused_layers"] = list(config.fused_layers)
+    if config.lookback_heads:
+        settings["lookback_heads"] = config.lookback_heads
+        settings["lookback_size"] = config.lookback_size
     return settings
 
 
@@ -189,6 +198,7 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
         rnn=rnn,
         tied_output=tied_output(where, settings),
         fused_layers=fused_layers(where, settings),
+        **lookback(where, settings),
     )
 
 
@@ -219,6 +229,14 @@ def fused_layers(where: object, settings: Mapping[str, Any]) -> tuple[int, ...]:
     if not isinstance(layers, list) or not all(type(i) is int and 0 <= i < 1000 for i in layers):
         raise UserError(f"{where}: fused_layers is {layers!r}, not layer numbers")
     return tuple(layers)
+
+
+def lookback(where: object, settings: Mapping[str, Any]) -> dict[str, int]:
+    """How many heads of what size config.json says attend to the text so far."""
+    if not settings.get("lookback_heads", 0):
+        return {}
+    keys = ("lookback_heads", "lookback_size")
+    return {key: check_size(where, key, settings.get(key)) for key in keys}
 
 
 def _draft_ids(path: Path, config: HeadConfig, offsets: mx.array | None) -> mx.array:
@@ -292,6 +310,11 @@ def expected_tensors(
     if config.rnn:
         modules |= {"rnn_u": ((h, h), True), "rnn_w": ((h, h), False)}
     tensors, quantised = {}, set(quantised)
+    if heads := config.lookback_heads:
+        asked = heads * config.lookback_size
+        modules |= dict.fromkeys(LOOKBACK_MODULES, ((asked, h), False))
+        modules["lookback.out"] = (e, heads * h), False
+        tensors |= {name: Expected((heads,)) for name in LOOKBACK_NUMBERS}
     for module, ((rows, columns), biased) in modules.items():
         if module in quantised:
             tensors[f"{module}.weight"] = Expected((rows, columns * bits // 32), packed=True)

@@ -18,7 +18,8 @@ from redrafter_mlx import device
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import beam_search, collect
 from redrafter_mlx.drafters.drawn import draw, drawn_tree
-from redrafter_mlx.round import Context, Step, Transcript
+from redrafter_mlx.drafters.lookback import SIZE, Lookback, Memory
+from redrafter_mlx.round import Context, Step, Trail, Transcript
 from redrafter_mlx.sampling import Noise, gumbel
 from redrafter_mlx.tree import TokenTree
 
@@ -31,6 +32,7 @@ class HeadConfig:
     num_blocks        residual blocks before the output layer
     tied_output       whether the output layer is made of rows of the target's own head
     fused_layers      layers of the target whose outputs it reads beside the final hidden state
+    lookback_heads    attention heads to the text so far, of lookback_size each; 0 for none
     """
 
     vocab_size: int
@@ -41,11 +43,22 @@ class HeadConfig:
     draft_vocab_size: int
     tied_output: bool = False
     fused_layers: tuple[int, ...] = ()
+    lookback_heads: int = 0
+    lookback_size: int = SIZE
 
     @property
     def context_size(self) -> int:
         """Width of what it reads of the target: hidden state, then the fused layers."""
         return self.hidden_size * (1 + len(self.fused_layers))
+
+    @property
+    def lookback_columns(self) -> slice:
+        """Of that, what a lookback reads of each place: the first fused layer, or the final state.
+
+        One layer, because it is read for the whole text.
+        """
+        first = self.hidden_size if self.fused_layers else 0
+        return slice(first, first + self.hidden_size)
 
     @property
     def has_projection(self) -> bool:
@@ -81,6 +94,12 @@ class RecurrentHead(nn.Module):
         if config.rnn:
             self.rnn_u = nn.Linear(h, h)
             self.rnn_w = nn.Linear(h, h, bias=False)
+        if config.lookback_heads:
+            self.lookback = Lookback(h, e, config.lookback_heads, config.lookback_size)
+
+    def steps(self, hidden: mx.array, memory: Memory | None = None) -> Steps:
+        """Its steps from P positions; hidden as of `read`, memory if it looks back."""
+        return Steps(self, hidden, memory)
 
     def advance(self, state: mx.array | None, embedding: mx.array) -> mx.array:
         """State (R, h) after reading token embeddings (R, h); the state before the root is zero."""
@@ -107,7 +126,11 @@ class RecurrentHead(nn.Module):
         """
         parts = 1 + len(self.config.fused_layers)
         final, *fused = mx.split(hidden[..., : self.config.context_size], parts, axis=-1)
-        return mx.concatenate([final, *(mx.fast.rms_norm(y, None, 1e-6) for y in fused)], axis=-1)
+        return mx.concatenate([final, *map(_rms_normed, fused)], axis=-1)
+
+    def looked_at(self, hidden: mx.array) -> mx.array:
+        """What a lookback reads (..., h), normed, of the `lookback_columns` of hidden states."""
+        return _rms_normed(hidden) if self.config.fused_layers else hidden
 
     def __call__(self, read: mx.array, state: mx.array) -> mx.array:
         """Logits (R, D) of the token after the last one read; (R, e) for a tied output.
@@ -117,13 +140,15 @@ class RecurrentHead(nn.Module):
         """
         return self._output(self.features(read, state))
 
-    def features(self, read: mx.array, state: mx.array) -> mx.array:
-        """What the output layer reads (R, e); arguments as of a call."""
+    def features(self, read: mx.array, state: mx.array, heard: mx.array | None = None) -> mx.array:
+        """What the output layer reads (R, e); heard (R, e) by a lookback, else as of a call."""
         read = mx.repeat(read, len(state) // len(read), axis=0)
         if self._projects_in_halves:
-            return self._through_blocks(read + self._projected(state, self.config.context_size))
-        y = mx.concatenate([read, state], axis=-1)
-        return self._through_blocks(self.input_proj(y) if "input_proj" in self else y)
+            y = read + self._projected(state, self.config.context_size)
+        else:
+            y = mx.concatenate([read, state], axis=-1)
+            y = self.input_proj(y) if "input_proj" in self else y
+        return self._through_blocks(y if heard is None else y + heard)
 
     def exit(self, x: mx.array) -> mx.array:
         """Logits (R, D) of context and state side by side (R, c + h): the reference's own form."""
@@ -161,6 +186,58 @@ class RecurrentHead(nn.Module):
         )
 
 
+def _rms_normed(x: mx.array) -> mx.array:
+    return mx.fast.rms_norm(x, None, 1e-6)
+
+
+@dataclass(frozen=True)
+class State:
+    """Where R rows of a draft stand: recurrent (R, h), and likeness (R, H, S) of a lookback."""
+
+    recurrent: mx.array
+    likeness: mx.array | None = None
+
+    def __len__(self) -> int:
+        return len(self.recurrent)
+
+    def __getitem__(self, rows: mx.array) -> State:
+        likeness = None if self.likeness is None else self.likeness[rows]
+        return State(self.recurrent[rows], likeness)
+
+
+class Steps:
+    """A head's steps from P positions: reading tokens, and predicting what follows."""
+
+    def __init__(self, head: RecurrentHead, hidden: mx.array, memory: Memory | None):
+        self._head, self._read = head, head.read(hidden)
+        self._memory = memory if head.config.lookback_heads else None
+        if self._memory is not None:
+            here = head.looked_at(hidden[..., head.config.lookback_columns])
+            self._asked = head.lookback.asked(here)
+
+    def advance(self, state: State | None, embedding: mx.array) -> State:
+        """After reading token embeddings (R, h); the first step has no state before it."""
+        recurrent = self._head.advance(state and state.recurrent, embedding)
+        if self._memory is None:
+            return State(recurrent)
+        before = state and state.likeness
+        return State(
+            recurrent,
+            self._head.lookback.likeness(self._asked, embedding, recurrent, self._memory, before),
+        )
+
+    def features(self, state: State) -> mx.array:
+        """What the output layer reads (R, e)."""
+        heard = None
+        if self._memory is not None:
+            heard = self._head.lookback(state.likeness, self._memory)
+        return self._head.features(self._read, state.recurrent, heard)
+
+    def logits(self, state: State) -> mx.array:
+        """(R, D) of the token after the last one read; (R, e) for a tied output."""
+        return self._head._output(self.features(state))
+
+
 class RecurrentDrafter:
     """Drafts by beam search with a RecurrentHead.
 
@@ -180,6 +257,7 @@ class RecurrentDrafter:
     ):
         self.head, self.d2t, self.embed = head, d2t, embed
         self._vocabulary = TextVocabulary(d2t, head.config.vocab_size, output) if output else None
+        self._memory = TextMemory(head, embed) if head.config.lookback_heads else None
         self._searches: dict[tuple, Callable] = {}
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
@@ -197,6 +275,7 @@ class RecurrentDrafter:
             noise.key,
             noise.temp,
             *self.vocabulary_of(context.transcript),
+            self._memory_of(context),
         )
         root, *found = device.read(context.pending, *found)
         return budget.tree(collect(int(root[0]), *(array[0] for array in found)))
@@ -215,6 +294,7 @@ class RecurrentDrafter:
             context.noise.temp,
             d2t,
             rows,
+            self._memory_of(context),
         )
         root, ids, *found = device.read(context.pending, d2t, *found)
         return drawn_tree(int(root[0]), ids, *found, budget)
@@ -229,22 +309,25 @@ class RecurrentDrafter:
         """Token ids (D,) it can propose after a text, and the rows of a tied output for them."""
         return self._vocabulary.of(transcript) if self._vocabulary else (self.d2t, {})
 
-    def logits(self, read: mx.array, state: mx.array, rows: dict) -> mx.array:
-        """(R, D) float32 of the vocabulary's tokens after states (R, h); read (P, c)."""
-        y = self.head(read, state)
+    def _memory_of(self, context: Context) -> list[mx.array]:
+        return self._memory.of(context.transcript, context.trail) if self._memory else []
+
+    def logits(self, steps: Steps, state: State, rows: dict) -> mx.array:
+        """(R, D) float32 of the vocabulary's tokens after R rows."""
+        y = steps.logits(state)
         if self._vocabulary:
             y = self._vocabulary.project(y, rows)
         return y.astype(mx.float32)
 
     def search(
         self, width: int, length: int, coupled: bool,
-        hidden, root, position, key, temp, d2t, rows,
+        hidden, root, position, key, temp, d2t, rows, memory=(),
     ):  # fmt: skip
         """Beam search from each of P positions, as a function of arrays that can be compiled.
 
         hidden (P, c), root (P,) of each position; position (1,), key (2,), temp () of the noise
-        that is reckoned with if `coupled`; d2t (D,) and rows, the vocabulary of a tied output.
-        Returns what `beam_search` returns.
+        that is reckoned with if `coupled`; d2t (D,) and rows, the vocabulary of a tied output;
+        memory, the fields of a Memory for a head that looks back. Returns what `beam_search` does.
 
         Coupled: the target will add known noise to its logits at each position; adding the same
         noise to the head's logits ranks first what the target is likeliest to choose with it.
@@ -252,16 +335,16 @@ class RecurrentDrafter:
         if coupled:
             positions = position + mx.arange(1, length, dtype=mx.uint32)[:, None]
             noise = temp * gumbel(key, positions, d2t.astype(mx.uint32)[None], mx)
-        read = self.head.read(hidden)
+        steps = self.head.steps(hidden, Memory(*memory) if memory else None)
 
-        def score(state: mx.array, depth: int) -> mx.array:
-            logits = self.logits(read, state, rows)
+        def score(state: State, depth: int) -> mx.array:
+            logits = self.logits(steps, state, rows)
             if coupled:
                 logits = logits + noise[depth - 1]
             return logits - device.softmax(logits)[0]
 
         return beam_search(
-            advance=lambda state, tokens: self.head.advance(state, self.embed(tokens)),
+            advance=lambda state, tokens: steps.advance(state, self.embed(tokens)),
             score=score,
             token_ids=lambda ids: d2t[ids],
             root=root,
@@ -269,16 +352,68 @@ class RecurrentDrafter:
             length=length,
         )
 
-    def draw(self, width: int, length: int, hidden, root, position, key, temp, d2t, rows):
+    def draw(
+        self, width: int, length: int, hidden, root, position, key, temp, d2t, rows, memory=()
+    ):
         """What `drawn.draw` returns, as a function of arrays that can be compiled."""
-        read, state = self.head.read(hidden), None
+        steps, state = self.head.steps(hidden, Memory(*memory) if memory else None), None
 
         def logits(last: mx.array | None) -> mx.array:
             nonlocal state
-            state = self.head.advance(state, self.embed(root if last is None else last))
-            return self.logits(read, state, rows)
+            state = steps.advance(state, self.embed(root if last is None else last))
+            return self.logits(steps, state, rows)
 
         return draw(logits, d2t, key, temp, position, min(width, d2t.size), length)
+
+
+class TextMemory:
+    """The places that a head can look back at in one text, taken in as it grows.
+
+    Buffers double, so that few sizes of them are compiled for.
+    """
+
+    ROOM = 512
+
+    def __init__(self, head: RecurrentHead, embed: Callable[[mx.array], mx.array]):
+        self._head, self._embed = head, embed
+        self._transcript: Transcript | None = None
+
+    def of(self, transcript: Transcript, trail: Trail) -> list[mx.array]:
+        """The fields of a Memory of all places before the pending token."""
+        if transcript is not self._transcript:
+            self._transcript, self._places, self._before = transcript, 0, None
+            self._keys, self._values = self._buffers(self.ROOM)
+        new = trail.since(self._places)
+        if new is not None:
+            self._take_in(new)
+        return [self._keys, self._values, mx.array([self._places])]
+
+    def _take_in(self, hidden: mx.array) -> None:
+        """Places of the tokens whose hidden states (T, E) are `hidden`: they have a next token."""
+        first, end = self._places, self._places + len(hidden)
+        tokens = mx.array(self._transcript.tokens[first : end + 1])
+        last = mx.zeros_like(hidden[:1]) if self._before is None else self._before
+        before = mx.concatenate([last, hidden[:-1]])
+        embedded = self._embed(tokens)[None]
+        seen = self._head.looked_at(before[None, :, self._head.config.lookback_columns])
+        keys = self._head.lookback.keys(seen, embedded[:, :-1])
+        if end > self._values.shape[1]:
+            room = self._values.shape[1]
+            while room < end:
+                room *= 2
+            old = self._keys[..., :first], self._values[:, :first]
+            self._keys, self._values = self._buffers(room)
+            self._keys[..., :first], self._values[:, :first] = old
+        self._keys[..., first:end], self._values[:, first:end] = keys, embedded[:, 1:]
+        self._before, self._places = hidden[-1:], end
+
+    def _buffers(self, room: int) -> tuple[mx.array, mx.array]:
+        c = self._head.config
+        dtype = self._head.lookback.key_token.weight.dtype
+        if dtype == mx.uint32:  # quantised
+            dtype = self._head.lookback.key_token.scales.dtype
+        keys = mx.zeros((1, c.lookback_heads, c.lookback_size, room), dtype)
+        return keys, mx.zeros((1, room, c.hidden_size), dtype)
 
 
 class TextVocabulary:

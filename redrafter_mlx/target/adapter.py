@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Outcome, Transcript, Verdict
+from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.target.cache import Branches, LayerCaches, TreeCache
 from redrafter_mlx.target.probe import probe_parity
@@ -36,6 +36,7 @@ class Target:
         self.model = model
         self.branching = branching
         self.taps: tuple[int, ...] = ()
+        self.leaves_trail = False
         self._head: nn.Module | None = None
         self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
@@ -89,10 +90,13 @@ class Target:
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
         caches = self.empty_caches()
+        trail = Trail() if self.leaves_trail else None
         last = len(tokens) - 1
         progress(0, len(tokens))
-        hidden = self.read(tokens[:last], caches, chunk, lambda done: progress(done, len(tokens)))
-        return Context(mx.array(tokens[last:]), hidden, last, Transcript(tokens), caches, noise)
+        told = lambda done: progress(done, len(tokens))
+        hidden = self.read(tokens[:last], caches, chunk, told, trail)
+        pending, transcript = mx.array(tokens[last:]), Transcript(tokens)
+        return Context(pending, hidden, last, transcript, caches, noise, trail)
 
     def read(
         self,
@@ -100,13 +104,20 @@ class Target:
         caches: LayerCaches,
         chunk: int,
         progress: Callable[[int], None] = lambda done: None,
+        trail: Trail | None = None,
     ) -> mx.array:
-        """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros."""
+        """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros.
+
+        trail  gets the hidden states of all
+        """
         hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
         for start in range(0, len(tokens), chunk):
             ids = mx.array(tokens[start : start + chunk])
             caches.begin(len(ids))
-            hidden = self.forward(ids[None], caches).hidden[0, -1:]
+            states = self.forward(ids[None], caches).hidden[0]
+            hidden = states[-1:]
+            if trail is not None:
+                trail.add(states)
             caches.commit(range(len(ids)))
             mx.eval(hidden, caches.state)
             progress(start + len(ids))
@@ -131,6 +142,8 @@ class Target:
         context.caches.commit(path)
         pending = verdict.pending if verdict.token is None else verdict.token
         context.transcript.extend(tree.tokens[path[1:]].tolist(), pending)
+        if context.trail is not None:
+            context.trail.add(outcome.hidden[mx.array(path)])  # not a view of all rows
         return replace(
             context,
             pending=verdict.pending,
@@ -138,8 +151,10 @@ class Target:
             position=context.position + len(path),
         )
 
-    def tap(self, layers: Sequence[int]) -> None:
+    def tap(self, layers: Sequence[int], trail: bool = False) -> None:
         """Hand the outputs of these layers to drafters too, beside the final hidden state.
+
+        trail  whether to keep those of the whole text
 
         Raises UserError if there is no such layer, or another drafter listens to other layers.
         """
@@ -153,6 +168,7 @@ class Target:
                 f"{list(self.taps)}; load the model anew for this one"
             )
         self.taps = layers
+        self.leaves_trail = self.leaves_trail or trail
 
     def output_layer(self, ids: mx.array) -> nn.Module:
         """The rows `ids` (D,) of the model's own head, quantised or not, as a linear layer.

@@ -24,7 +24,7 @@ from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.training.jobs import blas_threads
 from redrafter_mlx.training.objective import Objective, candidates
 from redrafter_mlx.training.options import TrainingOptions
-from redrafter_mlx.training.windows import Shards, Window
+from redrafter_mlx.training.windows import Past, Shards, Window
 
 Parameters = Any
 """A tree of arrays, as `nn.Module.trainable_parameters` gives it."""
@@ -71,7 +71,10 @@ class Gradients:
 
     def _arrays(self, step: int, part: int) -> tuple[mx.array, ...]:
         o = self._options
-        batch = self.shards.batch(self._windows(step * o.accumulate + part), self._objective.steps)
+        windows = self._windows(step * o.accumulate + part)
+        config = self.head.config
+        past = config.lookback_columns if config.lookback_heads else None
+        batch = self.shards.batch(windows, self._objective.steps, past)
         chosen = candidates(batch, self._allowed, o.candidates, [self._seed, step, part])
         return (
             batch.hidden,
@@ -81,6 +84,7 @@ class Gradients:
             chosen.teacher,
             chosen.columns,
             mx.array(batch.weights),
+            *(_arrays_of(batch.past) if batch.past else ()),
         )
 
     def _windows(self, index: int) -> list[Window]:
@@ -92,6 +96,10 @@ class Gradients:
             windows = next(self._batches)
             self._next += 1
         return windows
+
+
+def _arrays_of(past: Past) -> tuple[mx.array, ...]:
+    return past.hidden, mx.array(past.tokens), mx.array(past.visible)
 
 
 class Crew:

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
 from redrafter_mlx.training.windows import Batch
@@ -22,6 +25,11 @@ from redrafter_mlx.training.windows import Batch
 LARGEST_FIT = 6144
 """Most inputs of a projection that is solved for: the cost grows with their cube."""
 _PENALTY = 1e-4
+TOKEN_LIKENESS, CONTEXT_LIKENESS, CARRY, NOTHING = 20.0, 10.0, 1.0, 14.0
+"""A new lookback: likeness of a place with the same token, with the same context, share of the
+step before, and likeness of nothing. benchmarks/LOG.md says how they were chosen."""
+HEARD = 15.0
+"""By how much a token heard with all its weight raises its own logit in a new lookback."""
 
 
 def initial_head(
@@ -42,7 +50,10 @@ def initial_head(
     """
     head = RecurrentHead(config)
     h, e = config.hidden_size, config.exit_dim
-    keys = mx.random.split(key, 3)
+    keys = mx.random.split(key, 4)
+    batches = list(batches)
+    if config.lookback_heads:
+        start_lookback(head, embed, layer_of, batches[0], keys[3])
     if config.rnn:
         # Inputs of the non-linearity of order one, whatever the scale of the embeddings.
         scale = mx.sqrt((embed(d2t).astype(mx.float32) ** 2).mean()).item()
@@ -69,6 +80,48 @@ def initial_head(
     return head
 
 
+def with_lookback(
+    head: RecurrentHead, heads: int, embed, layer_of, batch: Batch, key: mx.array
+) -> RecurrentHead:
+    """The same head with a new lookback."""
+    grown = RecurrentHead(replace(head.config, lookback_heads=heads))
+    grown.load_weights(tree_flatten(head.parameters()), strict=False)
+    start_lookback(grown, embed, layer_of, batch, key)
+    return grown
+
+
+def start_lookback(head: RecurrentHead, embed, layer_of, batch: Batch, key: mx.array) -> None:
+    """A lookback that finds like tokens in like contexts, and makes what followed them likelier.
+
+    Queries and keys are the same random projections, which preserve likeness. A tied output reads
+    out through the target's head: `out` turns the embedding of a token into its row there, as
+    nearly as a linear map can, so long that hearing it is worth HEARD.
+    """
+    lookback, config = head.lookback, head.config
+    asked = config.lookback_heads * config.lookback_size
+    seen = {
+        "token": (embed(mx.array(batch.tokens)), TOKEN_LIKENESS),
+        "context": (head.looked_at(batch.hidden.astype(mx.float32)[..., config.lookback_columns]),
+                    CONTEXT_LIKENESS),
+    }  # fmt: skip
+    for (part, (x, likeness)), k in zip(seen.items(), mx.random.split(key, 2), strict=True):
+        length = (x.astype(mx.float32) ** 2).sum(axis=-1).mean()
+        scale = mx.sqrt(likeness / length / math.sqrt(config.lookback_size))
+        weight = mx.random.normal((asked, x.shape[-1]), key=k) * scale
+        lookback[f"key_{part}"].weight = lookback[f"query_{part}"].weight = weight
+    lookback.carry = mx.full(lookback.carry.shape, CARRY)
+    lookback.nothing = mx.full(lookback.nothing.shape, NOTHING)
+    lookback.query_state.weight = mx.zeros((asked, config.hidden_size))
+    lookback.out.weight = mx.zeros_like(lookback.out.weight)
+    if config.tied_output:
+        ids = mx.array(np.unique(batch.tokens))
+        rows = layer_of(ids)(mx.eye(config.hidden_size)).T.astype(mx.float32)
+        length = (rows**2).sum(axis=-1).mean()
+        said = _least_squares(embed(ids).astype(mx.float32), rows) * (HEARD / length)
+        lookback.out.weight = mx.tile(said.T / config.lookback_heads, (1, config.lookback_heads))
+    mx.eval(lookback.parameters())
+
+
 def _fit_projection(head: RecurrentHead, embed, batches: Iterable[Batch], steps: int) -> None:
     """Least squares from context and state of each step to the hidden state of that step."""
     gram, moment = 0, 0
@@ -89,6 +142,15 @@ def _fit_projection(head: RecurrentHead, embed, batches: Iterable[Batch], steps:
             y = hidden[:, step + 1 :].reshape(-1, hidden.shape[-1])
             gram, moment = gram + x.T @ x, moment + x.T @ y
         mx.eval(gram, moment)
-    ridge = _PENALTY * mx.diag(gram).mean() * mx.eye(len(gram))
-    solution = mx.linalg.solve(gram + ridge, moment, stream=mx.cpu).T
+    solution = _solve(gram, moment).T
     head.input_proj.weight, head.input_proj.bias = solution[:, :-1], solution[:, -1]
+
+
+def _least_squares(x: mx.array, y: mx.array) -> mx.array:
+    """(h, k) that maps rows x (R, h) as nearly as it can to y (R, k)."""
+    return _solve(x.T @ x, x.T @ y)
+
+
+def _solve(gram: mx.array, moment: mx.array) -> mx.array:
+    ridge = _PENALTY * mx.diag(gram).mean() * mx.eye(len(gram))
+    return mx.linalg.solve(gram + ridge, moment, stream=mx.cpu)

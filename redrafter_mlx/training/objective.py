@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from redrafter_mlx.drafters.lookback import Memory
 from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.training.loss import Loss
 from redrafter_mlx.training.windows import Batch
@@ -105,15 +106,15 @@ class Objective:
     lost: float = 1.0
 
     def __call__(
-        self, head: RecurrentHead, hidden, tokens, ids, bias, teacher, columns, weights
+        self, head: RecurrentHead, hidden, tokens, ids, bias, teacher, columns, weights, *past
     ) -> mx.array:
         """The weighted mean loss ().
 
         hidden (B, L, E), tokens (B, L + n), weights (B, L + n - 1) as in Batch; ids, bias,
-        teacher and columns as in Candidates
+        teacher and columns as in Candidates; past, the fields of a Past for a head that looks back
         """
         B, L = hidden.shape[:2]
-        features = self.features(head, hidden, tokens)
+        features = self.features(head, hidden, tokens, *past)
         logits = self.output(features, ids, head).astype(mx.float32) + bias
         at_step = lambda x: mx.concatenate(
             [x[:, i : i + L].reshape(B * L, *x.shape[2:]) for i in range(self.steps)]
@@ -138,18 +139,23 @@ class Objective:
         before = mx.concatenate([mx.ones_like(kept[:1]), kept[:-1]])
         return mx.where(before.flatten() > 0, 1.0, self.lost)
 
-    def features(self, head: RecurrentHead, hidden: mx.array, tokens: mx.array) -> mx.array:
-        """(n·B·L, e): what the head's output layer reads, step after step."""
+    def features(self, head: RecurrentHead, hidden, tokens, *past) -> mx.array:
+        """(n·B·L, e): what the head's output layer reads, step after step; arguments as above."""
         B, L = hidden.shape[:2]
-        read = head.read(hidden.reshape(B * L, -1).astype(mx.float32))
         embedded = self.embed(tokens[:, : L + self.steps - 1])
-        state, states = None, []
+        memory = self._memory(head, *past) if past else None
+        steps = head.steps(hidden.reshape(B * L, -1).astype(mx.float32), memory)
+        state, features = None, []
         for i in range(self.steps):
-            state = head.advance(state, embedded[:, i : i + L].reshape(B * L, -1))
-            states.append(state)
-        # The position leads, so that its steps lie together as the head expects them.
-        features = head.features(read, mx.stack(states, axis=1).reshape(B * L * self.steps, -1))
-        return features.reshape(B * L, self.steps, -1).swapaxes(0, 1).reshape(len(features), -1)
+            state = steps.advance(state, embedded[:, i : i + L].reshape(B * L, -1))
+            features.append(steps.features(state))
+        return mx.concatenate(features)
+
+    def _memory(self, head: RecurrentHead, hidden, tokens, visible) -> Memory:
+        embedded = self.embed(tokens)
+        context = head.looked_at(hidden.astype(mx.float32))
+        keys = head.lookback.keys(context, embedded[:, :-1])
+        return Memory(keys, embedded[:, 1:], visible.flatten())
 
 
 def tied_output(layer_of: Callable[[mx.array], nn.Module]) -> Output:

@@ -70,6 +70,10 @@ class HeadOptions(Options):
         (), "layers of the target to read beside its last hidden state", type=int, nargs="*",
         metavar="LAYER",
     )  # fmt: skip
+    lookback_heads: int = option(
+        2, "attention heads that look back at the text so far; 0: none, as in the paper", low=0,
+        high=64,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

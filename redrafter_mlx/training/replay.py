@@ -18,8 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx import device
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.round import Transcript
+from redrafter_mlx.drafters.lookback import Memory
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter, TextMemory
+from redrafter_mlx.round import Trail, Transcript
 from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard
 
@@ -68,11 +69,13 @@ class Answer:
     """What the target wrote, T tokens, after `prompt`; hidden (T, c) before its first draft and on.
 
     hidden[i] was seen before tokens[i] was pending: a draft from it predicts tokens[i + 1], ...
+    before  (P, c) hidden states of the prompt's tokens but the last
     """
 
     prompt: np.ndarray
     tokens: np.ndarray
     hidden: mx.array
+    before: mx.array
 
 
 def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
@@ -93,6 +96,7 @@ def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
                         np.array(tokens[start:first]),
                         np.array(tokens[first:last]),
                         as_mlx(hidden[first - 1 : last - 1]),
+                        as_mlx(hidden[start : first - 1]),
                     )
 
 
@@ -105,16 +109,19 @@ def replay(
 ) -> Replay:
     """Draft at each token of the answers; see `Replay`. `progress` is told of tokens done."""
     search = mx.compile(
-        lambda hidden, root, d2t, rows: drafter.search(
-            width, length, False, hidden, root, None, None, None, d2t, rows
+        lambda hidden, root, d2t, rows, memory: drafter.search(
+            width, length, False, hidden, root, None, None, None, d2t, rows, memory
         )
     )
     found = Replay()
     for answer in answers:
         ranks = []
         vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
+        memory = _memory(drafter, answer)
         for piece in _pieces(answer, length - 1):
-            drafts = device.read(*search(piece.hidden, mx.array(piece.roots), *vocabulary))
+            drafts = device.read(
+                *search(piece.hidden, mx.array(piece.roots), *vocabulary, piece.sees(memory))
+            )
             ranks.append(path_ranks(*drafts, piece.ahead)[: piece.count])
         found.add(np.concatenate(ranks))
         progress(found.tokens)
@@ -128,12 +135,13 @@ def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) ->
     hits, total = np.zeros((depths, len(RECALL))), np.zeros((depths, 1))
 
     @mx.compile
-    def ranks_of(hidden, tokens, d2t, rows):
+    def ranks_of(hidden, tokens, d2t, rows, memory):
         """(depths, P) ranks; UNSCORED outside of the vocabulary."""
-        head, read, state, ranks = drafter.head, drafter.head.read(hidden), None, []
+        steps = drafter.head.steps(hidden, Memory(*memory) if memory else None)
+        state, ranks = None, []
         for depth in range(depths):
-            state = head.advance(state, drafter.embed(tokens[:, depth]))
-            logits = drafter.logits(read, state, rows)
+            state = steps.advance(state, drafter.embed(tokens[:, depth]))
+            logits = drafter.logits(steps, state, rows)
             here = d2t[None] == tokens[:, depth + 1 : depth + 2]
             own = mx.where(here, logits, -mx.inf).max(axis=-1, keepdims=True)
             rank = (logits > own).sum(axis=-1)
@@ -142,9 +150,10 @@ def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) ->
 
     for answer in answers:
         vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
+        memory = _memory(drafter, answer)
         for piece in _pieces(answer, depths):
             tokens = mx.array(np.concatenate([piece.roots[:, None], piece.ahead], axis=1))
-            (ranks,) = device.read(ranks_of(piece.hidden, tokens, *vocabulary))
+            (ranks,) = device.read(ranks_of(piece.hidden, tokens, *vocabulary, piece.sees(memory)))
             known = (piece.ahead >= 0).T
             for depth, (rank, at) in enumerate(zip(ranks, known, strict=True)):
                 hits[depth] += [((rank < k) & at).sum() for k in RECALL]
@@ -152,16 +161,33 @@ def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) ->
     return hits / np.maximum(total, 1)
 
 
+def _memory(drafter: RecurrentDrafter, answer: Answer) -> list[mx.array]:
+    """Keys and values of all places of the prompt and the answer, if the head looks back."""
+    if not drafter.head.config.lookback_heads:
+        return []
+    trail, transcript = Trail(), Transcript(np.concatenate([answer.prompt, answer.tokens]))
+    trail.add(answer.before.astype(mx.float32))
+    trail.add(answer.hidden.astype(mx.float32))
+    return TextMemory(drafter.head, drafter.embed).of(transcript, trail)[:2]
+
+
 @dataclass(frozen=True)
 class _Piece:
     """`count` positions of an answer, filled up to AT_ONCE: hidden (P, c), roots (P,), and the
     tokens after them, ahead (P, depths), -1 beyond the end.
+
+    first  place of the first root in the text
     """
 
     hidden: mx.array
     roots: np.ndarray
     ahead: np.ndarray
     count: int
+    first: int
+
+    def sees(self, memory: list[mx.array]) -> list[mx.array]:
+        """The fields of a Memory in which each position sees the places before its root."""
+        return [*memory, self.first + mx.arange(AT_ONCE)] if memory else []
 
 
 def _pieces(answer: Answer, depths: int) -> Iterator[_Piece]:
@@ -173,7 +199,13 @@ def _pieces(answer: Answer, depths: int) -> Iterator[_Piece]:
         for depth in range(depths):
             following = answer.tokens[at + depth + 1 : at + depth + 1 + AT_ONCE]
             ahead[: len(following), depth] = following
-        yield _Piece(hidden.astype(mx.float32), np.pad(roots, (0, missing)), ahead, len(roots))
+        yield _Piece(
+            hidden.astype(mx.float32),
+            np.pad(roots, (0, missing)),
+            ahead,
+            len(roots),
+            len(answer.prompt) + at,
+        )
 
 
 def path_ranks(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from redrafter_mlx import device, hub
 from redrafter_mlx.config import flag_name
@@ -29,7 +29,7 @@ from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, Recur
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.gradients import Crew, Gradients
-from redrafter_mlx.training.initial import initial_head
+from redrafter_mlx.training.initial import initial_head, with_lookback
 from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective, tied_output, trained_output
@@ -126,8 +126,14 @@ class TrainingRun:
         else:
             self.head, d2t = hub.load_head_of(target, start)
             hub.compute_in_float32(self.head)
+        if head.lookback_heads and not self.head.config.lookback_heads:
+            batch = next(self.shards.batches("fit", 64, 1))
+            self.head = with_lookback(
+                self.head, head.lookback_heads, target.embed, target.output_layer, batch,
+                mx.random.key(seed),
+            )  # fmt: skip
         self.config = self.head.config
-        self._started_from = self.head.parameters()
+        self._began_as = self._worth_keeping(new=start is None)
         self.vocabulary = Vocabulary.measured(np.array(d2t), self.answers, target.vocab_size)
         gradients = gradients_of(target, self.head, d2t, self.shards, training, seed)
         self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
@@ -255,12 +261,23 @@ class TrainingRun:
         os.replace(partial, self.places.log)
         tell(progress, entry)
 
-    def blend(self, share: float) -> None:
-        """Mix `share` of the weights that training started from into the head (WiSE-FT, arXiv
-        2109.01903): the last thing to do, after the last checkpoint.
+    def _worth_keeping(self, new: bool) -> dict[str, mx.array]:
+        """Weights from before training: of a new head those of its lookback, which works as it
+        begins; of one that is trained further all.
         """
-        mixed = lambda before, now: share * before + (1 - share) * now
-        self.head.update(tree_map(mixed, self._started_from, self.head.parameters()))
+        weights = tree_flatten(self.head.parameters())
+        return {name: w for name, w in weights if not new or name.startswith("lookback.")}
+
+    def blend(self, share: float) -> None:
+        """Mix `share` of what the weights began as into the head (WiSE-FT, arXiv 2109.01903): the
+        last thing to do, after the last checkpoint.
+        """
+        now = dict(tree_flatten(self.head.parameters()))
+        mixed = [
+            (name, share * before + (1 - share) * now[name])
+            for name, before in self._began_as.items()
+        ]
+        self.head.load_weights(mixed, strict=False)
 
     def save(self, dtype: str) -> None:
         """Write the drafter's config.json and model.safetensors."""
@@ -323,6 +340,7 @@ def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> 
         draft_vocab_size=draft_vocab_size,
         tied_output=tied,
         fused_layers=tuple(options.fused_layers),
+        lookback_heads=options.lookback_heads,
     )
 
 
@@ -330,7 +348,10 @@ def shape_of(name: str, given: HeadOptions) -> HeadOptions:
     """The options that describe an existing head; UserError where `given` ones say otherwise."""
     c = load_head(hub.resolve_drafter(name), mx.float32)[2]
     output_layer = "tied" if c.tied_output else "trained"
-    shape = HeadOptions(c.exit_dim, c.num_blocks, c.draft_vocab_size, output_layer, c.fused_layers)
+    lookback_heads = c.lookback_heads or given.lookback_heads  # it can learn to look back
+    shape = HeadOptions(
+        c.exit_dim, c.num_blocks, c.draft_vocab_size, output_layer, c.fused_layers, lookback_heads
+    )
     for f in fields(HeadOptions):
         wanted, found = getattr(given, f.name), getattr(shape, f.name)
         if wanted not in (f.default, found):

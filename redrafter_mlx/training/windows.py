@@ -22,8 +22,10 @@ from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard
 
 LENGTH = 16
-Window = tuple[int, int, int]
-"""Shard, first token, end of the conversation."""
+PAST = 128
+"""Pasts are as long as a multiple of this: few shapes to compile for."""
+Window = tuple[int, int, int, int]
+"""Shard, beginning of the conversation, first token, end of the conversation."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Batch:
     top_ids     (B, L + n - 1, K) likeliest tokens after tokens[:, p]
     top_logits  (B, L + n - 1, K)
     weights     (B, L + n - 1) how much it matters to predict what follows tokens[:, p]
+    past        the conversations before, if they were asked for
     """
 
     hidden: mx.array
@@ -42,6 +45,21 @@ class Batch:
     top_ids: np.ndarray
     top_logits: np.ndarray
     weights: np.ndarray
+    past: Past | None = None
+
+
+@dataclass(frozen=True)
+class Past:
+    """The places of each window's conversation that its positions can look back at.
+
+    hidden   (B, S, h) before each token, of the columns asked for
+    tokens   (B, S + 1): place m is tokens[:, m], followed by tokens[:, m + 1]
+    visible  (B, L) how many places each position sees
+    """
+
+    hidden: mx.array
+    tokens: np.ndarray
+    visible: np.ndarray
 
 
 class Shards:
@@ -70,13 +88,16 @@ class Shards:
                 phase = int(draw.integers(LENGTH))
                 for first in range(start - phase, end - 2, LENGTH):
                     if _speaks(file["roles"][max(first + 2, start) : first + 2 + LENGTH]):
-                        found.append((f, max(first, start), end))
+                        found.append((f, start, max(first, start), end))
         return [found[i] for i in draw.permutation(len(found))]
 
-    def batch(self, windows: Sequence[Window], steps: int) -> Batch:
-        """Cut the windows out; what lies beyond a conversation's end weighs nothing."""
+    def batch(self, windows: Sequence[Window], steps: int, past: slice | None = None) -> Batch:
+        """Cut the windows out; what lies beyond a conversation's end weighs nothing.
+
+        past  columns of hidden states to cut out of the conversations before them, too
+        """
         reach = LENGTH + steps + 1
-        spans = [(self._files[f], np.arange(a, a + reach), end) for f, a, end in windows]
+        spans = [(self._files[f], np.arange(a, a + reach), end) for f, _, a, end in windows]
         cut = lambda name, first, last: np.stack(
             [file[name][np.minimum(at[first:last], end - 1)] for file, at, end in spans]
         )
@@ -92,7 +113,22 @@ class Shards:
             top_ids=cut("top_ids", 1, -1),
             top_logits=top_logits,
             weights=(written * inside * has_view).astype(np.float32),
+            past=self._past(windows, past) if past else None,
         )
+
+    def _past(self, windows: Sequence[Window], columns: slice) -> Past:
+        visible = np.array([first - start for _, start, first, _ in windows])[:, None]
+        visible = visible + np.arange(1, LENGTH + 1)
+        places = -(-int(visible.max()) // PAST) * PAST
+        width, dtype = columns.stop - columns.start, self._files[0]["hidden"].dtype
+        hidden = np.zeros((len(windows), places, width), dtype)
+        tokens = np.zeros((len(windows), places + 1), np.int32)
+        for row, (f, start, first, end) in enumerate(windows):
+            count = min(first + LENGTH + 1, end) - start
+            tokens[row, :count] = self._files[f]["tokens"][start : start + count]
+            before = self._files[f]["hidden"][start : start + count - 2, columns]
+            hidden[row, 1 : count - 1] = before
+        return Past(as_mlx(hidden), tokens, visible)
 
     def draws(self, seed: str, size: int, first: int = 0) -> Iterator[list[Window]]:
         """Epoch after epoch of batches' windows, from the `first`-th batch on."""
