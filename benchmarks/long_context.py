@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.machine import Bench, document, machine, parser, write
+from benchmarks.machine import Bench, add_prompt_file, document, machine, parser, write
 from benchmarks.report import context_tables
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.pricing.picture import new_figure
@@ -44,7 +44,7 @@ def measure(flags: argparse.Namespace) -> dict:
     names = {b: b if isinstance(b, str) else f"budget {b}" for b in budgets}
     rates = {}
     for context in flags.contexts:
-        ids, found = bench.filler(context), defaultdict(list)
+        ids, found = bench.filler(context, flags.prompts), defaultdict(list)
         rate(bench, flags, ids, budgets[-1])  # warm-up
         for order in [budgets, budgets[::-1]] * flags.repeats:
             for budget in order:
@@ -78,6 +78,7 @@ def draw(result: dict, path: Path) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
+    add_prompt_file(made)
     made.add_argument("--drafter", default="demo", help="as --drafter of generate")
     made.add_argument(
         "--contexts",

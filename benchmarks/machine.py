@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -56,10 +57,16 @@ class Bench:
         messages = [{"role": "user", "content": text}]
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
-    def filler(self, tokens: int) -> list[int]:
-        """A prompt of exactly so many tokens: this project's own prompts, over and over."""
-        texts = [p.text for p in prompt_files.read(prompt_files.OWN, per_category=99)]
-        ids = self.encode("\n".join(texts) * (1 + tokens // 100))
+    def filler(self, tokens: int, path: Path = prompt_files.OWN) -> list[int]:
+        """A prompt of exactly so many tokens: the file's prompts, over again if they are too few.
+
+        What repeats is easy to draft: to measure a drafter, give a file that is long enough.
+        """
+        texts = [p.text for p in prompt_files.read(path, per_category=2**30)]
+        random.Random(0).shuffle(texts)
+        taken: list[str] = []
+        while len(ids := self.encode("\n\n".join(taken))) < tokens:
+            taken += texts
         return [*ids[: tokens - 8], *ids[-8:]]  # the end opens the answer
 
 
@@ -97,11 +104,16 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def add_prompts(made: argparse.ArgumentParser) -> None:
     """Flags that choose prompts."""
+    add_prompt_file(made)
+    made.add_argument("--per-category", type=int, default=2, help="prompts of each category")
+    made.add_argument("--max-tokens", type=int, default=96, help="of each answer")
+
+
+def add_prompt_file(made: argparse.ArgumentParser) -> None:
+    """The flag that says where prompts come from."""
     made.add_argument(
         "--prompts", type=Path, default=prompt_files.OWN, help="JSONL in Spec-Bench's form"
     )
-    made.add_argument("--per-category", type=int, default=2, help="prompts of each category")
-    made.add_argument("--max-tokens", type=int, default=96, help="of each answer")
 
 
 def document(kind: str, flags: argparse.Namespace, where: dict[str, str], **content) -> dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks.machine import Bench, document, machine, parser, size, write
+from benchmarks.machine import Bench, add_prompt_file, document, machine, parser, size, write
 from benchmarks.report import memory_tables
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.stream import Generation
@@ -24,7 +24,7 @@ def measure(flags: argparse.Namespace) -> dict:
     drafter = bench.drafters[flags.drafter]
     runs = []
     for context in flags.contexts:
-        ids = bench.filler(context)
+        ids = bench.filler(context, flags.prompts)
         for budget in [None, *flags.budgets]:
             run = Generation(
                 bench.model,
@@ -56,6 +56,7 @@ def _cache_bytes(bench: Bench, tokens: int) -> int:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
+    add_prompt_file(made)
     made.add_argument("--drafter", default="demo", help="as --drafter of generate")
     made.add_argument(
         "--contexts", type=int, nargs="+", default=[128, 2048], help="tokens before the answer"

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 import statistics
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
@@ -27,11 +29,12 @@ from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
-from redrafter_mlx.training.run import Vocabulary, gradients_of, head_config, make_gradients
+from redrafter_mlx.training.run import frequent_ids, gradients_of, head_config, make_gradients
 from redrafter_mlx.training.shards import parts, training_shards
-from redrafter_mlx.training.windows import LENGTH, Shards
+from redrafter_mlx.training.windows import LENGTH, PAST, Shards
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, int, int, int]
+"""Products side by side, rows, inner, columns."""
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
     target, options = load(), TrainingOptions()
     shards = Shards(training_shards(parts(flags.data)))
     head_options = HeadOptions(fused_layers=tuple(flags.fused_layers))
-    ids = Vocabulary.choose(shards, [], head_options.draft_vocab, target.vocab_size).ids
+    ids = frequent_ids(shards, head_options.draft_vocab, target.vocab_size)
     config = head_config(target, head_options, len(ids))
     d2t = mx.array(ids.astype(np.int32))
     fit = shards.batches("fit", 8, 2 * options.ahead)
@@ -57,10 +60,10 @@ def main() -> None:
     )  # fmt: skip
     own = gradients_of(target, head, d2t, shards, options, 0)
     make = partial(make_gradients, load, flags.data, config, ids, options, 0)
-    shapes = products(config, options)
+    shapes = products(config, options, places(shards, options))
     operands = [
-        (mx.random.normal((rows, inner)), mx.random.normal((inner, columns)))
-        for rows, inner, columns in shapes
+        (mx.random.normal((many, rows, inner)), mx.random.normal((many, inner, columns)))
+        for many, rows, inner, columns in shapes
     ]
     mx.eval(operands)
     parameters = head.trainable_parameters()
@@ -72,7 +75,7 @@ def main() -> None:
                 times["products"].append(timed(lambda: [a @ b for a, b in operands]))
     step = statistics.median(times["step"][2:])
     product = options.accumulate * statistics.median(times["products"][2:])
-    flops = 2 * options.accumulate * sum(a * b * c for a, b, c in shapes)
+    flops = 2 * options.accumulate * sum(map(math.prod, shapes))
     positions = options.accumulate * options.windows * LENGTH
     print(
         f"step of {positions} positions: {1e3 * step:.0f} ms ({positions / step:.0f} positions/s, "
@@ -91,8 +94,15 @@ def target_of(model: str, layers: tuple[int, ...]) -> Target:
     return target
 
 
-def products(config: HeadConfig, options: TrainingOptions) -> list[Shape]:
-    """(rows, inner, columns) of every matrix product of a part, forward and backward."""
+def places(shards: Shards, options: TrainingOptions) -> int:
+    """How long the pasts of a batch usually are."""
+    draws = islice(shards.draws("0", options.windows), 50)
+    lengths = [max(first - start for _, start, first, _ in windows) for windows in draws]
+    return -(-int(statistics.median(lengths) + LENGTH) // PAST) * PAST
+
+
+def products(config: HeadConfig, options: TrainingOptions, places: int) -> list[Shape]:
+    """Every matrix product of a part, forward and backward; pasts of `places` places."""
     h, e, c = config.hidden_size, config.exit_dim, config.context_size
     positions = options.windows * LENGTH
     rows = positions * options.ahead
@@ -103,7 +113,18 @@ def products(config: HeadConfig, options: TrainingOptions) -> list[Shape]:
     for r, i, o in layers:
         found += [(r, o, i), (i, r, o)]  # gradients of inputs and weights
     found += [(rows, options.candidates, e)]  # the output's inputs only: its rows are fixed
-    return [*found, (c, positions, e), (h, rows, h)]  # weights only: the target is fixed
+    found += [(c, positions, e), (h, rows, h)]  # weights only: the target is fixed
+    side_by_side = []
+    if heads := config.lookback_heads:
+        size, read = config.lookback_size, options.windows * places
+        found += 2 * [(read, h, heads * size), (h, read, heads * size)]  # keys
+        found += [(positions, h, heads * size), (h, positions, heads * size)]  # context's queries
+        found += 2 * [(rows, h, heads * size), (h, rows, heads * size)] + [(rows, heads * size, h)]
+        found += [(rows, heads * h, e), (rows, e, heads * h), (heads * h, rows, e)]  # out
+        windows, asked = options.windows, rows * heads // options.windows
+        side_by_side = [(windows, asked, places, h), (windows, asked, h, places)]  # what is heard
+        side_by_side += 2 * [(windows, asked, size, places)] + [(windows, asked, places, size)]
+    return [(1, *shape) for shape in found] + side_by_side
 
 
 def timed(work) -> float:

@@ -23,8 +23,8 @@ def paths(tmp_path):
 def test_a_window_holds_what_follows_its_positions(paths):
     data, file = Shards(paths), map_shard(paths[0])
     assert (data.tokens, data.hidden_size) == (186, E)
-    first, end = 33, 61  # of the second conversation
-    batch = data.batch([(0, first, end)], STEPS)
+    start, first, end = 30, 33, 61  # of the second conversation
+    batch = data.batch([(0, start, first, end)], STEPS)
     assert (np.array(batch.hidden)[0] == file["hidden"][first : first + LENGTH]).all()
     reach = LENGTH + STEPS
     expected = file["tokens"][np.minimum(np.arange(first + 1, first + 1 + reach), end - 1)]
@@ -36,13 +36,29 @@ def test_a_window_holds_what_follows_its_positions(paths):
     assert (batch.weights[0] == said * (last + 1 < end)).all()
 
 
+def test_the_past_of_a_window_is_its_conversation_up_to_its_positions(paths):
+    data, file = Shards(paths), map_shard(paths[0])
+    start, end = 30, 61
+    windows = [(0, start, 33, end), (0, start, 50, end)]  # the second reaches beyond the end
+    past = data.batch(windows, STEPS, slice(1, E)).past
+    hidden = np.array(past.hidden)
+    assert hidden.shape == (2, 128, E - 1)
+    for row, (_, _, first, _) in enumerate(windows):
+        assert (past.visible[row] == np.arange(first - start + 1, first - start + 1 + LENGTH)).all()
+        known = min(first + LENGTH, end - 1) - start  # places whose next token is known
+        assert (past.tokens[row, : known + 1] == file["tokens"][start : start + known + 1]).all()
+        assert (hidden[row, 0] == 0).all()  # nothing comes before the first token
+        before = file["hidden"][start : start + known - 1, 1:]
+        assert (hidden[row, 1:known] == before).all()
+
+
 def test_windows_cover_every_position_of_what_was_said(paths):
     data = Shards(paths)
     windows = data.windows("0")
     assert windows == data.windows("0") != data.windows("1")
     for f, path in enumerate(paths):
         file = map_shard(path)
-        covered = {p for g, a, end in windows if g == f for p in range(a, min(a + LENGTH, end))}
+        covered = {p for g, _, a, end in windows if g == f for p in range(a, min(a + LENGTH, end))}
         ends = [*file["starts"].tolist()[1:], len(file["tokens"])]
         speaks = [
             p

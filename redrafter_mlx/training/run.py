@@ -154,8 +154,7 @@ class TrainingRun:
     def _new_head(self, options: HeadOptions, seed: int) -> tuple[RecurrentHead, mx.array]:
         """An untrained head and the token ids (D,) that it can propose."""
         target, ahead = self.target, self._options.ahead
-        counts = self.shards.counts(target.vocab_size)
-        ids = np.argsort(-counts, kind="stable")[: min(options.draft_vocab, len(counts))]
+        ids = frequent_ids(self.shards, options.draft_vocab, target.vocab_size)
         d2t = mx.array(ids.astype(np.int32))
         fit = islice(self.shards.batches("fit", 64, 2 * ahead), FIT_BATCHES)
         head = initial_head(
@@ -315,6 +314,11 @@ def make_gradients(
     d2t = mx.array(ids.astype(np.int32))
     shards = Shards(training_shards(parts(data)))
     return gradients_of(load(), RecurrentHead(config), d2t, shards, training, seed)
+
+
+def frequent_ids(shards: Shards, most: int, vocab_size: int) -> np.ndarray:
+    """The `most` token ids that were written most often, most frequent first."""
+    return np.argsort(-shards.counts(vocab_size), kind="stable")[:most]
 
 
 def held_out_answers(directory: Path) -> list[Answer]:
