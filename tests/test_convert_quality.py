@@ -46,14 +46,14 @@ def states(demo_path):
 
 
 def likeliest(path: Path, states) -> np.ndarray:
-    """The head's likeliest token ids, (P, DEPTHS)."""
+    """The head's likeliest token ids, (P, DEPTHS), without looking back."""
     model, hidden, embeddings, _ = states
     drafter = hub.load_drafter(str(path), model)
     d2t, rows = drafter.vocabulary_of(Transcript([0]))
-    read, state, found = drafter.head.read(hidden), None, []
+    steps, state, found = drafter.head.steps(hidden), None, []
     for depth in range(DEPTHS):
-        state = drafter.head.advance(state, embeddings[:, depth])
-        found.append(d2t[mx.argmax(drafter.logits(read, state, rows), axis=-1)])
+        state = steps.advance(state, embeddings[:, depth])
+        found.append(d2t[mx.argmax(drafter.logits(steps, state, rows), axis=-1)])
     return np.array(mx.stack(found, axis=1))
 
 
