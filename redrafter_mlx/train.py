@@ -328,8 +328,8 @@ def _foretell(source: Source, options) -> int:
         f"{expected[0].columns} tokens, about {total('tokens_per_second'):.0f} tokens of answers "
         f"per second: {max(part.seconds for part in expected) / 60:.0f} minutes, "
         f"{total('disk') / 1e9:.2f} GB on disk, {total('memory') / 1e9:.2f} GB of memory\n"
-        f"training: {training_bytes(target, config, training) / 1e9:.2f} GB of memory; its time is "
-        "measured and told when the data is there"
+        f"training: {training_bytes(target, config, training, data.columns) / 1e9:.2f} GB of "
+        "memory; its time is measured and told when the data is there"
     )
     return 0
 

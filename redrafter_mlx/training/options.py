@@ -70,9 +70,9 @@ class HeadOptions(Options):
         (), "layers of the target to read beside its last hidden state", type=int, nargs="*",
         metavar="LAYER",
     )  # fmt: skip
-    lookback_heads: int = option(
-        2, "attention heads that look back at the text so far; 0: none, as in the paper", low=0,
-        high=64,
+    lookback_heads: int | None = option(
+        None, "attention heads that look back at the text so far; 0: none, as in the paper "
+        "(default: 2, or as many as the head of --start-from has)", low=0, high=64, type=int,
     )  # fmt: skip
 
 

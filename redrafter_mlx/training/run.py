@@ -41,6 +41,8 @@ from redrafter_mlx.training.windows import LENGTH, Shards
 PASSES = 10
 """Times that training goes through the data when neither time nor steps are given."""
 FIT_BATCHES = 24
+LOOKBACK_HEADS = 2
+"""Of a new head, if nothing else is asked for."""
 WIDTH, BEAM_LENGTH, BUDGET = 4, 5, 16
 """How drafts are made where progress is measured: the defaults of generation."""
 MEASURE_SECONDS, SAVE_SECONDS, TELL_SECONDS = 300.0, 120.0, 20.0
@@ -344,7 +346,7 @@ def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> 
         draft_vocab_size=draft_vocab_size,
         tied_output=tied,
         fused_layers=tuple(options.fused_layers),
-        lookback_heads=options.lookback_heads,
+        lookback_heads=LOOKBACK_HEADS if options.lookback_heads is None else options.lookback_heads,
     )
 
 
@@ -352,7 +354,7 @@ def shape_of(name: str, given: HeadOptions) -> HeadOptions:
     """The options that describe an existing head; UserError where `given` ones say otherwise."""
     c = load_head(hub.resolve_drafter(name), mx.float32)[2]
     output_layer = "tied" if c.tied_output else "trained"
-    lookback_heads = c.lookback_heads or given.lookback_heads  # it can learn to look back
+    lookback_heads = c.lookback_heads or given.lookback_heads or 0  # it can learn to look back
     shape = HeadOptions(
         c.exit_dim, c.num_blocks, c.draft_vocab_size, output_layer, c.fused_layers, lookback_heads
     )
@@ -412,10 +414,19 @@ def report(drafter: RecurrentDrafter, answers: Sequence[Answer], tokens: int) ->
     )
 
 
-def training_bytes(target: Target, config: HeadConfig, options: TrainingOptions) -> int:
-    """Memory of training, roughly: the target, the head with its optimiser, one batch."""
+def training_bytes(
+    target: Target, config: HeadConfig, options: TrainingOptions, columns: int
+) -> int:
+    """Memory of training, roughly: the target, the head with its optimiser, one batch.
+
+    columns  tokens of the longest conversation
+    """
     model = sum(x.nbytes for _, x in tree_flatten(target.model.parameters()))
     head = 4 * sum(x.size for _, x in tree_flatten(RecurrentHead(config).parameters()))
     rows = options.windows * LENGTH * options.ahead
     widths = config.context_size + config.hidden_size + (3 + config.num_blocks) * config.exit_dim
-    return model + 4 * head + 4 * rows * (2 * widths + 4 * options.candidates)
+    numbers = rows * (2 * widths + 4 * options.candidates)
+    if heads := config.lookback_heads:
+        place = 4 * config.hidden_size + 2 * heads * config.lookback_size
+        numbers += options.windows * columns * place + 6 * rows * heads * columns
+    return model + 4 * head + 4 * numbers
