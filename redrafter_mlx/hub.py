@@ -211,7 +211,7 @@ def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDr
     if mx.default_device() == mx.cpu:
         compute_in_float32(head)
     if head.config.fused_layers or head.config.lookback_heads:
-        target.tap(head.config.fused_layers, trail=head.config.lookback_heads > 0)
+        target.tap(head.config.fused_layers, head.config.trail)
     output = target.output_layer if head.config.tied_output else None
     return RecurrentDrafter(head, d2t, target.embed, output)
 

@@ -42,19 +42,21 @@ class Transcript:
 
 
 class Trail:
-    """The hidden states of all processed tokens, kept for drafters that look back."""
+    """Some columns C of the hidden states of all processed tokens, for drafters that look back."""
 
-    def __init__(self):
+    def __init__(self, columns: slice):
+        self._columns = columns
         self._pieces: list[mx.array] = []
         self._length = 0
 
-    def add(self, hidden: mx.array) -> None:
-        """Those (T, E) of the tokens processed next."""
-        self._pieces.append(hidden)
+    def add(self, hidden: mx.array) -> mx.array:
+        """Take in those (T, E) of the tokens processed next; what is kept of them (T, C)."""
+        self._pieces.append(mx.contiguous(hidden[:, self._columns]))
         self._length += len(hidden)
+        return self._pieces[-1]
 
     def since(self, first: int) -> mx.array | None:
-        """(T, E) from the `first` processed token on; None if there is none."""
+        """(T, C) from the `first` processed token on; None if there is none."""
         found, start = [], self._length
         while start > first:
             found.append(self._pieces[-1 - len(found)])
@@ -73,7 +75,7 @@ class Context:
     transcript  every token up to and including the pending one
     caches      the target's own memory of the text; nobody else's business
     noise       what sampling will add to the target's logits; None at temperature 0
-    trail       hidden states of all processed tokens; None if no drafter looks back
+    trail       of the hidden states of all processed tokens; None if no drafter looks back
     """
 
     pending: mx.array

@@ -80,7 +80,7 @@ def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
     head = RecurrentHead(config)
     ids = mx.arange(draft_vocab_size, dtype=mx.int32) if d2t is None else mx.array(d2t)
     if config.fused_layers or config.lookback_heads:
-        target.tap(config.fused_layers, trail=config.lookback_heads > 0)
+        target.tap(config.fused_layers, config.trail)
     output = target.output_layer if config.tied_output else None
     return RecurrentDrafter(head, ids, target.embed, output)
 

@@ -8,6 +8,7 @@ from families import build
 from redrafter_mlx import device
 from redrafter_mlx.drafters.lookback import Lookback, Memory
 from redrafter_mlx.drafters.recurrent import TextMemory
+from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
 from support import generation, ids, random_drafter, tiny_prompt
@@ -90,7 +91,7 @@ def test_a_memory_that_grew_is_the_one_made_at_once(pieces):
     hidden = mx.random.normal((11, drafter.head.config.context_size))
     grown = TextMemory(drafter.head, drafter.embed)
     grown.ROOM = 4
-    trail, transcript, done = Trail(), Transcript(tokens[:1]), 0
+    trail, transcript, done = Trail(slice(0, None)), Transcript(tokens[:1]), 0
     for count in pieces:
         trail.add(hidden[done : done + count])
         transcript.extend(tokens[done + 1 : done + count], tokens[done + count])
@@ -109,7 +110,7 @@ def test_another_text_is_another_memory():
     drafter = random_drafter(build("llama"), lookback_heads=1, lookback_size=4)
     memory = TextMemory(drafter.head, drafter.embed)
     for length in (9, 3):
-        trail = Trail()
+        trail = Trail(slice(0, None))
         trail.add(mx.random.normal((length, drafter.head.config.context_size)))
         _, values, visible = memory.of(Transcript(tiny_prompt(length + 1, seed=length)), trail)
         assert visible.tolist() == [length]
@@ -146,3 +147,11 @@ def test_plain_rounds_leave_their_trail_too():
     expected = np.array(drafter.embed(mx.array(text[1 : memory._places + 1])))
     assert memory._places > 20
     np.testing.assert_array_equal(values, expected)
+
+
+def test_heads_that_look_back_at_different_layers_do_not_share_a_model():
+    model = build("llama")
+    random_drafter(model, lookback_heads=1)
+    random_drafter(model, seed=1, lookback_heads=2)
+    with pytest.raises(UserError, match="load the model anew"):
+        random_drafter(model, lookback_heads=1, fused_layers=(0,))

@@ -98,7 +98,7 @@ def test_a_head_is_trained_further(tmp_path, target, capsys):
     """In its shape and with its vocabulary, from where it was; resuming knows where it began."""
     first, second = tmp_path / "first", tmp_path / "second"
     shape = ["--fused-layers", 0, 1, "--blocks", 1]
-    assert command(first, "--steps", 6, "--dtype", "float32", *shape) == 0
+    assert command(first, "--steps", 6, "--dtype", "float32", "--keep", 0, *shape) == 0
     assert command(second, "--steps", 1, "--start-from", first) == 0
     ended, began = (
         [json.loads(line)["tree"] for line in (output / "training/log.jsonl").open()]
@@ -118,6 +118,23 @@ def test_a_head_is_trained_further(tmp_path, target, capsys):
     assert f"--start-from {first}" in card
     assert command(second, "--steps", 1, "--resume", *shape) == 2
     assert "start_from was" in capsys.readouterr().err
+
+
+def test_a_head_can_learn_to_look_back(tmp_path, capsys):
+    """Only if it is asked to; of a new head's weights, --keep holds those of the lookback."""
+    first, as_it_was, grown = tmp_path / "first", tmp_path / "as-it-was", tmp_path / "grown"
+    assert command(first, "--steps", 2, "--lookback-heads", 0) == 0
+    assert command(as_it_was, "--steps", 1, "--start-from", first) == 0
+    assert command(grown, "--steps", 1, "--start-from", first, "--lookback-heads", 3) == 0
+    shapes = [load_head(output, mx.float32)[2] for output in (first, as_it_was, grown)]
+    assert [shape.lookback_heads for shape in shapes] == [0, 0, 3]
+    kept, trained = tmp_path / "kept", tmp_path / "trained"
+    for output, share in ((kept, 1), (trained, 0)):
+        assert command(output, "--steps", 2, "--dtype", "float32", "--keep", share) == 0
+    heads = [mx.load(str(output / "model.safetensors")) for output in (kept, trained)]
+    differs = {n for n, x in heads[0].items() if not mx.array_equal(x, heads[1][n])}
+    assert {"lookback.carry", "lookback.out.weight", "lookback.key_token.weight"} <= differs
+    assert all(name.startswith("lookback.") for name in differs)
 
 
 def test_a_head_of_another_shape_or_target_is_no_start(tmp_path, target, monkeypatch, capsys):

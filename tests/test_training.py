@@ -90,8 +90,9 @@ def in_another_process(directory, options: TrainingOptions) -> Gradients:
 
 def trainer(grammar, options: TrainingOptions, tied=True) -> Trainer:
     model, _, directory = grammar
-    adapt(model).tap((), trail=True)
-    return Trainer(gradients_of(model, directory, options, tied), options, Progress(options.steps))
+    gradients = gradients_of(model, directory, options, tied)
+    adapt(model).tap((), gradients.head.config.trail)
+    return Trainer(gradients, options, Progress(options.steps))
 
 
 def alone(trainer: Trainer) -> Crew:

@@ -62,7 +62,8 @@ class Lookback(nn.Module):
     def keys(self, context: mx.array, embedding: mx.array) -> mx.array:
         """(M, H, d, S) of places: the context (M, S, h) before each token and its embedding."""
         keys = self.key_context(context) + self.key_token(embedding)
-        return keys.reshape(*keys.shape[:2], self.heads, -1).transpose(0, 2, 3, 1)
+        keys = keys.reshape(*keys.shape[:2], self.heads, -1).transpose(0, 2, 3, 1)
+        return mx.contiguous(keys)  # once, not in each product of a step
 
     def asked(self, context: mx.array) -> mx.array:
         """(P, H·d): what every step from a position asks because of its context (P, h)."""

@@ -61,6 +61,11 @@ class HeadConfig:
         return slice(first, first + self.hidden_size)
 
     @property
+    def trail(self) -> slice | None:
+        """What of the whole text's hidden states it needs."""
+        return self.lookback_columns if self.lookback_heads else None
+
+    @property
     def has_projection(self) -> bool:
         return self.exit_dim != self.context_size + self.hidden_size
 
@@ -389,14 +394,13 @@ class TextMemory:
         return [self._keys, self._values, mx.array([self._places])]
 
     def _take_in(self, hidden: mx.array) -> None:
-        """Places of the tokens whose hidden states (T, E) are `hidden`: they have a next token."""
+        """Places of T tokens, whose next is known; hidden (T, h) is what the trail kept of them."""
         first, end = self._places, self._places + len(hidden)
         tokens = mx.array(self._transcript.tokens[first : end + 1])
         last = mx.zeros_like(hidden[:1]) if self._before is None else self._before
         before = mx.concatenate([last, hidden[:-1]])
         embedded = self._embed(tokens)[None]
-        seen = self._head.looked_at(before[None, :, self._head.config.lookback_columns])
-        keys = self._head.lookback.keys(seen, embedded[:, :-1])
+        keys = self._head.lookback.keys(self._head.looked_at(before)[None], embedded[:, :-1])
         if end > self._values.shape[1]:
             room = self._values.shape[1]
             while room < end:

@@ -36,7 +36,7 @@ class Target:
         self.model = model
         self.branching = branching
         self.taps: tuple[int, ...] = ()
-        self.leaves_trail = False
+        self.trail: slice | None = None
         self._head: nn.Module | None = None
         self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
@@ -90,7 +90,7 @@ class Target:
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
         caches = self.empty_caches()
-        trail = Trail() if self.leaves_trail else None
+        trail = Trail(self.trail) if self.trail else None
         last = len(tokens) - 1
         progress(0, len(tokens))
         told = lambda done: progress(done, len(tokens))
@@ -108,7 +108,7 @@ class Target:
     ) -> mx.array:
         """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros.
 
-        trail  gets the hidden states of all
+        trail  takes in the hidden states of all
         """
         hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
         for start in range(0, len(tokens), chunk):
@@ -116,10 +116,9 @@ class Target:
             caches.begin(len(ids))
             states = self.forward(ids[None], caches).hidden[0]
             hidden = states[-1:]
-            if trail is not None:
-                trail.add(states)
+            kept = [] if trail is None else trail.add(states)
             caches.commit(range(len(ids)))
-            mx.eval(hidden, caches.state)
+            mx.eval(hidden, caches.state, kept)
             progress(start + len(ids))
             mx.clear_cache()
         return hidden
@@ -143,7 +142,7 @@ class Target:
         pending = verdict.pending if verdict.token is None else verdict.token
         context.transcript.extend(tree.tokens[path[1:]].tolist(), pending)
         if context.trail is not None:
-            context.trail.add(outcome.hidden[mx.array(path)])  # not a view of all rows
+            context.trail.add(outcome.hidden[mx.array(path)])
         return replace(
             context,
             pending=verdict.pending,
@@ -151,10 +150,10 @@ class Target:
             position=context.position + len(path),
         )
 
-    def tap(self, layers: Sequence[int], trail: bool = False) -> None:
+    def tap(self, layers: Sequence[int], trail: slice | None = None) -> None:
         """Hand the outputs of these layers to drafters too, beside the final hidden state.
 
-        trail  whether to keep those of the whole text
+        trail  columns of both that are to be kept for the whole text
 
         Raises UserError if there is no such layer, or another drafter listens to other layers.
         """
@@ -162,13 +161,13 @@ class Target:
         count = len(self.model.layers)
         if any(not 0 <= layer < count for layer in layers):
             raise UserError(f"fused_layers {list(layers)}: {self.name} has {count} layers")
-        if self.taps not in ((), layers):
+        if self.taps not in ((), layers) or (trail and self.trail not in (None, trail)):
             raise UserError(
                 f"fused_layers {list(layers)}: another drafter of this model reads the layers "
                 f"{list(self.taps)}; load the model anew for this one"
             )
         self.taps = layers
-        self.leaves_trail = self.leaves_trail or trail
+        self.trail = self.trail or trail
 
     def output_layer(self, ids: mx.array) -> nn.Module:
         """The rows `ids` (D,) of the model's own head, quantised or not, as a linear layer.

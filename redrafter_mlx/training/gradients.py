@@ -72,9 +72,7 @@ class Gradients:
     def _arrays(self, step: int, part: int) -> tuple[mx.array, ...]:
         o = self._options
         windows = self._windows(step * o.accumulate + part)
-        config = self.head.config
-        past = config.lookback_columns if config.lookback_heads else None
-        batch = self.shards.batch(windows, self._objective.steps, past)
+        batch = self.shards.batch(windows, self._objective.steps, self.head.config.trail)
         chosen = candidates(batch, self._allowed, o.candidates, [self._seed, step, part])
         return (
             batch.hidden,

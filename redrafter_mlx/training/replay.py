@@ -165,7 +165,8 @@ def _memory(drafter: RecurrentDrafter, answer: Answer) -> list[mx.array]:
     """Keys and values of all places of the prompt and the answer, if the head looks back."""
     if not drafter.head.config.lookback_heads:
         return []
-    trail, transcript = Trail(), Transcript(np.concatenate([answer.prompt, answer.tokens]))
+    trail = Trail(drafter.head.config.lookback_columns)
+    transcript = Transcript(np.concatenate([answer.prompt, answer.tokens]))
     trail.add(answer.before.astype(mx.float32))
     trail.add(answer.hidden.astype(mx.float32))
     return TextMemory(drafter.head, drafter.embed).of(transcript, trail)[:2]
