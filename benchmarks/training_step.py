@@ -24,7 +24,7 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 
 from redrafter_mlx import blas, hub
-from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.initial import initial_head

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.drafters.head import HeadConfig
 
 CARD = "README.md"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from redrafter_mlx.drafters.checkpoint import expected_tensors, own_settings
-from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 
 from . import storage

@@ -23,7 +23,7 @@ from redrafter_mlx.drafters.checkpoint import (
     lookback,
     tied_output,
 )
-from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 
 from .layouts import Layout, Recognised, recognise, setting

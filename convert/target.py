@@ -8,7 +8,7 @@ from typing import Any
 
 from redrafter_mlx import hub
 from redrafter_mlx.drafters.checkpoint import read_json
-from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 

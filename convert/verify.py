@@ -11,7 +11,7 @@ import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.checkpoint import load_head
-from redrafter_mlx.drafters.recurrent import RecurrentHead
+from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.errors import UserError
 
 from .head import Head, read_head

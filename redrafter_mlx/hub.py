@@ -31,10 +31,11 @@ from redrafter_mlx.config import DrafterOptions, parse_keywords
 from redrafter_mlx.demo import demo_target
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
 from redrafter_mlx.drafters.model import ModelDrafter, check_tokenizers, warn_if_larger
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter, RecurrentHead
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.spec import (
     AUTO,
     CASCADE,

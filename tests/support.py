@@ -12,7 +12,8 @@ import numpy as np
 from families import build
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
+from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.round import Context, Outcome, Step, Verdict
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt

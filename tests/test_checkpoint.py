@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.checkpoint import load_head
-from redrafter_mlx.drafters.recurrent import HeadConfig
+from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

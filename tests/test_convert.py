@@ -33,7 +33,7 @@ from convert_heads import (
     write_in,
 )
 from redrafter_mlx.drafters.checkpoint import expected_tensors, load_head
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
+from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.errors import UserError
 from test_generate_command import save_target
 

@@ -6,7 +6,7 @@ import pytest
 
 from convert_heads import convert, read, run, same_bits, settings
 from redrafter_mlx.drafters.checkpoint import load_head, save_head
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
+from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 
 IDS = [5, 90, 3, 41, 7, 8, 60]
 

@@ -30,10 +30,12 @@ LAYERS = [
     ["gguf.file"],
     ["verification"],
     ["drafters.cascade", "drafters.checkpoint", "drafters.union"],
+    ["drafters.recurrent"],
+    ["drafters.text"],
     [
+        "drafters.head",
         "drafters.max_gram",
         "drafters.model",
-        "drafters.recurrent",
         "training.lockstep",
         "training.questions",
     ],

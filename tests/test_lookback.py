@@ -7,7 +7,7 @@ import pytest
 from families import build
 from redrafter_mlx import device
 from redrafter_mlx.drafters.lookback import Lookback, Memory
-from redrafter_mlx.drafters.recurrent import TextMemory
+from redrafter_mlx.drafters.text import TextMemory
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Trail, Transcript
 from redrafter_mlx.target.adapter import adapt

@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from redrafter_mlx.config import DraftOptions
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter
+from redrafter_mlx.drafters.head import HeadConfig
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.gradients import Crew, Gradients

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import device
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
+from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.errors import UserError
 
 MODEL_TYPE = "recurrent_drafting_drafter"

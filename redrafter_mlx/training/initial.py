@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentHead
+from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.training.windows import Batch
 
 LARGEST_FIT = 6144

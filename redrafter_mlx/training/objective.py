@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.drafters.lookback import Memory
-from redrafter_mlx.drafters.recurrent import RecurrentHead
 from redrafter_mlx.training.loss import Loss
 from redrafter_mlx.training.windows import Batch
 

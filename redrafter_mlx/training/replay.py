@@ -19,7 +19,8 @@ import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.lookback import Memory
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter, TextMemory
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.drafters.text import TextMemory
 from redrafter_mlx.round import Trail, Transcript
 from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard

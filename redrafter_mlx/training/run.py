@@ -25,7 +25,8 @@ from mlx.utils import tree_flatten
 from redrafter_mlx import device, hub
 from redrafter_mlx.config import flag_name
 from redrafter_mlx.drafters.checkpoint import load_head, save_head
-from redrafter_mlx.drafters.recurrent import HeadConfig, RecurrentDrafter, RecurrentHead
+from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
+from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.gradients import Crew, Gradients

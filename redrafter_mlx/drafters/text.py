@@ -1,0 +1,119 @@
+"""What a recurrent drafter keeps of a text: the ids it may propose, and places to look back at.
+
+Shape letters: T tokens, R rows, h hidden size, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from redrafter_mlx import device
+from redrafter_mlx.drafters.head import RecurrentHead
+from redrafter_mlx.round import Trail, Transcript
+
+
+class TextMemory:
+    """The places that a head can look back at in one text, taken in as it grows.
+
+    Buffers double, so that few sizes of them are compiled for.
+    """
+
+    ROOM = 512
+
+    def __init__(self, head: RecurrentHead, embed: Callable[[mx.array], mx.array]):
+        self._head, self._embed = head, embed
+        self._transcript: Transcript | None = None
+
+    def of(self, transcript: Transcript, trail: Trail) -> list[mx.array]:
+        """The fields of a Memory of all places before the pending token."""
+        if transcript is not self._transcript:
+            self._transcript, self._places, self._before = transcript, 0, None
+            self._keys, self._values = self._buffers(self.ROOM)
+        new = trail.since(self._places)
+        if new is not None:
+            self._take_in(new)
+        return [self._keys, self._values, mx.array([self._places])]
+
+    def _take_in(self, hidden: mx.array) -> None:
+        """Places of T tokens, whose next is known; hidden (T, h) is what the trail kept of them."""
+        first, end = self._places, self._places + len(hidden)
+        tokens = mx.array(self._transcript.tokens[first : end + 1])
+        last = mx.zeros_like(hidden[:1]) if self._before is None else self._before
+        before = mx.concatenate([last, hidden[:-1]])
+        embedded = self._embed(tokens)[None]
+        keys = self._head.lookback.keys(self._head.looked_at(before)[None], embedded[:, :-1])
+        if end > self._values.shape[1]:
+            room = self._values.shape[1]
+            while room < end:
+                room *= 2
+            old = self._keys[..., :first], self._values[:, :first]
+            self._keys, self._values = self._buffers(room)
+            self._keys[..., :first], self._values[:, :first] = old
+        self._keys[..., first:end], self._values[:, first:end] = keys, embedded[:, 1:]
+        self._before, self._places = hidden[-1:], end
+
+    def _buffers(self, room: int) -> tuple[mx.array, mx.array]:
+        c = self._head.config
+        dtype = self._head.lookback.key_token.weight.dtype
+        if dtype == mx.uint32:  # quantised
+            dtype = self._head.lookback.key_token.scales.dtype
+        keys = mx.zeros((1, c.lookback_heads, c.lookback_size, room), dtype)
+        return keys, mx.zeros((1, room, c.hidden_size), dtype)
+
+
+class TextVocabulary:
+    """The ids that a tied output proposes in one text: a static set and the ids of the text.
+
+    static      (D,) token ids
+    vocab_size  of the target
+    output      token ids (D,) -> those rows of the target's head, as a linear layer
+
+    Most of what a fixed set of some thousand ids misses in real answers stands in their prompts.
+    Spare rows, filled with any other ids, keep shapes few; new ids of the text take their place,
+    `BATCH` at a time, because each change copies the rows.
+    """
+
+    SPARE = 256
+    BATCH = 16
+
+    def __init__(self, static: mx.array, vocab_size: int, output: Callable[[mx.array], nn.Module]):
+        self._static = np.array(static)
+        self._vocab_size = vocab_size
+        self._output = output
+        self._transcript: Transcript | None = None
+
+    def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
+        """Token ids (D',) and the parameters of the linear layer that scores them."""
+        if transcript is not self._transcript:
+            self._transcript, self._seen = transcript, 0
+            self._ids, self._known = self._static, set(self._static.tolist())
+            self._waiting: list[int] = []
+        tokens = transcript.tokens
+        for token in tokens[self._seen :]:
+            if token not in self._known:
+                self._known.add(token)
+                self._waiting.append(token)
+        if self._seen == 0 or len(self._waiting) >= self.BATCH:
+            self._take_in()
+        self._seen = len(tokens)
+        return self._current
+
+    def _take_in(self) -> None:
+        self._ids = np.concatenate([self._ids, np.array(self._waiting, self._static.dtype)])
+        self._waiting = []
+        spare = -len(self._ids) % self.SPARE
+        others = np.setdiff1d(np.arange(self._vocab_size), self._ids)[:spare]
+        ids = mx.array(np.concatenate([self._ids, others]))
+        self._linear = self._output(ids)
+        if "scales" not in self._linear:
+            self._linear.weight = device.by_columns(self._linear.weight)
+        self._current = ids, self._linear.parameters()
+
+    def project(self, features: mx.array, parameters: dict) -> mx.array:
+        """Logits (R, D') of what the target's head would read (R, h)."""
+        self._linear.update(parameters)
+        return self._linear(features)
