@@ -155,3 +155,11 @@ def test_heads_that_look_back_at_different_layers_do_not_share_a_model():
     random_drafter(model, seed=1, lookback_heads=2)
     with pytest.raises(UserError, match="load the model anew"):
         random_drafter(model, lookback_heads=1, fused_layers=(0,))
+
+
+def test_sixteen_bits_stay_sixteen_bits():
+    model = build("llama", dtype=mx.bfloat16)
+    drafter = random_drafter(model, lookback_heads=2)
+    drafter.head.set_dtype(mx.bfloat16)
+    assert len(ids(generation(model, tiny_prompt(5), drafter))) == 40
+    assert {drafter._memory._keys.dtype, drafter._memory._values.dtype} == {mx.bfloat16}

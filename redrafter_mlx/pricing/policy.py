@@ -89,11 +89,10 @@ class Policy:
     FIRST_PAUSE, LONGEST_PAUSE = 32, 2048
     FIRST_TRIAL, TRIAL, EXTENSIONS = 4, 2, 5
     SURVEY, SURVEYS = 12, 4
-    LASTING = 48
+    LASTING = 24
     GAIN, LOSS, BETTER = 1.02, 1.0, 0.01
     CHEAP = 0.01  # of a plain round
     IDLE = 6  # drafts in a row of which nothing was worth a pass
-    PATIENCE = 3  # failed trials after which a new text is no reason for another one
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
 
     def __init__(
@@ -121,9 +120,9 @@ class Policy:
         return self._parked > 0
 
     def begin_text(self) -> None:
-        """Another text begins: it may be one that pays, unless too many did not."""
+        """Another text begins: it may be one that pays, however many did not."""
         self.calibration.begin_text()
-        if self._parked and self._failures <= self.PATIENCE:
+        if self._parked:
             self._try_again()
 
     def plan(self, context: int) -> Setting | None:
@@ -154,7 +153,9 @@ class Policy:
         if costs is None:  # a drafter that is asked although nothing was planned
             costs = np.arange(len(probs) + 2, dtype=float)
         rate = max(self._expected.per_second, 1 / costs[1])
-        least = 2 if self._trial else 1  # a trial that verifies nothing shows nothing
+        # A trial that verifies nothing shows nothing; what costs nothing is on no trial.
+        is_free = 0 < self.draft_costs.of(setting) < self.CHEAP * costs[1]
+        least = 2 if self._trial and not is_free else 1
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
         self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
         self._expected.add(tokens, self._seconds)
