@@ -153,9 +153,7 @@ class Policy:
         if costs is None:  # a drafter that is asked although nothing was planned
             costs = np.arange(len(probs) + 2, dtype=float)
         rate = max(self._expected.per_second, 1 / costs[1])
-        # A trial that verifies nothing shows nothing; what costs nothing is on no trial.
-        is_free = 0 < self.draft_costs.of(setting) < self.CHEAP * costs[1]
-        least = 2 if self._trial and not is_free else 1
+        least = 2 if self._trial else 1  # a trial that verifies nothing shows nothing
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
         self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
         self._expected.add(tokens, self._seconds)
