@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+
+import numpy as np
 
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Drafter, candidates_of
 from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.tree import Candidates, TokenTree, Trie
 
 
 class UnionDrafter:
     """Asks each of its drafters and verifies the likeliest of all their candidates.
 
-    Whatever two of them propose is verified once. Which nodes are worth a row of the pass is the
-    budget's decision, by their probabilities. A search of no width asks those only that find
-    something without one (`needs_no_search`).
+    Whatever two of them propose is verified once, and is likelier for it. Which nodes are worth a
+    row of the pass is the budget's decision, by their probabilities. A search of no width asks
+    those only that find something without one (`needs_no_search`).
     """
 
     def __init__(self, members: Sequence[Drafter]):
@@ -26,7 +29,7 @@ class UnionDrafter:
         parts = [
             candidates_of(m, context, budget.width, budget.length) for m in asked or self.members
         ]
-        return budget.tree(Candidates.merged(parts))
+        return budget.tree(pooled(parts))
 
     def observe(self, step: Step) -> None:
         for member in self.members:
@@ -41,3 +44,56 @@ class UnionDrafter:
         for member in self.members:
             if hasattr(member, "save"):
                 member.save()
+
+
+SHARING = 0.7
+"""How much of what two drafters know both know: 1 all of it, 0 none."""
+UNNAMED = 0.3
+"""Share of what a drafter leaves over that a token has which it does not name."""
+OTHERS = 0.6
+"""Weight of all tokens that none names."""
+
+
+def pooled(parts: Sequence[Candidates]) -> Candidates:
+    """What several drafters found under the same root; what two of them say counts for more.
+
+    Where only one has children of a node, their probabilities are its. Where k have, each child's
+    is the product of what they give it, to the power of k^-SHARING, over the sum of all (a
+    logarithmic opinion pool: Genest and Zidek, Statistical Science 1 (1986) 114). So a token that
+    one is sure of and another does not name falls, and one that both name rises.
+    """
+    trie, beams, always, opinions = Trie(parts[0].root), [], set(), []
+    for part in parts:
+        assert part.root == trie.tokens[0], "candidates must have the same root"
+        place, said = (
+            [],
+            defaultdict(dict),
+        )  # said: node -> {its child: log-probability of the step}
+        steps = part.logprobs - np.append(part.logprobs, 0.0)[part.parents]  # the root's lies at -1
+        for token, parent, step in zip(part.tokens, part.parents.tolist(), steps, strict=True):
+            above = 0 if parent < 0 else place[parent]
+            place.append(trie.add(above, int(token), -np.inf))
+            said[above][place[-1]] = float(step)
+        opinions.append(said)
+        beams += [place[beam] for beam in part.beams]
+        always.update(place[node] for node in np.flatnonzero(part.always))
+    for node in range(len(trie.tokens)):  # parents come before their children
+        for child, step in _pool([said[node] for said in opinions if node in said]).items():
+            trie.logprobs[child] = trie.logprobs[node] + step
+    return trie.candidates(beams, always)
+
+
+def _pool(opinions: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Child -> log-probability of a step to it, of the same by each who has an opinion."""
+    if len(opinions) < 2:
+        return opinions[0] if opinions else {}
+    children = list({child: None for said in opinions for child in said})
+    left = [np.log(max(1 - sum(map(np.exp, said.values())), 1e-3)) for said in opinions]
+    logprobs = [
+        [said.get(child, np.log(UNNAMED) + rest) for child in children]
+        for said, rest in zip(opinions, left, strict=True)
+    ]
+    weight = len(opinions) ** -SHARING
+    scores = weight * np.sum(logprobs, axis=0)
+    total = np.logaddexp.reduce([*scores, np.log(OTHERS) + weight * sum(left)])
+    return dict(zip(children, (scores - total).tolist(), strict=True))

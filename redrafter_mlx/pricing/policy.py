@@ -180,18 +180,31 @@ class Policy:
         return self._expected.per_second * self._plain_seconds
 
     def _choose_setting(self, costs: np.ndarray, rate: float) -> None:
-        """The setting that would have served best in the latest surveys, as they look now."""
-        values = dict.fromkeys(self.settings, 0.0)
-        if not any(survey.candidates.always.any() for survey in self._surveys):
-            values[self._no_search] = -np.inf  # plain rounds are for parking to decide
-        for survey in self._surveys:
-            probs = self.calibration.probabilities(survey.candidates)
-            for setting, found in survey.found.items():
-                _, tokens, seconds = _best_size(probs[found], costs, rate, 1)
-                values[setting] += tokens - rate * (seconds + self.draft_costs.of(setting))
-        best = max(self.settings, key=lambda setting: values[setting])
-        if values[best] > values[self.setting] + self.BETTER * len(self._surveys):
-            self.setting = best
+        """The setting that would have served best in the latest surveys, as they look now.
+
+        Not to search at all must have been better in every one of them: an echo in a text makes it
+        look so for a while.
+        """
+        worth = np.array([self._worth(survey, costs, rate) for survey in self._surveys])
+        best = 1 + int(np.argmax(worth[:, 1:].sum(axis=0)))
+        found_without = any(survey.candidates.always.any() for survey in self._surveys)
+        is_vain = len(worth) == self.SURVEYS and bool((worth[:, 0] > worth[:, best]).all())
+        if found_without and is_vain:  # else plain rounds, and they are for parking to decide
+            self.setting = self._no_search
+            return
+        present = worth[:, self.settings.index(self.setting)].sum()
+        margin = self.BETTER * len(worth)
+        if self.setting == self._no_search or worth[:, best].sum() > present + margin:
+            self.setting = self.settings[best]
+
+    def _worth(self, survey: Survey, costs: np.ndarray, rate: float) -> list[float]:
+        """What each setting would have been worth there, in tokens."""
+        probs = self.calibration.probabilities(survey.candidates)
+        values = []
+        for setting in self.settings:
+            _, tokens, seconds = _best_size(probs[survey.found[setting]], costs, rate, 1)
+            values.append(tokens - rate * (seconds + self.draft_costs.of(setting)))
+        return values
 
     def _judge(self) -> None:
         """Park the drafter when it does not pay.

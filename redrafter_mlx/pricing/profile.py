@@ -27,7 +27,7 @@ from redrafter_mlx.pricing.policy import Policy
 from redrafter_mlx.storage import cache_directory, one_line
 from redrafter_mlx.target.adapter import Target
 
-FORMAT = 2
+FORMAT = 3
 _log = logging.getLogger("redrafter_mlx")
 
 

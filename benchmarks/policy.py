@@ -1,0 +1,327 @@
+"""`--budget auto` against every fixed setting: recorded drafts and a measured curve, no clock.
+
+    python -m redrafter_mlx.tune --drafter auto                # what passes and drafts cost here
+    python -m benchmarks.policy --prompts question.jsonl --recording drafts.pickle
+
+Plain decoding answers the prompts once while the head and Max-Gram draft at each position. What any
+setting would have yielded is read off that, and a policy plays on it in seconds, so that what
+is compared does not drown in the noise of a machine. What is added is noise of a known size.
+
+Shape letters: P positions of a text, N nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import prompts as prompt_files
+from benchmarks.machine import Bench, add_prompts, document, machine, parser, write
+from redrafter_mlx.budget import AutoBudget, Budget
+from redrafter_mlx.config import DraftOptions, SamplingOptions
+from redrafter_mlx.drafters.max_gram import MaxGramDrafter
+from redrafter_mlx.drafters.protocol import Drafter, candidates_of
+from redrafter_mlx.drafters.union import UnionDrafter, pooled
+from redrafter_mlx.pricing import profile as profiles
+from redrafter_mlx.pricing.acceptance import Draft, Recording, record, rounds_of
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.policy import MOST_NODES, Policy, settings_within
+from redrafter_mlx.round import Context
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.tree import Candidates, TokenTree
+
+HEAD, MAX_GRAM, UNION = "head", "max_gram", "union"
+FULL = Setting(DraftOptions.beam_width, DraftOptions.beam_length)
+
+
+@dataclass
+class Text:
+    """An answer and what was drafted at each of its tokens.
+
+    context   tokens of the prompt
+    head, max_gram  (P,) candidates
+    """
+
+    category: str
+    context: int
+    head: list[Candidates]
+    max_gram: list[Candidates]
+
+    def tokens_after(self, position: int) -> list[int]:
+        """The text from a position on, but its last token."""
+        return [c.root for c in self.head[position + 1 :]]
+
+    def draft(self, drafter: str, position: int, setting: Setting) -> Candidates:
+        """What a drafter finds at a position within a setting."""
+        if drafter == MAX_GRAM or setting.width == 0:
+            return self.max_gram[position]
+        found = narrowed(self.head[position], setting)
+        return found if drafter == HEAD else pooled([found, self.max_gram[position]])
+
+    def recording(self, drafter: str) -> Recording:
+        """For reading off what fixed settings would have yielded."""
+        following = [c.root for c in self.head[1:]]
+        positions = range(len(self.head))
+        drafts = [Draft.of(self.draft(drafter, p, FULL), following[p:]) for p in positions]
+        return Recording(FULL, drafts)
+
+
+def narrowed(c: Candidates, setting: Setting) -> Candidates:
+    """What a narrower and shorter search would have found."""
+    if setting == FULL:
+        return c
+    kept = np.flatnonzero(c.within(setting.width) & (c.depths < setting.length))
+    places = np.full(len(c.tokens) + 1, -1)  # the root's is the last one
+    places[kept] = np.arange(len(kept))
+    parents = places[c.parents[kept]]
+    return Candidates(c.root, c.tokens[kept], parents, c.logprobs[kept], np.array([], int))
+
+
+class Kept:
+    """A drafter whose candidates are kept, and the seconds that they took."""
+
+    def __init__(self, drafter: Drafter):
+        self.drafter, self.found, self.seconds = drafter, [], []
+        self.observe, self.reset = drafter.observe, drafter.reset
+
+    def propose(self, context: Context, budget: Budget) -> TokenTree:
+        began = time.perf_counter()
+        found = candidates_of(self.drafter, context, budget.width, budget.length)
+        self.seconds.append(time.perf_counter() - began)
+        self.found.append(found)
+        return budget.tree(found)
+
+
+@dataclass
+class Costs:
+    """Seconds of passes, and of drafts of the head and of Max-Gram."""
+
+    curve: CostCurve
+    head: dict[Setting, float]
+    max_gram: float
+
+    def of_draft(self, drafter: str, setting: Setting) -> float:
+        return self.max_gram if drafter == MAX_GRAM or not setting.width else self.head[setting]
+
+
+def record_texts(flags: argparse.Namespace) -> tuple[list[Text], Costs, dict]:
+    """Decode plainly, drafting at each token, and look up what `tune` has measured."""
+    bench = Bench(flags.model, [flags.drafter])
+    target, head = adapt(bench.model), bench.drafters[flags.drafter]
+    union = UnionDrafter([head, MaxGramDrafter()])
+    known = profiles.load(profiles.identify(target, union))
+    if known is None:
+        raise SystemExit("run python -m redrafter_mlx.tune --drafter auto first")
+    texts, lookups = [], []
+    chosen = prompt_files.read(flags.prompts, flags.per_category)
+    for i, prompt in enumerate(chosen, start=1):
+        print(f"{i}/{len(chosen)} {prompt.id}", file=sys.stderr)
+        ids, parts = bench.encode(prompt.text), [Kept(m) for m in union.members]
+        record(
+            target,
+            UnionDrafter(parts),
+            ids,
+            flags.max_tokens,
+            FULL,
+            SamplingOptions(),
+            list(bench.tokenizer.eos_token_ids),
+        )
+        texts.append(Text(prompt.category, len(ids), parts[0].found, parts[1].found))
+        lookups += parts[1].seconds
+    tables = {"predicted": known.predicted, "accepted": known.accepted}
+    return texts, Costs(known.curve, known.drafts, statistics.median(lookups)), tables
+
+
+@dataclass
+class Played:
+    """A text on paper: seconds of plain decoding and of drafted rounds, and their trees."""
+
+    plain: float
+    seconds: float = 0.0
+    nodes: list[int] = field(default_factory=list)
+    settings: list[Setting | None] = field(default_factory=list)
+
+    @property
+    def speed(self) -> float:
+        """Over plain decoding."""
+        return self.plain / self.seconds
+
+
+@dataclass
+class Told:
+    """As much of a Step as budgets read."""
+
+    nodes: int
+    draft_seconds: float
+    path: list[int]
+    is_known: bool = True
+
+    @property
+    def verdict(self) -> Told:
+        return self
+
+
+class Paper:
+    """A machine that keeps its prices, but for noise.
+
+    noise  relative spread of the times
+    """
+
+    def __init__(self, costs: Costs, noise: float, seed: int):
+        self.costs, self.noise = costs, noise
+        self._random, self.now = np.random.default_rng(seed), 0.0
+
+    def spend(self, seconds: float) -> float:
+        spent = seconds * np.exp(self.noise * self._random.standard_normal())
+        self.now += spent
+        return spent
+
+    def play(self, policy: Policy, text: Text, drafter: str) -> Played:
+        """Rounds over one text; what is drafted beyond its recorded end counts as refused."""
+        budget = AutoBudget(policy, clock=lambda: self.now)
+        played, position, began = Played(plain_seconds(text, self.costs)), 0, self.now
+        while position < len(text.head):
+            context = text.context + position
+            setting = Setting(budget.width, budget.length) if budget.plan(context) else None
+            seconds, tree, path = 0.0, TokenTree.root(0), [0]
+            if setting:
+                seconds = self.spend(self.costs.of_draft(drafter, setting))
+                tree = budget.tree(text.draft(drafter, position, setting))
+                path = accepted(tree, text.tokens_after(position))
+            self.spend(self.costs.curve.at(context, len(tree))[len(tree)])
+            budget.observe(tree, Told(len(tree), seconds, path, len(tree) > 1))
+            played.nodes.append(len(tree))
+            played.settings.append(setting)
+            position += len(path)
+        played.seconds = self.now - began
+        return played
+
+
+def accepted(tree: TokenTree, following: Sequence[int]) -> list[int]:
+    """Rows of the tree that the text takes."""
+    path = [0]
+    for token in following:
+        row = tree.children[path[-1]].get(int(token))
+        if row is None:
+            break
+        path.append(row)
+    return path
+
+
+def plain_seconds(text: Text, costs: Costs) -> float:
+    """Of plain decoding."""
+    return sum(costs.curve.at(text.context + p, 1)[1] for p in range(len(text.head)))
+
+
+def fixed_speeds(text: Text, drafter: str, costs: Costs) -> dict[Setting, np.ndarray]:
+    """(N + 1,) speed over plain decoding by budget, for each setting."""
+    recording, plain, speeds = text.recording(drafter), plain_seconds(text, costs), {}
+    settings = settings_within(FULL) if drafter != MAX_GRAM else [FULL]
+    passes = np.array([costs.curve.at(text.context + p, MOST_NODES) for p in range(len(text.head))])
+    for setting in settings:
+        counts = recording.accepted(setting, MOST_NODES)
+        prices = passes.mean(axis=0) + costs.of_draft(drafter, setting)
+        speeds[setting] = plain / (rounds_of(counts) * prices)
+        speeds[setting][:2] = 1.0  # no draft at all
+    return speeds
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def compare(
+    texts: Sequence[Text], costs: Costs, tables: dict, flags: argparse.Namespace, drafter: str
+) -> dict:
+    """Speeds by task: auto, the best fixed setting of all tasks, and of each task."""
+    speeds = defaultdict(list)
+    rng = np.random.default_rng(flags.seed)
+    for order in range(flags.orders):
+        known = profiles.Profile({}, costs.curve, costs.head, **tables)
+        policy = Policy(
+            FULL,
+            LiveCosts(costs.curve if flags.profile else None),
+            LiveDraftCosts(costs.head if flags.profile and drafter != MAX_GRAM else None),
+            known.calibration(FULL.length - 1) if flags.profile else None,
+        )
+        paper = Paper(costs, flags.noise, seed=order)
+        for i in rng.permutation(len(texts)):
+            speeds[texts[i].category].append(paper.play(policy, texts[i], drafter).speed)
+    auto = {category: geometric_mean(values) for category, values in speeds.items()}
+    fixed: dict[str, dict] = {}
+    for category in auto:
+        found = [fixed_speeds(t, drafter, costs) for t in texts if t.category == category]
+        fixed[category] = {
+            s: np.exp(np.mean([np.log(f[s]) for f in found], axis=0)) for s in found[0]
+        }
+    total = {
+        s: np.exp(np.mean([np.log(f[s]) for f in fixed.values()], axis=0)) for s in fixed[category]
+    }
+    best = lambda table: max((float(x), s, n) for s, xs in table.items() for n, x in enumerate(xs))
+    name = lambda found: f"{found[2]} of {found[1].width}x{found[1].length}"
+    result = {
+        category: {"auto": auto[category], "best": best(table)[0], "setting": name(best(table))}
+        for category, table in fixed.items()
+    }
+    result["geometric mean"] = {
+        "auto": geometric_mean(list(auto.values())),
+        "best": best(total)[0],
+        "setting": name(best(total)),
+    }
+    return result
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| | " + " | ".join(f"{drafter}: auto | best fixed" for drafter in results) + " |",
+        "|---" * (1 + 2 * len(results)) + "|",
+    ]
+    for category in next(iter(results.values())):
+        found = [result[category] for result in results.values()]
+        cells = [f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']})" for f in found]
+        lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> int:
+    made = parser(__doc__.split("\n")[0])
+    add_prompts(made)
+    flag = made.add_argument
+    flag("--drafter", default="demo", help="the head: as --drafter of generate")
+    flag("--recording", type=Path, help="file of drafts: read if it is there, else made")
+    flag("--noise", type=float, default=0.04, help="relative spread of times")
+    flag("--orders", type=int, default=4, help="times that the texts are shuffled and played")
+    flag("--seed", type=int, default=0, help="of the shuffles")
+    flag("--no-profile", dest="profile", action="store_false", help="the policy knows no costs")
+    flags = made.parse_args(args)
+    where = machine()
+    if flags.recording and flags.recording.exists():
+        kept = pickle.loads(flags.recording.read_bytes())
+        texts, costs, tables = (
+            [Text(**t) for t in kept["texts"]],
+            Costs(**kept["costs"]),
+            kept["tables"],
+        )
+    else:
+        texts, costs, tables = record_texts(flags)
+        if flags.recording:
+            kept = {"texts": [vars(t) for t in texts], "costs": vars(costs), "tables": tables}
+            flags.recording.write_bytes(pickle.dumps(kept))
+    results = {d: compare(texts, costs, tables, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
+    write(document("policy", flags, where, speeds=results), flags.output)
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
