@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks import prompts as prompt_files
 from benchmarks.machine import Bench, add_prompts, document, machine, parser, write
+from benchmarks.report import policy_tables
 from redrafter_mlx.budget import AutoBudget, Budget
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
@@ -41,6 +42,7 @@ from redrafter_mlx.tree import Candidates, TokenTree
 
 HEAD, MAX_GRAM, UNION = "head", "max_gram", "union"
 FULL = Setting(DraftOptions.beam_width, DraftOptions.beam_length)
+Speeds = dict[Setting, np.ndarray]
 
 
 @dataclass
@@ -222,7 +224,7 @@ def plain_seconds(text: Text, costs: Costs) -> float:
     return sum(costs.curve.at(text.context + p, 1)[1] for p in range(len(text.head)))
 
 
-def fixed_speeds(text: Text, drafter: str, costs: Costs) -> dict[Setting, np.ndarray]:
+def fixed_speeds(text: Text, drafter: str, costs: Costs) -> Speeds:
     """(N + 1,) speed over plain decoding by budget, for each setting."""
     recording, plain, speeds = text.recording(drafter), plain_seconds(text, costs), {}
     settings = settings_within(FULL) if drafter != MAX_GRAM else [FULL]
@@ -235,62 +237,51 @@ def fixed_speeds(text: Text, drafter: str, costs: Costs) -> dict[Setting, np.nda
     return speeds
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return statistics.geometric_mean(values)
+def geometric_mean(tables: Sequence[Speeds]) -> Speeds:
+    """Of the speeds of several texts or tasks."""
+    return {s: np.exp(np.mean([np.log(t[s]) for t in tables], axis=0)) for s in tables[0]}
+
+
+def best(speeds: Speeds) -> dict[str, float | str]:
+    """The fastest setting and budget."""
+    speed, nodes, setting = max(
+        (float(x), n, s) for s, xs in speeds.items() for n, x in enumerate(xs)
+    )
+    shape = f"{nodes} of {setting.width}x{setting.length}" if nodes > 1 else "plain"
+    return {"best": speed, "setting": shape}
 
 
 def compare(
     texts: Sequence[Text], costs: Costs, tables: dict, flags: argparse.Namespace, drafter: str
-) -> dict:
-    """Speeds by task: auto, the best fixed setting of all tasks, and of each task."""
-    speeds = defaultdict(list)
-    rng = np.random.default_rng(flags.seed)
+) -> dict[str, dict]:
+    """Speed of auto and of the best fixed setting: in each task, and one for all of them."""
+    auto: dict[str, list[float]] = defaultdict(list)
+    shuffle = np.random.default_rng(flags.seed)
     for order in range(flags.orders):
-        known = profiles.Profile({}, costs.curve, costs.head, **tables)
-        policy = Policy(
-            FULL,
-            LiveCosts(costs.curve if flags.profile else None),
-            LiveDraftCosts(costs.head if flags.profile and drafter != MAX_GRAM else None),
-            known.calibration(FULL.length - 1) if flags.profile else None,
-        )
+        policy = new_policy(costs, tables, flags.profile, drafter)
         paper = Paper(costs, flags.noise, seed=order)
-        for i in rng.permutation(len(texts)):
-            speeds[texts[i].category].append(paper.play(policy, texts[i], drafter).speed)
-    auto = {category: geometric_mean(values) for category, values in speeds.items()}
-    fixed: dict[str, dict] = {}
-    for category in auto:
-        found = [fixed_speeds(t, drafter, costs) for t in texts if t.category == category]
-        fixed[category] = {
-            s: np.exp(np.mean([np.log(f[s]) for f in found], axis=0)) for s in found[0]
-        }
-    total = {
-        s: np.exp(np.mean([np.log(f[s]) for f in fixed.values()], axis=0)) for s in fixed[category]
+        for i in shuffle.permutation(len(texts)):
+            auto[texts[i].category].append(paper.play(policy, texts[i], drafter).speed)
+    fixed = {
+        category: geometric_mean(
+            [fixed_speeds(t, drafter, costs) for t in texts if t.category == category]
+        )
+        for category in auto
     }
-    best = lambda table: max((float(x), s, n) for s, xs in table.items() for n, x in enumerate(xs))
-    name = lambda found: f"{found[2]} of {found[1].width}x{found[1].length}"
-    result = {
-        category: {"auto": auto[category], "best": best(table)[0], "setting": name(best(table))}
-        for category, table in fixed.items()
-    }
-    result["geometric mean"] = {
-        "auto": geometric_mean(list(auto.values())),
-        "best": best(total)[0],
-        "setting": name(best(total)),
-    }
+    means = {category: statistics.geometric_mean(speeds) for category, speeds in auto.items()}
+    result = {category: {"auto": means[category], **best(fixed[category])} for category in means}
+    overall = statistics.geometric_mean(means.values())
+    result["geometric mean"] = {"auto": overall, **best(geometric_mean(list(fixed.values())))}
     return result
 
 
-def table(results: dict[str, dict]) -> str:
-    """Markdown."""
-    lines = [
-        "| | " + " | ".join(f"{drafter}: auto | best fixed" for drafter in results) + " |",
-        "|---" * (1 + 2 * len(results)) + "|",
-    ]
-    for category in next(iter(results.values())):
-        found = [result[category] for result in results.values()]
-        cells = [f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']})" for f in found]
-        lines.append(f"| {category} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def new_policy(costs: Costs, tables: dict, has_profile: bool, drafter: str) -> Policy:
+    """As a process begins with it, with a stored profile or without."""
+    if not has_profile:
+        return Policy(FULL)
+    known = profiles.Profile({}, costs.curve, costs.head, **tables)
+    drafts = LiveDraftCosts(None if drafter == MAX_GRAM else costs.head)
+    return Policy(FULL, LiveCosts(costs.curve), drafts, known.calibration(FULL.length - 1))
 
 
 def main(args: list[str] | None = None) -> int:
@@ -318,8 +309,9 @@ def main(args: list[str] | None = None) -> int:
             kept = {"texts": [vars(t) for t in texts], "costs": vars(costs), "tables": tables}
             flags.recording.write_bytes(pickle.dumps(kept))
     results = {d: compare(texts, costs, tables, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
-    write(document("policy", flags, where, speeds=results), flags.output)
-    print(table(results))
+    result = document("policy", flags, where, speeds=results)
+    write(result, flags.output)
+    print(policy_tables(result, Path(flags.output or "NAME.json").name))
     return 0
 
 

@@ -219,6 +219,21 @@ def context_tables(result: dict, name: str) -> str:
     return "\n".join([*lines, "", "Cells: speed over our own plain decoding."])
 
 
+def policy_tables(result: dict, name: str) -> str:
+    """Markdown of the replay of recorded drafts: auto beside the best fixed setting."""
+    drafters = result["speeds"]
+    lines = [
+        headline(result, name), "",
+        "| | " + " | ".join(f"{drafter}: auto | best fixed" for drafter in drafters) + " |",
+        "|---" * (1 + 2 * len(drafters)) + "|",
+    ]  # fmt: skip
+    for category in next(iter(drafters.values())):
+        found = [speeds[category] for speeds in drafters.values()]
+        cells = [f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']})" for f in found]
+        lines.append(f"| {category} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Cells: speed over plain decoding (nodes of beams)."])
+
+
 FLAGS = (
     "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "rules", "budgets",
     "temps", "contexts", "reference",
@@ -320,6 +335,7 @@ TABLES = {
     "cost_curve": cost_tables,
     "memory": memory_tables,
     "long_context": context_tables,
+    "policy": policy_tables,
 }
 """By the `kind` of a document."""
 

@@ -62,6 +62,8 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     logarithmic opinion pool: Genest and Zidek, Statistical Science 1 (1986) 114). So a token that
     one is sure of and another does not name falls, and one that both name rises.
     """
+    if len(parts) == 1:
+        return parts[0]
     trie, beams, always, opinions = Trie(parts[0].root), [], set(), []
     for part in parts:
         assert part.root == trie.tokens[0], "candidates must have the same root"

@@ -242,6 +242,11 @@ class LiveDraftCosts:
         ratio = max(seconds, SHORTEST) / self._base(setting)
         self._recent.setdefault(setting, Recent()).add(ratio, 0)
 
+    def knows(self, setting: Setting) -> bool:
+        """Whether it was measured ahead, or such drafts were tried."""
+        own = self._recent.get(setting)
+        return setting in self._measured or (own is not None and own.value is not None)
+
     def of(self, setting: Setting) -> float:
         """Seconds; 0 while nothing at all is known."""
         own = self._recent.get(setting)

@@ -113,6 +113,7 @@ class Policy:
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self._trial, self._extensions = self.FIRST_TRIAL, 0
         self._parked = self._failures = self._drafted = self._idle = self._timing = 0
+        self._since_survey = self.SURVEY  # drafts since the last survey
         self._seconds = self._plain_seconds = 0.0  # of the present round, and of a plain one
 
     @property
@@ -143,8 +144,7 @@ class Policy:
         if self._trial and self._is_hopeless(context):
             self._park()
             return None
-        survey = self._trial or self._drafted % self.SURVEY == 0
-        return self.full if survey else self.setting
+        return self.full if self._is_survey_due else self.setting
 
     def choose(self, setting: Setting, candidates: Candidates, context: int) -> TokenTree:
         """The tree to verify of what a search scored."""
@@ -156,11 +156,19 @@ class Policy:
         least = 2 if self._trial else 1  # a trial that verifies nothing shows nothing
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
         self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
-        self._expected.add(tokens, self._seconds)
-        if setting == self.full and (self._trial or self._drafted % self.SURVEY == 0):
+        if setting == self.full and self._is_survey_due:
             self._surveys.append(Survey(candidates, self.settings, self.full))
             self._choose_setting(costs, rate)
+            self._since_survey = 0
+            if self.draft_costs.knows(
+                self.setting
+            ):  # what pays is judged by the search that it needs
+                setting = self.setting
+                found = probs[self._surveys[-1].found[setting]]
+                _, tokens, seconds = _best_size(found, costs, rate, least)
+        self._expected.add(tokens, seconds + self.draft_costs.of(setting))
         self._drafted += 1
+        self._since_survey += 1
         self._idle = 0 if nodes > 1 else self._idle + 1
         c, self._verified = candidates, likeliest(probs, nodes)
         self._candidates = c
@@ -217,7 +225,10 @@ class Policy:
             self._trial = max(self._trial - 1, 0)
         elif self._trial == 0:
             if self.gain < self.LOSS or self._idle >= self.IDLE:
-                self._park()
+                if self.setting == self._no_search and self._since_survey > 1:
+                    self._since_survey = self.SURVEY  # perhaps a search pays again
+                else:
+                    self._park()
             elif self._drafted >= self.LASTING:
                 self._failures = 0
         else:
@@ -229,6 +240,10 @@ class Policy:
                     self._trial = self.TRIAL
                 else:
                     self._park()
+
+    @property
+    def _is_survey_due(self) -> bool:
+        return self._trial > 0 or self._since_survey >= self.SURVEY
 
     @property
     def _is_cheap(self) -> bool:
