@@ -71,9 +71,10 @@ class Text:
 
     def recording(self, drafter: str) -> Recording:
         """For reading off what fixed settings would have yielded."""
-        following = [c.root for c in self.head[1:]]
-        positions = range(len(self.head))
-        drafts = [Draft.of(self.draft(drafter, p, FULL), following[p:]) for p in positions]
+        drafts = [
+            Draft.of(self.draft(drafter, p, FULL), self.tokens_after(p))
+            for p in range(len(self.head))
+        ]
         return Recording(FULL, drafts)
 
 
@@ -198,7 +199,8 @@ class Paper:
             if setting:
                 seconds = self.spend(self.costs.of_draft(drafter, setting))
                 tree = budget.tree(text.draft(drafter, position, setting))
-                path = accepted(tree, text.tokens_after(position))
+                nodes = Candidates.of(tree).follow(text.tokens_after(position))
+                path = [0, *(node + 1 for node in nodes)]  # rows begin with the root
             self.spend(self.costs.curve.at(context, len(tree))[len(tree)])
             budget.observe(tree, Told(len(tree), seconds, path, len(tree) > 1))
             played.nodes.append(len(tree))
@@ -206,17 +208,6 @@ class Paper:
             position += len(path)
         played.seconds = self.now - began
         return played
-
-
-def accepted(tree: TokenTree, following: Sequence[int]) -> list[int]:
-    """Rows of the tree that the text takes."""
-    path = [0]
-    for token in following:
-        row = tree.children[path[-1]].get(int(token))
-        if row is None:
-            break
-        path.append(row)
-    return path
 
 
 def plain_seconds(text: Text, costs: Costs) -> float:
@@ -298,11 +289,8 @@ def main(args: list[str] | None = None) -> int:
     where = machine()
     if flags.recording and flags.recording.exists():
         kept = pickle.loads(flags.recording.read_bytes())
-        texts, costs, tables = (
-            [Text(**t) for t in kept["texts"]],
-            Costs(**kept["costs"]),
-            kept["tables"],
-        )
+        texts = [Text(**text) for text in kept["texts"]]
+        costs, tables = Costs(**kept["costs"]), kept["tables"]
     else:
         texts, costs, tables = record_texts(flags)
         if flags.recording:

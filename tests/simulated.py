@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from benchmarks.policy import Told
 from redrafter_mlx.budget import AutoBudget, FixedBudget
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.pricing.curve import Setting
@@ -112,20 +113,6 @@ class Guesser:
 
 
 @dataclass
-class Told:
-    """As much of a Step as budgets read."""
-
-    nodes: int
-    draft_seconds: float
-    is_known: bool
-    path: list[int]
-
-    @property
-    def verdict(self):
-        return self
-
-
-@dataclass
 class Log:
     """What happened in each round.
 
@@ -164,7 +151,7 @@ def play(
             tree = budget.tree(guesser.draft(setting))
         machine.run(len(tree), position)
         path = guesser.accepted(tree)
-        budget.observe(tree, Told(len(tree), draft_seconds, len(tree) > 1, path))
+        budget.observe(tree, Told(len(tree), draft_seconds, path, len(tree) > 1))
         log.tokens.append(len(path))
         log.expected.append(guesser.expected(tree))
         log.nodes.append(len(tree))

@@ -117,7 +117,7 @@ def test_temperatures_have_tables_of_their_own(result):
 
 
 def test_the_picture_is_drawn(result, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert report.draw_speed(result, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
 

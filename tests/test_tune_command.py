@@ -58,7 +58,7 @@ def test_json(capsys):
 
 
 def test_the_picture(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert command("--picture", tmp_path / "curve.png") == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 

@@ -67,10 +67,8 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     trie, beams, always, opinions = Trie(parts[0].root), [], set(), []
     for part in parts:
         assert part.root == trie.tokens[0], "candidates must have the same root"
-        place, said = (
-            [],
-            defaultdict(dict),
-        )  # said: node -> {its child: log-probability of the step}
+        place = []
+        said = defaultdict(dict)  # node -> {its child: log-probability of the step}
         steps = part.logprobs - np.append(part.logprobs, 0.0)[part.parents]  # the root's lies at -1
         for token, parent, step in zip(part.tokens, part.parents.tolist(), steps, strict=True):
             above = 0 if parent < 0 else place[parent]

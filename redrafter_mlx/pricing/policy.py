@@ -160,9 +160,7 @@ class Policy:
             self._surveys.append(Survey(candidates, self.settings, self.full))
             self._choose_setting(costs, rate)
             self._since_survey = 0
-            if self.draft_costs.knows(
-                self.setting
-            ):  # what pays is judged by the search that it needs
+            if self.draft_costs.knows(self.setting):  # a survey's own search is no measure
                 setting = self.setting
                 found = probs[self._surveys[-1].found[setting]]
                 _, tokens, seconds = _best_size(found, costs, rate, least)
