@@ -164,6 +164,32 @@ def test_a_member_that_never_helps_is_asked_no_more_where_another_does():
     assert policy.setting.width == 0
 
 
+def test_where_a_search_does_not_pay_only_the_search_is_parked():
+    """The text echoes at first and then no more: Max-Gram, which is free, goes on listening."""
+    policy = Policy(Setting(4, 5), LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])))
+    policy.costs.observe(1, 100, 1.0)
+    head = Fixed({(8,): 0.7})
+    union = UnionDrafter([head, MaxGramDrafter()])
+    searches, planned = [], []
+    for turn in range(300):
+        setting = policy.plan(100)
+        planned.append(setting)
+        if setting is None:
+            continue
+        policy.draft_costs.observe(setting, 0.2 if setting.width else 0.001)
+        transcript = Transcript([3, 9, 4, 3] if turn < 6 else [3, 9, 4, 5])
+        before = len(head.shapes)
+        candidates = candidates_of(union, replace(CONTEXT, transcript=transcript), *setting)
+        searches += [turn] * (len(head.shapes) - before)
+        policy.observe(policy.choose(setting, candidates, 100), [0])
+    assert None not in planned
+    assert not policy.is_parked
+    assert len(searches) < 20
+    assert max(np.diff(searches)) >= 2 * Policy.FIRST_PAUSE, "the pauses of the search double"
+    policy.begin_text()
+    assert policy.plan(100) == policy.full, "another text: it may pay there"
+
+
 def test_what_any_search_finds_is_marked_so():
     """So that a shorter search is not thought to lose a long echo."""
     index = MaxGramDrafter()

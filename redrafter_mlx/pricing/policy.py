@@ -75,10 +75,11 @@ class Policy:
     draft_costs  of drafts
     calibration  of node probabilities
 
-    It speculates, or the drafter is parked. Parked rounds decode plainly for PAUSE rounds; then
-    the drafter is on trial for a few. Each trial that fails doubles the next pause, so that a
-    loser costs less and less; a success that lasts makes it short again. Speculating pays when it
-    is faster than plain decoding by GAIN, and stops when it is slower or drafts for nothing.
+    It speculates, or the drafter is parked. Parked rounds decode plainly for a pause; then the
+    drafter is on trial for a few. Each trial that fails doubles the next pause, so that a loser
+    costs less and less; a success that lasts makes it short again. Speculating pays when it is
+    faster than plain decoding by GAIN, and stops when it is slower or drafts for nothing. Of a
+    union that finds something without a search only the search is parked.
 
     How far to search must be decided before anything was scored: looking at a draft halfway would
     be one more synchronisation. So every SURVEY rounds the full search runs, and what a narrower
@@ -87,11 +88,12 @@ class Policy:
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 32, 2048
-    FIRST_TRIAL, TRIAL, EXTENSIONS = 4, 2, 5
+    FIRST_TRIAL, TRIAL, SHORT_TRIAL, EXTENSIONS = 4, 2, 1, 5
+    LOSER = 4  # failures in a row after which trials are short
     SURVEY, SURVEYS = 12, 4
     LASTING = 24
     GAIN, LOSS, BETTER = 1.02, 1.0, 0.01
-    CHEAP = 0.01  # of a plain round
+    CHEAP = 0.02  # of a plain round
     IDLE = 6  # drafts in a row of which nothing was worth a pass
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
 
@@ -113,7 +115,8 @@ class Policy:
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self._trial, self._extensions = self.FIRST_TRIAL, 0
         self._parked = self._failures = self._drafted = self._idle = self._timing = 0
-        self._since_survey = self.SURVEY  # drafts since the last survey
+        self._since_survey = self.SURVEY  # drafts since the last survey; below 0: none is due yet
+        self._searches = self._finds_without = False  # whether anything was found so
         self._seconds = self._plain_seconds = 0.0  # of the present round, and of a plain one
 
     @property
@@ -125,6 +128,8 @@ class Policy:
         self.calibration.begin_text()
         if self._parked:
             self._try_again()
+        elif self._since_survey < 0:
+            self._since_survey = self.SURVEY
 
     def plan(self, context: int) -> Setting | None:
         """How far to search in the next round, after `context` tokens; None: decode plainly."""
@@ -165,6 +170,8 @@ class Policy:
                 found = probs[self._surveys[-1].found[setting]]
                 _, tokens, seconds = _best_size(found, costs, rate, least)
         self._expected.add(tokens, seconds + self.draft_costs.of(setting))
+        self._finds_without |= bool(candidates.always.any())
+        self._searches |= not candidates.always.all()
         self._drafted += 1
         self._since_survey += 1
         self._idle = 0 if nodes > 1 else self._idle + 1
@@ -216,18 +223,15 @@ class Policy:
         """Park the drafter when it does not pay.
 
         What is expected lags behind a text that changed for the better. So a trial whose tokens
-        paid goes on for a while although no gain is expected yet. A drafter that costs next to
-        nothing is never in the way: it is parked only if its trees lose.
+        paid goes on for a while although no gain is expected yet. What is found without a search
+        at next to no cost is never in the way: it is parked only if its trees lose.
         """
         if self.gain >= 1 - self.CHEAP and self._is_cheap:
             self._trial = max(self._trial - 1, 0)
         elif self._trial == 0:
             if self.gain < self.LOSS or self._idle >= self.IDLE:
-                if self.setting == self._no_search and self._since_survey > 1:
-                    self._since_survey = self.SURVEY  # perhaps a search pays again
-                else:
-                    self._park()
-            elif self._drafted >= self.LASTING:
+                self._park()
+            elif self._drafted >= self.LASTING and self.setting != self._no_search:
                 self._failures = 0
         else:
             self._trial -= 1
@@ -241,10 +245,13 @@ class Policy:
 
     @property
     def _is_survey_due(self) -> bool:
-        return self._trial > 0 or self._since_survey >= self.SURVEY
+        on_trial = self._trial > 0 and self.setting != self._no_search
+        return on_trial or self._since_survey >= self.SURVEY
 
     @property
     def _is_cheap(self) -> bool:
+        if self._searches and self.setting != self._no_search:
+            return False
         return self.draft_costs.of(self.setting) < self.CHEAP * self._plain_seconds
 
     def _is_hopeless(self, context: int) -> bool:
@@ -253,14 +260,25 @@ class Policy:
         return bool(np.max(np.arange(2, MOST_NODES + 1) * costs[1] / costs[2:]) < self.GAIN)
 
     def _park(self) -> None:
-        self._parked = min(self.FIRST_PAUSE << self._failures, self.LONGEST_PAUSE)
+        pause = min(self.FIRST_PAUSE << self._failures, self.LONGEST_PAUSE)
         self._failures = min(self._failures + 1, 16)
+        if self._finds_without and self.setting != self._no_search:
+            self.setting, self._since_survey = self._no_search, self.SURVEY - pause
+            self._trial = 0
+            self._forget()
+        else:
+            self._parked = pause
 
     def _try_again(self) -> None:
         self._parked = 0
-        self._trial, self._extensions, self._drafted, self._idle = self.TRIAL, 0, 0, 0
-        self._expected, self._realised = Rate(0.125), Rate(0.125)
+        self._trial = self.TRIAL if self._failures < self.LOSER else self.SHORT_TRIAL
+        self._forget()
         self.calibration.doubt()
+
+    def _forget(self) -> None:
+        """Whatever comes now, it is not what was tried before."""
+        self._extensions = self._drafted = self._idle = 0
+        self._expected, self._realised = Rate(0.125), Rate(0.125)
 
 
 def _best_size(probs: np.ndarray, costs: np.ndarray, rate: float, least: int):
