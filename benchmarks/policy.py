@@ -233,37 +233,55 @@ def geometric_mean(tables: Sequence[Speeds]) -> Speeds:
     return {s: np.exp(np.mean([np.log(t[s]) for t in tables], axis=0)) for s in tables[0]}
 
 
-def best(speeds: Speeds) -> dict[str, float | str]:
-    """The fastest setting and budget."""
-    speed, nodes, setting = max(
-        (float(x), n, s) for s, xs in speeds.items() for n, x in enumerate(xs)
-    )
+def best(speeds: Speeds) -> tuple[float, int, Setting]:
+    """The fastest budget and setting, and their speed."""
+    return max((float(x), n, s) for s, xs in speeds.items() for n, x in enumerate(xs))
+
+
+def beside_fixed(auto: Sequence[float], fixed: Sequence[Speeds]) -> dict[str, float | str]:
+    """Speed of auto on some texts, and of the best fixed setting for them.
+
+    Which one that is, is known afterwards only, and among hundreds one is lucky with a few texts.
+    So `unseen` is the speed in each text of the setting that is best in the others.
+    """
+    speed, nodes, setting = best(geometric_mean(fixed))
     shape = f"{nodes} of {setting.width}x{setting.length}" if nodes > 1 else "plain"
-    return {"best": speed, "setting": shape}
+    result = {"auto": statistics.geometric_mean(auto), "best": speed, "setting": shape}
+    if len(fixed) > 1:
+        of_others = [best(geometric_mean([*fixed[:i], *fixed[i + 1 :]])) for i in range(len(fixed))]
+        unseen = [float(own[s][n]) for own, (_, n, s) in zip(fixed, of_others, strict=True)]
+        result["unseen"] = statistics.geometric_mean(unseen)
+    return result
+
+
+CONTEXTS = 128, 512
+"""Tokens of prompts that are compared apart: shorter ones, those between, longer ones."""
 
 
 def compare(
     texts: Sequence[Text], costs: Costs, tables: dict, flags: argparse.Namespace, drafter: str
 ) -> dict[str, dict]:
-    """Speed of auto and of the best fixed setting: in each task, and one for all of them."""
-    auto: dict[str, list[float]] = defaultdict(list)
+    """Speed of auto and of the best fixed setting: by task, by length of prompt, and for all."""
+    auto: list[list[float]] = [[] for _ in texts]
     shuffle = np.random.default_rng(flags.seed)
     for order in range(flags.orders):
         policy = new_policy(costs, tables, flags.profile, drafter)
         paper = Paper(costs, flags.noise, seed=order)
         for i in shuffle.permutation(len(texts)):
-            auto[texts[i].category].append(paper.play(policy, texts[i], drafter).speed)
-    fixed = {
-        category: geometric_mean(
-            [fixed_speeds(t, drafter, costs) for t in texts if t.category == category]
-        )
-        for category in auto
+            auto[i].append(paper.play(policy, texts[i], drafter).speed)
+    speeds = [statistics.geometric_mean(each) for each in auto]
+    fixed = [fixed_speeds(text, drafter, costs) for text in texts]
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        groups[text.category].append(i)
+    for i, text in enumerate(texts):
+        longer = [least for least in CONTEXTS if text.context >= least]
+        groups[f"prompts from {longer[-1] if longer else 0} tokens on"].append(i)
+    groups["all"] = list(range(len(texts)))
+    return {
+        name: beside_fixed([speeds[i] for i in group], [fixed[i] for i in group])
+        for name, group in groups.items()
     }
-    means = {category: statistics.geometric_mean(speeds) for category, speeds in auto.items()}
-    result = {category: {"auto": means[category], **best(fixed[category])} for category in means}
-    overall = statistics.geometric_mean(means.values())
-    result["geometric mean"] = {"auto": overall, **best(geometric_mean(list(fixed.values())))}
-    return result
 
 
 def new_policy(costs: Costs, tables: dict, has_profile: bool, drafter: str) -> Policy:

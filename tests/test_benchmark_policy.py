@@ -105,3 +105,13 @@ def test_the_table_has_auto_beside_the_best_fixed_setting_of_each_task():
     document = {"kind": "policy", "machine": where, "settings": settings}
     table = policy_tables({**document, "speeds": {bench.HEAD: result}}, "NAME.json")
     assert f"| qa | {result['qa']['auto']:.3f} | {result['qa']['best']:.3f} (" in table
+    assert result["all"] | {"unseen": 0} == result["prompts from 0 tokens on"] | {"unseen": 0}
+
+
+def test_the_best_of_the_others_is_no_better_than_the_best_known_afterwards():
+    """Two texts, each with a setting of its own, and one that does for both."""
+    speeds = [np.array([1.0, 1.0, 2.0, 1.5, 0.5]), np.array([1.0, 1.0, 0.5, 1.5, 2.0])]
+    found = bench.beside_fixed([1.4, 1.6], [{FULL: speed} for speed in speeds])
+    assert found["setting"] == "3 of 4x5"
+    assert found["best"] == pytest.approx(1.5)
+    assert found["unseen"] == pytest.approx(0.5), "each gets what is best in the other"
