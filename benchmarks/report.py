@@ -224,13 +224,14 @@ def policy_tables(result: dict, name: str) -> str:
     drafters = result["speeds"]
     lines = [
         headline(result, name), "",
-        "| | " + " | ".join(f"{name}: auto | best fixed | unseen" for name in drafters) + " |",
+        "| | " + " | ".join(f"{d}: auto | best fixed | unseen" for d in drafters) + " |",
         "|---" * (1 + 3 * len(drafters)) + "|",
     ]  # fmt: skip
     for group in next(iter(drafters.values())):
         found = [speeds[group] for speeds in drafters.values()]
         cells = [
-            f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']}) | {f.get('unseen', 0):.3f}"
+            f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']}) | "
+            + (f"{f['unseen']:.3f}" if "unseen" in f else "")  # of one text there are no others
             for f in found
         ]
         lines.append(f"| {group} | {' | '.join(cells)} |")

@@ -126,10 +126,10 @@ class Policy:
     def begin_text(self) -> None:
         """Another text begins: it may be one that pays, however many did not."""
         self.calibration.begin_text()
+        if self._since_survey < 0:  # the search is parked, whether or not the rest is too
+            self._since_survey = self.SURVEY
         if self._parked:
             self._try_again()
-        elif self._since_survey < 0:
-            self._since_survey = self.SURVEY
 
     def plan(self, context: int) -> Setting | None:
         """How far to search in the next round, after `context` tokens; None: decode plainly."""
