@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import redrafter_mlx
 from benchmarks import prompts as prompt_files
+from redrafter_mlx import device
 from redrafter_mlx.drafters.protocol import Drafter
 
 RANDOM = "random"
@@ -85,7 +86,7 @@ def machine() -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.machine()}",
         "device": str(mx.default_device()),
-        "chip": mx.device_info().get("device_name", platform.processor()),
+        "chip": device.chip(),
         "mlx": mx.__version__,
         "mlx_lm": mlx_lm.__version__,
         "blas": str(redrafter_mlx.blas.preload()),

@@ -5,7 +5,8 @@
 
 Plain decoding answers the prompts once while the head and Max-Gram draft at each position. What any
 setting would have yielded is read off that, and a policy plays on it in seconds, so that what
-is compared does not drown in the noise of a machine. What is added is noise of a known size.
+is compared does not drown in the noise of a machine. What is added is noise of a known size. Costs
+are those of the latest tune, so that one recording serves under many.
 
 Shape letters: P positions of a text, N nodes.
 """
@@ -106,25 +107,26 @@ class Kept:
 
 @dataclass
 class Costs:
-    """Seconds of passes, and of drafts of the head and of Max-Gram."""
+    """Seconds of passes, and of drafts of the head and of Max-Gram.
+
+    vain  what a round that drafts and verifies nothing costs beyond a plain one, as a share: the
+          host does not prepare the next pass while the device is at work
+    """
 
     curve: CostCurve
     head: dict[Setting, float]
     max_gram: float
+    vain: float = 0.0
 
     def of_draft(self, drafter: str, setting: Setting) -> float:
         return self.max_gram if drafter == MAX_GRAM or not setting.width else self.head[setting]
 
 
-def record_texts(flags: argparse.Namespace) -> tuple[list[Text], Costs, dict]:
-    """Decode plainly, drafting at each token, and look up what `tune` has measured."""
-    bench = Bench(flags.model, [flags.drafter])
-    target, head = adapt(bench.model), bench.drafters[flags.drafter]
-    union = UnionDrafter([head, MaxGramDrafter()])
-    known = profiles.load(profiles.identify(target, union))
-    if known is None:
-        raise SystemExit("run python -m redrafter_mlx.tune --drafter auto first")
-    texts, lookups = [], []
+def record_texts(
+    bench: Bench, union: UnionDrafter, flags: argparse.Namespace
+) -> tuple[list[Text], float]:
+    """Decode plainly, drafting at each token; and the seconds of one of Max-Gram's drafts."""
+    target, texts, lookups = adapt(bench.model), [], []
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     for i, prompt in enumerate(chosen, start=1):
         print(f"{i}/{len(chosen)} {prompt.id}", file=sys.stderr)
@@ -140,8 +142,7 @@ def record_texts(flags: argparse.Namespace) -> tuple[list[Text], Costs, dict]:
         )
         texts.append(Text(prompt.category, len(ids), parts[0].found, parts[1].found))
         lookups += parts[1].seconds
-    tables = {"predicted": known.predicted, "accepted": known.accepted}
-    return texts, Costs(known.curve, known.drafts, statistics.median(lookups)), tables
+    return texts, statistics.median(lookups)
 
 
 @dataclass
@@ -201,7 +202,8 @@ class Paper:
                 tree = budget.tree(text.draft(drafter, position, setting))
                 nodes = Candidates.of(tree).follow(text.tokens_after(position))
                 path = [0, *(node + 1 for node in nodes)]  # rows begin with the root
-            self.spend(self.costs.curve.at(context, len(tree))[len(tree)])
+            vain = 1 + self.costs.vain * (setting is not None and len(tree) == 1)
+            self.spend(vain * self.costs.curve.at(context, len(tree))[len(tree)])
             budget.observe(tree, Told(len(tree), seconds, path, len(tree) > 1))
             played.nodes.append(len(tree))
             played.settings.append(setting)
@@ -300,20 +302,28 @@ def main(args: list[str] | None = None) -> int:
     flag("--drafter", default="demo", help="the head: as --drafter of generate")
     flag("--recording", type=Path, help="file of drafts: read if it is there, else made")
     flag("--noise", type=float, default=0.04, help="relative spread of times")
+    flag("--vain", type=float, default=0.04,
+         help="what a draft of which nothing is verified delays a plain round by, as a share")  # fmt: skip
     flag("--orders", type=int, default=4, help="times that the texts are shuffled and played")
     flag("--seed", type=int, default=0, help="of the shuffles")
     flag("--no-profile", dest="profile", action="store_false", help="the policy knows no costs")
     flags = made.parse_args(args)
     where = machine()
+    bench = Bench(flags.model, [flags.drafter])
+    union = UnionDrafter([bench.drafters[flags.drafter], MaxGramDrafter()])
+    known = profiles.load(profiles.identify(adapt(bench.model), union))
+    if known is None:
+        raise SystemExit("run python -m redrafter_mlx.tune --drafter auto first")
     if flags.recording and flags.recording.exists():
         kept = pickle.loads(flags.recording.read_bytes())
-        texts = [Text(**text) for text in kept["texts"]]
-        costs, tables = Costs(**kept["costs"]), kept["tables"]
+        texts, lookup = [Text(**text) for text in kept["texts"]], kept["lookup"]
     else:
-        texts, costs, tables = record_texts(flags)
+        texts, lookup = record_texts(bench, union, flags)
         if flags.recording:
-            kept = {"texts": [vars(t) for t in texts], "costs": vars(costs), "tables": tables}
+            kept = {"texts": [vars(text) for text in texts], "lookup": lookup}
             flags.recording.write_bytes(pickle.dumps(kept))
+    costs = Costs(known.curve, known.drafts, lookup, flags.vain)
+    tables = {"predicted": known.predicted, "accepted": known.accepted}
     results = {d: compare(texts, costs, tables, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
     result = document("policy", flags, where, speeds=results)
     write(result, flags.output)

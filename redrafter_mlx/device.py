@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +20,20 @@ def read(*arrays: mx.array) -> tuple[np.ndarray, ...]:
     """
     mx.eval(arrays)
     return tuple(np.array(array, copy=False) for array in arrays)
+
+
+def chip() -> str:
+    """Name of what computes; of a processor under Linux with its family and model.
+
+    Virtual machines call theirs just "AMD EPYC", whether it has AVX-512 or not.
+    """
+    name = str(mx.device_info().get("device_name") or platform.processor() or "unknown")
+    cpuinfo = Path("/proc/cpuinfo")
+    if mx.default_device() != mx.cpu or not cpuinfo.exists():
+        return name
+    found = cpuinfo.read_text(encoding="utf-8")
+    numbers = re.findall(r"^(?:cpu family|model)\s*:\s*(\d+)$", found, re.MULTILINE)[:2]
+    return f"{name} (family {numbers[0]}, model {numbers[1]})" if len(numbers) == 2 else name
 
 
 def by_columns(weight: mx.array) -> mx.array:

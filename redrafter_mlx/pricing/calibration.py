@@ -30,8 +30,6 @@ class Calibration:
     """Weight of a round in the next one, in the slow part."""
     PRIOR = 3.0
     """K: the acceptances that a prior is worth."""
-    DOUBTED = 1.0
-    """What a cell is predicted to have accepted, at most, once it is doubted."""
     TEXT_FADE, TEXT_PRIOR = 0.95, 4.0
     """The same of the fast part."""
     TEXT_RANGE = 0.1, 4.0
@@ -87,9 +85,12 @@ class Calibration:
         """What is known of the text holds no more."""
         self._text[:] = 0.0
 
-    def doubt(self) -> None:
-        """Hold what is known less firmly, because drafts did not pay and may do so now."""
-        shrink = np.minimum(1.0, self.DOUBTED / np.maximum(self.predicted, 1e-9))
+    def doubt(self, kept: float = 1.0) -> None:
+        """Hold what is known less firmly, because drafts did not pay and may do so now.
+
+        kept  what a cell is predicted to have accepted, at most, from now on
+        """
+        shrink = np.minimum(1.0, kept / np.maximum(self.predicted, 1e-9))
         self.predicted *= shrink
         self.accepted *= shrink
         self._ratios = None

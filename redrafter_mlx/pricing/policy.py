@@ -117,7 +117,7 @@ class Policy:
         self._parked = self._failures = self._drafted = self._idle = self._timing = 0
         self._since_survey = self.SURVEY  # drafts since the last survey; below 0: none is due yet
         self._searches = self._finds_without = False  # whether anything was found so
-        self._seconds = self._plain_seconds = 0.0  # of the present round, and of a plain one
+        self._seconds, self._costs = 0.0, np.zeros(2)  # of the present round, of passes by rows
 
     @property
     def is_parked(self) -> bool:
@@ -160,7 +160,7 @@ class Policy:
         rate = max(self._expected.per_second, 1 / costs[1])
         least = 2 if self._trial else 1  # a trial that verifies nothing shows nothing
         nodes, tokens, seconds = _best_size(probs, costs, rate, least)
-        self._seconds, self._plain_seconds = seconds + self.draft_costs.of(setting), costs[1]
+        self._seconds, self._costs = seconds + self.draft_costs.of(setting), costs
         if setting == self.full and self._is_survey_due:
             self._surveys.append(Survey(candidates, self.settings, self.full))
             self._choose_setting(costs, rate)
@@ -192,6 +192,10 @@ class Policy:
         """Speed of speculating over plain decoding, as last expected; 0 before the first draft."""
         return self._expected.per_second * self._plain_seconds
 
+    @property
+    def _plain_seconds(self) -> float:
+        return float(self._costs[1])
+
     def _choose_setting(self, costs: np.ndarray, rate: float) -> None:
         """The setting that would have served best in the latest surveys, as they look now.
 
@@ -222,8 +226,9 @@ class Policy:
     def _judge(self) -> None:
         """Park the drafter when it does not pay.
 
-        What is expected lags behind a text that changed for the better. So a trial whose tokens
-        paid goes on for a while although no gain is expected yet. What is found without a search
+        What was expected during a trial is reckoned again at its end, with what came of it. It
+        lags behind a text that changed for the better. So a trial whose tokens paid goes on for a
+        while although no gain is expected yet. What is found without a search
         at next to no cost is never in the way: it is parked only if its trees lose.
         """
         if self.gain >= 1 - self.CHEAP and self._is_cheap:
@@ -235,6 +240,8 @@ class Policy:
                 self._failures = 0
         else:
             self._trial -= 1
+            if self._trial == 0:
+                self._expect_again()
             if self._trial == 0 and self.gain < self.GAIN:
                 realised = self._realised.per_second * self._plain_seconds
                 if realised >= self.GAIN and self._extensions < self.EXTENSIONS:
@@ -242,6 +249,18 @@ class Policy:
                     self._trial = self.TRIAL
                 else:
                     self._park()
+
+    def _expect_again(self) -> None:
+        """Of the drafts of a trial, expect what they look worth now."""
+        surveyed = min(self._drafted, len(self._surveys))
+        if surveyed == 0 or self.setting == self._no_search:
+            return
+        rate, draft = self._expected.per_second, self.draft_costs.of(self.setting)
+        self._expected = Rate(self._expected.weight)
+        for survey in list(self._surveys)[-surveyed:]:
+            found = self.calibration.probabilities(survey.candidates)[survey.found[self.setting]]
+            _, tokens, seconds = _best_size(found, self._costs, rate, 1)
+            self._expected.add(tokens, seconds + draft)
 
     @property
     def _is_survey_due(self) -> bool:
@@ -273,7 +292,7 @@ class Policy:
         self._parked = 0
         self._trial = self.TRIAL if self._failures < self.LOSER else self.SHORT_TRIAL
         self._forget()
-        self.calibration.doubt()
+        self.calibration.doubt(2.0 ** max(0, self._failures - self.LOSER + 1))
 
     def _forget(self) -> None:
         """Whatever comes now, it is not what was tried before."""
