@@ -277,26 +277,34 @@ def headline(result: dict, name: str) -> str:
 
 
 def summary(results: list[tuple[str, dict]]) -> str:
-    """Markdown: one row for each method of the benchmarks of speed, and what made it.
+    """Markdown: for each machine a table with a row for each method, and what made it.
 
-    results  (name of the JSON file, document)
+    results  (name of the JSON file, document); what stands before the first dot is the machine's
     """
+    shown = [(name, result) for name, result in results if result["kind"] in _SUMMARIES]
+    machines: dict[str, list[tuple[int, str, dict]]] = {}
+    for number, (name, result) in enumerate(shown, start=1):
+        machines.setdefault(name.split(".")[0], []).append((number, name, result))
+    return "\n\n".join(_summary(machine, runs) for machine, runs in machines.items())
+
+
+def _summary(machine: str, results: list[tuple[int, str, dict]]) -> str:
     lines = [
+        f"{machine}: {results[-1][2]['machine']['chip']}",
+        "",
         "| | `--drafter` | prompts | speed | lowest to highest task | tokens per round |",
         "|---|---|---|---|---|---|",
     ]
     commands = []
-    for name, result in results:
-        if result["kind"] not in _SUMMARIES:
-            continue
-        commands.append(f"{len(commands) + 1}. `{command(result, name)}`")
+    for number, name, result in results:
+        commands.append(f"{number}. `{command(result, name)}`")
         settings = result["settings"]
         prompts = len({run["prompt"] for run in result["runs"]})
         where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
         for method, speeds, tokens in _SUMMARIES[result["kind"]](result):
             low, high = min(speeds.values()), max(speeds.values())
             lines.append(
-                f"| {len(commands)} | {method} | {where} "
+                f"| {number} | {method} | {where} "
                 f"| **{statistics.geometric_mean(speeds.values()):.2f}** "
                 f"| {f'{low:.2f} to {high:.2f}' if len(speeds) > 1 else ''} | {tokens:.2f} |"
             )
@@ -349,10 +357,13 @@ TABLES = {
 
 
 def read(directory: Path) -> list[tuple[str, dict]]:
-    """(file name, document) of all results: by kind, a machine's main result first."""
+    """(file name, document) of all results: by machine, by kind, the main result first."""
     paths, kinds = directory.glob("*.json"), list(TABLES)
     results = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
-    place = lambda name, result: (kinds.index(result["kind"]), name.count("."), name)
+
+    def place(name: str, result: dict):
+        return name.split(".")[0], kinds.index(result["kind"]), name.count("."), name
+
     return sorted(results, key=lambda entry: place(*entry))
 
 

@@ -101,6 +101,16 @@ def test_the_summary_has_a_row_for_each_drafter_and_its_command(result):
     assert lines[-1].startswith("1. `python -m benchmarks.speed --prompts p.jsonl --per-category 1")
 
 
+def test_the_summary_has_a_table_for_each_machine(result):
+    result["machine"]["chip"] = "M9"
+    lines = report.summary([("a.json", result), ("a.more.json", result), ("b.json", result)])
+    lines = lines.splitlines()
+    assert [line for line in lines if line.endswith(": M9")] == ["a: M9", "b: M9"]
+    rows = [line[:5] for line in lines if "| budget auto |" in line]
+    assert rows == ["| 1 |", "| 2 |", "| 3 |"]
+    assert "--output b.json`" in lines[-1]
+
+
 def test_texts_without_a_second_token_have_no_rate(result):
     """A model that ends at once: nothing was decoded that could be timed."""
     for method in ("mlx-lm", "plain", "budget auto"):

@@ -166,6 +166,18 @@ def test_each_new_text_gets_a_trial_at_once_that_costs_little():
     assert sum(setting is not None for setting in log.settings) > 0.8 * len(log.settings)
 
 
+def test_a_trial_that_was_refuted_is_over():
+    """Sure and wrong: what was expected before the first pass keeps nobody drafting."""
+    passes = CURVES["dip at 16"]
+    here, kept = machine(passes), policy(passes)
+    liar = Guesser(sure=0.9, truth=lambda shares: 0.0 * shares)
+    for _ in range(4):
+        log = play(here, liar, auto(kept, here), 40)
+        drafted = sum(setting is not None for setting in log.settings)
+        assert drafted <= Policy.FIRST_TRIAL + Policy.TRIAL, drafted
+    assert [bool(setting) for setting in log.settings].count(True) <= Policy.TRIAL + 1
+
+
 @pytest.mark.parametrize("curve", ["flat", "dip at 16"])
 def test_it_does_not_oscillate_where_speculation_pays(curve):
     """Noise and outliers: it goes on speculating, with one kind of search."""
