@@ -303,7 +303,7 @@ def main(args: list[str] | None = None) -> int:
     flag("--recording", type=Path, help="file of drafts: read if it is there, else made")
     flag("--noise", type=float, default=0.04, help="relative spread of times")
     flag("--vain", type=float, default=0.04,
-         help="what a draft of which nothing is verified delays a plain round by, as a share")  # fmt: skip
+         help="share of a plain round that a draft costs of which nothing is verified")  # fmt: skip
     flag("--orders", type=int, default=4, help="times that the texts are shuffled and played")
     flag("--seed", type=int, default=0, help="of the shuffles")
     flag("--no-profile", dest="profile", action="store_false", help="the policy knows no costs")

@@ -16,7 +16,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,6 +51,13 @@ def layers_of(count: int, total: int) -> list[int]:
     return [*range(first), *range(total - (count - first), total)]
 
 
+def of_fewer_layers(config: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """The configuration of a model of the chosen layers; what is listed by layer is cut, too."""
+    total = config["num_hidden_layers"]
+    cut = lambda v: [v[i] for i in chosen] if isinstance(v, list) and len(v) == total else v
+    return {k: cut(v) for k, v in config.items()} | {"num_hidden_layers": len(chosen)}
+
+
 def make_student(model: nn.Module, layers: int) -> nn.Module:
     """A model of some of the target's layers; of its weights only theirs are to be trained.
 
@@ -57,10 +66,10 @@ def make_student(model: nn.Module, layers: int) -> nn.Module:
     chosen = layers_of(layers, len(model.layers))
     if not 0 < layers < len(model.layers) or len(set(chosen)) != layers:
         raise ValueError(f"a student of {layers} of {len(model.layers)} layers is none")
-    args = type(model.args)(**{**vars(model.args), "num_hidden_layers": layers})
-    student = type(model)(args)
-    outside = {k: v for k, v in model.model.items() if k != "layers"}
-    student.model.update({k: v.parameters() for k, v in outside.items() if isinstance(v, nn.Module)})
+    student = type(model)(type(model.args)(**of_fewer_layers(vars(model.args), chosen)))
+    for name, part in model.model.items():
+        if name != "layers" and isinstance(part, nn.Module):
+            student.model[name].update(part.parameters())
     if "lm_head" in model:
         student.lm_head.update(model.lm_head.parameters())
     for own, i in zip(student.model.layers, chosen, strict=True):
@@ -76,7 +85,7 @@ def pieces(paths: list[Path]) -> list[Rows]:
     found = []
     for file in map(map_shard, paths):
         starts = [*file["starts"].tolist(), len(file["tokens"])]
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             for first in range(begin, end - 8, COLUMNS):
                 found.append(_piece(file, first, min(first + COLUMNS, end - 1)))
     return found
@@ -172,13 +181,14 @@ def main(args: list[str] | None = None) -> int:
     print(f"{written.counts.tokens:,} tokens of answers", file=sys.stderr)
     student = make_student(model, flags.layers)
     held_out = pieces(held_out_shards([data]))
-    before = agreement(student, held_out)
+    print(f"agrees with the target's choice: {agreement(student, held_out):.1%}", file=sys.stderr)
     began, found = time.monotonic(), pieces(training_shards([data]))
     done = lambda step: (time.monotonic() - began) / (60 * flags.minutes)
     train(student, found, flags.rows, flags.learning_rate, done)
-    print(f"agrees with the target's choice: {before:.1%} before, {agreement(student, held_out):.1%}")
+    print(f"agrees with the target's choice: {agreement(student, held_out):.1%}")
     save_model(flags.output, student)
-    save_config({**config, "num_hidden_layers": flags.layers}, flags.output / "config.json")
+    config = of_fewer_layers(config, layers_of(flags.layers, len(model.layers)))
+    save_config(config, flags.output / "config.json")
     tokenizer.save_pretrained(flags.output)
     return 0
 

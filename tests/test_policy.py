@@ -113,6 +113,18 @@ def test_a_drafter_that_costs_nothing_waits_for_its_moment():
     assert echo.rate() > 2 / passes(1, 0)
 
 
+def test_what_needs_no_search_is_never_left_for_long():
+    """Lookups that cost too much to be made in vain: still one begins every 32 rounds or so."""
+    passes = CURVES["flat"]
+    here, silent = machine(passes), Guesser(sure=0.02, truth=lambda shares: 0.0 * shares)
+    here.drafts = lambda setting: 0.06 * passes(1, 0)
+    silent.draft = lambda setting: Candidates.of(TokenTree.root(0))
+    log = play(here, silent, auto(policy(passes), here), 600)
+    looked = np.flatnonzero([setting is not None for setting in log.settings])
+    assert np.diff(looked).max() <= Policy.FIRST_PAUSE + Policy.TIMING
+    assert log.rate() > 0.98 / passes(1, 0)
+
+
 @pytest.mark.parametrize(("gain", "said"), [(0.8, " (expected 0.80x plain decoding)"), (1.1, "")])
 def test_a_parked_drafter_is_not_said_to_gain(monkeypatch, gain, said):
     """What was expected last may look like a gain where drafts led to nothing."""

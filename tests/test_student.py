@@ -4,12 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from test_training_data import OWN, target, write
 
 from benchmarks import student as bench
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.training.shards import training_shards
 from support import generation, ids, tiny_prompt
-from test_training_data import OWN, target, write
 
 
 @pytest.fixture(scope="module")

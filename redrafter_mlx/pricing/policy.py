@@ -79,7 +79,8 @@ class Policy:
     drafter is on trial for a few. Each trial that fails doubles the next pause, so that a loser
     costs less and less; a success that lasts makes it short again. Speculating pays when it is
     faster than plain decoding by GAIN, and stops when it is slower or drafts for nothing. Of a
-    union that finds something without a search only the search is parked.
+    union that finds something without a search only the search is parked, and what needs none is
+    never parked for long: an echo may begin anywhere.
 
     How far to search must be decided before anything was scored: looking at a draft halfway would
     be one more synchronisation. So every SURVEY rounds the full search runs, and what a narrower
@@ -279,8 +280,11 @@ class Policy:
         return bool(np.max(np.arange(2, MOST_NODES + 1) * costs[1] / costs[2:]) < self.GAIN)
 
     def _park(self) -> None:
-        pause = min(self.FIRST_PAUSE << self._failures, self.LONGEST_PAUSE)
-        self._failures = min(self._failures + 1, 16)
+        """For longer each time a search failed; what is free is soon looked at again."""
+        pause = self.FIRST_PAUSE
+        if self._searches and self.setting != self._no_search:
+            pause = min(pause << self._failures, self.LONGEST_PAUSE)
+            self._failures = min(self._failures + 1, 16)
         if self._finds_without and self.setting != self._no_search:
             self.setting, self._since_survey = self._no_search, self.SURVEY - pause
             self._trial = 0

@@ -96,8 +96,9 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def identify(target: Target, drafter: Drafter | None) -> dict[str, str]:
     """What a measurement of this pair depends on, as words that can be compared."""
+    system = f"{platform.system()} {platform.machine()}"
     return {
-        "machine": f"{device.chip()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{device.chip()}, {system}, {os.cpu_count()} cores",
         "device": str(mx.default_device()),
         "mlx": mx.__version__,
         "blas": str(blas.preload()),
