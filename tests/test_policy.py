@@ -119,8 +119,11 @@ def test_what_needs_no_search_is_never_left_for_long():
     here, silent = machine(passes), Guesser(sure=0.02, truth=lambda shares: 0.0 * shares)
     here.drafts = lambda setting: 0.06 * passes(1, 0)
     silent.draft = lambda setting: Candidates.of(TokenTree.root(0))
-    log = play(here, silent, auto(policy(passes), here), 600)
+    kept = policy(passes)
+    kept.draft_costs = LiveDraftCosts({s: here.drafts(s) for s in settings_within(FULL)})
+    log = play(here, silent, auto(kept, here), 600)
     looked = np.flatnonzero([setting is not None for setting in log.settings])
+    assert len(looked) < 100
     assert np.diff(looked).max() <= Policy.FIRST_PAUSE + Policy.TIMING
     assert log.rate() > 0.98 / passes(1, 0)
 
