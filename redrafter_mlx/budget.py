@@ -78,7 +78,7 @@ class AutoBudget:
     A round lasts until the next one begins, so that everything is priced: passes, reading, and
     what the caller does with the tokens. The device works on while the host takes a plain round's
     token, so a plain round is timed after another one only, and a drafted one only when it did
-    not wait for a round before it.
+    not wait for a round before it. The first draft of a text is not priced: it may read the prompt.
     """
 
     policy: Policy
@@ -87,6 +87,7 @@ class AutoBudget:
     length: int = field(init=False)
     _last: _Round | None = field(default=None, init=False)
     _before: _Round | None = field(default=None, init=False)
+    _has_drafted: bool = field(default=False, init=False)
 
     def __post_init__(self):
         self.width, self.length = self.policy.full
@@ -135,6 +136,8 @@ class AutoBudget:
             if before is not None and before.setting is None:
                 costs.observe(1, last.position, seconds)
         elif last.is_known and (before is None or before.is_known):
-            self.policy.draft_costs.observe(last.setting, last.draft_seconds)
+            if self._has_drafted:
+                self.policy.draft_costs.observe(last.setting, last.draft_seconds)
             if last.nodes > 1:
                 costs.observe(last.nodes, last.position, seconds - last.draft_seconds)
+        self._has_drafted |= last.setting is not None

@@ -129,6 +129,7 @@ class Policy:
         self.calibration.begin_text()
         if self._since_survey < 0:  # the search is parked, whether or not the rest is too
             self._since_survey = self.SURVEY
+            self._forget()
         if self._parked:
             self._try_again()
 
