@@ -174,12 +174,12 @@ def main(args: list[str] | None = None) -> int:
     flag("--learning-rate", type=float, default=1e-3, help="the highest")
     flags = made.parse_args(args)
     model, tokenizer, config = redrafter_mlx.load(flags.model, return_config=True)
+    student = make_student(model, flags.layers)  # before minutes of writing
     data = flags.data or flags.output / "data"
     options = DataOptions(data_minutes=flags.data_minutes, data_tokens=10**9)
     data.mkdir(parents=True, exist_ok=True)
     written = write_data(adapt(model), tokenizer, data, options)
     print(f"{written.counts.tokens:,} tokens of answers", file=sys.stderr)
-    student = make_student(model, flags.layers)
     held_out = pieces(held_out_shards([data]))
     print(f"agrees with the target's choice: {agreement(student, held_out):.1%}", file=sys.stderr)
     began, found = time.monotonic(), pieces(training_shards([data]))
