@@ -228,10 +228,10 @@ class Policy:
     def _judge(self) -> None:
         """Park the drafter when it does not pay.
 
-        What was expected during a trial is reckoned again at its end, with what came of it. It
-        lags behind a text that changed for the better. So a trial whose tokens paid goes on for a
-        while although no gain is expected yet. What is found without a search
-        at next to no cost is never in the way: it is parked only if its trees lose.
+        What was expected during a trial is reckoned again at its end, with what came of it. Even so
+        expectations lag behind a text that changed for the better: a trial whose tokens paid goes
+        on for a while although no gain is expected yet. What is found without a search at next to
+        no cost is never in the way: it is parked only if its trees lose.
         """
         if self.gain >= 1 - self.CHEAP and self._is_cheap:
             self._trial = max(self._trial - 1, 0)
