@@ -105,6 +105,26 @@ def test_old_measurements_are_forgotten():
     assert not costs.plain_is_stale()
 
 
+def test_several_rows_cost_no_less_than_one():
+    curve = CostCurve([100], [1, 2, 4], [[1.0, 1.1, 2.0]])
+    costs = LiveCosts(curve)
+    for _ in range(5):
+        costs.observe(1, 100, 1.5)  # the machine was slow
+    for _ in range(20):
+        costs.observe(2, 100, 1.1)
+    one, two, four = costs.at(100, 4)[[1, 2, 4]]
+    assert 1 < one == two < four
+
+
+def test_after_a_pause_only_new_measurements_count():
+    recent = Recent()
+    for now in range(5):
+        recent.add(9.0, now)
+    for now in range(2):
+        recent.add(1.0 + now, Recent.STALE + 10 + now)
+    assert recent.value == 1.0
+
+
 def test_draft_costs_are_corrected_together_and_then_each():
     costs = LiveDraftCosts({Setting(1, 2): 1.0, Setting(4, 5): 8.0})
     assert costs.of(Setting(4, 5)) == 8.0

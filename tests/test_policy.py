@@ -193,6 +193,25 @@ def test_a_trial_that_was_refuted_is_over():
     assert [bool(setting) for setting in log.settings].count(True) <= Policy.TRIAL + 1
 
 
+def test_nothing_accepted_is_no_gain_however_dear_plain_rounds_looked():
+    """Plain rounds were timed while the machine was slow: two rows seem to cost less than one."""
+    passes = lambda rows, context: 0.02 * (0.98 + 0.02 * rows)
+    here, kept = machine(passes), policy(passes)
+    for _ in range(5):
+        kept.costs.observe(1, 100, 1.15 * passes(1, 100))
+    log = play(here, Guesser(sure=0.3, truth=lambda shares: 0.0 * shares), auto(kept, here), 60)
+    assert sum(setting is not None for setting in log.settings) < 25
+
+
+@pytest.mark.parametrize("sure, soon", [(0.65, True), (0.75, False)])
+def test_where_little_is_at_stake_plain_rounds_are_timed_again_soon(sure, soon):
+    passes = lambda rows, context: 0.02 * (0.6 + 0.4 * rows)
+    here, kept = machine(passes), policy(passes)
+    log = play(here, Guesser(sure), auto(kept, here), 300)
+    plain = sum(setting is None for setting in log.settings)
+    assert (plain > Policy.TIMING) == soon, plain
+
+
 @pytest.mark.parametrize("curve", ["flat", "dip at 16"])
 def test_it_does_not_oscillate_where_speculation_pays(curve):
     """Noise and outliers: it goes on speculating, with one kind of search."""

@@ -97,6 +97,8 @@ class Policy:
     CHEAP = 0.02  # of a plain round
     IDLE = 6  # drafts in a row of which nothing was worth a pass
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
+    REMEMBERED = 8  # drafts
+    CLOSE, SOON = 1.1, 32  # below which gain, and after how many passes, plain rounds are timed anew
 
     def __init__(
         self,
@@ -113,6 +115,7 @@ class Policy:
         self.settings = [self._no_search, *settings_within(full)]
         self.setting = full
         self._surveys: deque[Survey] = deque(maxlen=self.SURVEYS)
+        self._drafts: deque[tuple[Candidates, Survey | None]] = deque(maxlen=self.REMEMBERED)
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self._trial, self._extensions = self.FIRST_TRIAL, 0
         self._parked = self._failures = self._drafted = self._idle = self._timing = 0
@@ -142,7 +145,9 @@ class Policy:
             if self._parked:
                 return None
             self._try_again()
-        if self._timing == 0 and self.costs.plain_is_stale():
+        is_close = self.gain < self.CLOSE and not self._is_cheap
+        patience = self.SOON if is_close else self.costs.FORGET
+        if self._timing == 0 and self.costs.plain_is_stale(patience):
             self._timing = self.TIMING + 1
         if self._timing:
             self._timing -= 1
@@ -171,6 +176,9 @@ class Policy:
                 setting = self.setting
                 found = probs[self._surveys[-1].found[setting]]
                 _, tokens, seconds = _best_size(found, costs, rate, least)
+        if self._trial or self._is_refuted:
+            survey = self._surveys[-1] if self._since_survey == 0 else None
+            self._drafts.append((candidates, survey))
         self._expected.add(tokens, seconds + self.draft_costs.of(setting))
         self._finds_without |= bool(candidates.always.any())
         self._searches |= not candidates.always.all()
@@ -228,11 +236,14 @@ class Policy:
     def _judge(self) -> None:
         """Park the drafter when it does not pay.
 
-        What was expected during a trial is reckoned again at its end, with what came of it. Even so
-        expectations lag behind a text that changed for the better: a trial whose tokens paid goes
-        on for a while although no gain is expected yet. What is found without a search at next to
-        no cost is never in the way: it is parked only if its trees lose.
+        What was expected during a trial is reckoned again at its end, with what came of it, and from
+        then on after each round until something is accepted. Even so expectations lag behind a text
+        that changed for the better: a trial whose tokens paid goes on for a while although no gain
+        is expected yet. What is found without a search at next to no cost is never in the way: it
+        is parked only if its trees lose.
         """
+        if self._trial == 1 or (self._trial == 0 and self._is_refuted):
+            self._expect_again()
         if self.gain >= 1 - self.CHEAP and self._is_cheap:
             self._trial = max(self._trial - 1, 0)
         elif self._trial == 0:
@@ -242,8 +253,6 @@ class Policy:
                 self._failures = 0
         else:
             self._trial -= 1
-            if self._trial == 0:
-                self._expect_again()
             if self._trial == 0 and self.gain < self.GAIN:
                 realised = self._realised.per_second * self._plain_seconds
                 if realised >= self.GAIN and self._extensions < self.EXTENSIONS:
@@ -253,16 +262,21 @@ class Policy:
                     self._park()
 
     def _expect_again(self) -> None:
-        """Of the drafts of a trial, expect what they look worth now."""
-        surveyed = min(self._drafted, len(self._surveys))
-        if surveyed == 0 or self.setting == self._no_search:
+        """Of the latest drafts, expect what they look worth now."""
+        if self.setting == self._no_search or not self._drafts:
             return
         rate, draft = self._expected.per_second, self.draft_costs.of(self.setting)
         self._expected = Rate(self._expected.weight)
-        for survey in list(self._surveys)[-surveyed:]:
-            found = self.calibration.probabilities(survey.candidates)[survey.found[self.setting]]
+        for candidates, survey in self._drafts:
+            probs = self.calibration.probabilities(candidates)
+            found = probs[survey.found[self.setting]] if survey else probs
             _, tokens, seconds = _best_size(found, self._costs, rate, 1)
             self._expected.add(tokens, seconds + draft)
+
+    @property
+    def _is_refuted(self) -> bool:
+        """Whether nothing of what was drafted since it began was accepted."""
+        return self._realised.tokens <= 1
 
     @property
     def _is_survey_due(self) -> bool:
@@ -302,6 +316,7 @@ class Policy:
     def _forget(self) -> None:
         """Whatever comes now, it is not what was tried before."""
         self._extensions = self._drafted = self._idle = 0
+        self._drafts.clear()
         self._expected, self._realised = Rate(0.125), Rate(0.125)
 
 
