@@ -203,7 +203,7 @@ def test_nothing_accepted_is_no_gain_however_dear_plain_rounds_looked():
     assert sum(setting is not None for setting in log.settings) < 25
 
 
-@pytest.mark.parametrize("sure, soon", [(0.65, True), (0.75, False)])
+@pytest.mark.parametrize(("sure", "soon"), [(0.65, True), (0.75, False)])
 def test_where_little_is_at_stake_plain_rounds_are_timed_again_soon(sure, soon):
     passes = lambda rows, context: 0.02 * (0.6 + 0.4 * rows)
     here, kept = machine(passes), policy(passes)

@@ -98,7 +98,7 @@ class Policy:
     IDLE = 6  # drafts in a row of which nothing was worth a pass
     TIMING = 3  # plain rounds that give two times: the first of them is not timed
     REMEMBERED = 8  # drafts
-    CLOSE, SOON = 1.1, 32  # below which gain, and after how many passes, plain rounds are timed anew
+    CLOSE, SOON = 1.1, 32  # below which gain plain rounds are timed again after how many passes
 
     def __init__(
         self,
@@ -236,11 +236,11 @@ class Policy:
     def _judge(self) -> None:
         """Park the drafter when it does not pay.
 
-        What was expected during a trial is reckoned again at its end, with what came of it, and from
-        then on after each round until something is accepted. Even so expectations lag behind a text
-        that changed for the better: a trial whose tokens paid goes on for a while although no gain
-        is expected yet. What is found without a search at next to no cost is never in the way: it
-        is parked only if its trees lose.
+        What was expected during a trial is reckoned again at its end, with what came of it, and
+        after each round from then on until something is accepted. Even so expectations lag behind a
+        text that changed for the better: a trial whose tokens paid goes on for a while although no
+        gain is expected yet. What is found without a search at next to no cost is never in the way:
+        it is parked only if its trees lose.
         """
         if self._trial == 1 or (self._trial == 0 and self._is_refuted):
             self._expect_again()
