@@ -289,15 +289,16 @@ def summary(results: list[tuple[str, dict]]) -> str:
 
 
 def _summary(machine: str, results: list[tuple[int, str, dict]]) -> str:
+    chips = dict.fromkeys(result["machine"]["chip"] for _, _, result in results)
     lines = [
-        f"{machine}: {results[-1][2]['machine']['chip']}",
+        f"{machine}: {', '.join(chips)}",
         "",
         "| | `--drafter` | prompts | speed | lowest to highest task | tokens per round |",
         "|---|---|---|---|---|---|",
     ]
     commands = []
     for number, name, result in results:
-        commands.append(f"{number}. `{command(result, name)}`")
+        commands.append(f"{number}. `{command(result, name)}` ({result['machine']['commit']})")
         settings = result["settings"]
         prompts = len({run["prompt"] for run in result["runs"]})
         where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
