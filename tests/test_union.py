@@ -171,7 +171,7 @@ def test_where_a_search_does_not_pay_only_the_search_is_parked():
     head = Fixed({(8,): 0.7})
     union = UnionDrafter([head, MaxGramDrafter()])
     searches, planned = [], []
-    for turn in range(300):
+    for turn in range(250):
         setting = policy.plan(100)
         planned.append(setting)
         if setting is None:

@@ -182,7 +182,7 @@ class Policy:
         self._expected.add(tokens, seconds + self.draft_costs.of(setting))
         self._finds_without |= bool(candidates.always.any())
         self._searches |= not candidates.always.all()
-        self._drafted += 1
+        self._drafted = self._drafted + 1 if setting != self._no_search else 0
         self._since_survey += 1
         self._idle = 0 if nodes > 1 else self._idle + 1
         c, self._verified = candidates, likeliest(probs, nodes)
