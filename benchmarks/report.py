@@ -243,8 +243,8 @@ def policy_tables(result: dict, name: str) -> str:
 
 
 FLAGS = (
-    "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model", "rules",
-    "budgets", "temps", "contexts", "reference",
+    "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
+    "rules", "budgets", "temps", "contexts", "reference",
 )  # fmt: skip
 """Of the benchmarks, as far as they have them: those that tables name."""
 
