@@ -1,5 +1,6 @@
 """A union: all members' candidates in one tree, cut by one budget."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import mlx.core as mx
@@ -171,7 +172,7 @@ def test_where_a_search_does_not_pay_only_the_search_is_parked():
     head = Fixed({(8,): 0.7})
     union = UnionDrafter([head, MaxGramDrafter()])
     searches, planned = [], []
-    for turn in range(250):
+    for turn in range(300):
         setting = policy.plan(100)
         planned.append(setting)
         if setting is None:
@@ -188,6 +189,25 @@ def test_where_a_search_does_not_pay_only_the_search_is_parked():
     assert max(np.diff(searches)) >= 2 * Policy.FIRST_PAUSE, "the pauses of the search double"
     policy.begin_text()
     assert policy.plan(100) == policy.full, "another text: it may pay there"
+
+
+def test_another_text_is_searched_whenever_it_begins():
+    """Also when the pause of a parked search is nearly over."""
+    policy = Policy(Setting(4, 5), LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])))
+    policy.costs.observe(1, 100, 1.0)
+    union, pauses = UnionDrafter([Fixed({(8,): 0.7}), MaxGramDrafter()]), 0
+    for turn in range(80):
+        setting = policy.plan(100)
+        if setting.width == 0:
+            pauses += 1
+            another = deepcopy(policy)
+            another.begin_text()
+            assert another.plan(100) == policy.full, turn
+        policy.draft_costs.observe(setting, 0.2 if setting.width else 0.001)
+        transcript = Transcript([3, 9, 4, 3] if turn < 6 else [3, 9, 4, 5])
+        candidates = candidates_of(union, replace(CONTEXT, transcript=transcript), *setting)
+        policy.observe(policy.choose(setting, candidates, 100), [0])
+    assert pauses > Policy.FIRST_PAUSE
 
 
 def test_what_any_search_finds_is_marked_so():

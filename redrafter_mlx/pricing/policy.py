@@ -119,7 +119,8 @@ class Policy:
         self._expected, self._realised = Rate(0.125), Rate(0.125)
         self._trial, self._extensions = self.FIRST_TRIAL, 0
         self._parked = self._failures = self._drafted = self._idle = self._timing = 0
-        self._since_survey = self.SURVEY  # drafts since the last survey; below 0: none is due yet
+        self._since_survey = self.SURVEY  # drafts since the last survey, less after a parked search
+        self._is_search_parked = False
         self._searches = self._finds_without = False  # whether anything was found so
         self._seconds, self._costs = 0.0, np.zeros(2)  # of the present round, of passes by rows
 
@@ -130,7 +131,7 @@ class Policy:
     def begin_text(self) -> None:
         """Another text begins: it may be one that pays, however many did not."""
         self.calibration.begin_text()
-        if self._since_survey < 0:  # the search is parked, whether or not the rest is too
+        if self._is_search_parked:  # whether or not the rest is too
             self._since_survey = self.SURVEY
             self._forget()
         if self._parked:
@@ -171,7 +172,7 @@ class Policy:
         if setting == self.full and self._is_survey_due:
             self._surveys.append(Survey(candidates, self.settings, self.full))
             self._choose_setting(costs, rate)
-            self._since_survey = 0
+            self._since_survey, self._is_search_parked = 0, False
             if self.draft_costs.knows(self.setting):  # a survey's own search is no measure
                 setting = self.setting
                 found = probs[self._surveys[-1].found[setting]]
@@ -301,7 +302,8 @@ class Policy:
             pause = min(pause << self._failures, self.LONGEST_PAUSE)
             self._failures = min(self._failures + 1, 16)
         if self._finds_without and self.setting != self._no_search:
-            self.setting, self._since_survey = self._no_search, self.SURVEY - pause
+            self.setting, self._is_search_parked = self._no_search, True
+            self._since_survey = self.SURVEY - pause
             self._trial = 0
             self._forget()
         else:
