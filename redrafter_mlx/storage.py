@@ -32,10 +32,12 @@ def conversions() -> Path:
     return cache_directory() / "models"
 
 
-def build_once(destination: Path, build: Callable[[Path], None]) -> Path:
+def build_once(destination: Path, build: Callable[[Path], None], what: str = "model") -> Path:
     """Fill `destination` with `build(directory)`, unless that was done before.
 
     Other processes wait. The directory appears complete or not at all.
+
+    what  it is, for the error
     """
     if destination.is_dir():
         return destination
@@ -46,7 +48,7 @@ def build_once(destination: Path, build: Callable[[Path], None]) -> Path:
                 _fill(destination, build)
     except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
         raise UserError(
-            f"no model could be written to the cache {destination.parent}: {one_line(error)}; set "
+            f"no {what} could be written to the cache {destination.parent}: {one_line(error)}; set "
             f"{CACHE_VARIABLE} to a writable directory with room"
         ) from error
     return destination
@@ -62,6 +64,22 @@ def _fill(destination: Path, build: Callable[[Path], None]) -> None:
         complete.mkdir()
         build(complete)
         os.replace(complete, destination)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all; OSError if it cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        scratch = Path(file.name)
+        try:
+            file.write(text)
+            file.close()
+            scratch.replace(path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

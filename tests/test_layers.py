@@ -24,7 +24,7 @@ LAYERS = [
     ["training.manifest"],
     ["training.estimate"],
     ["training.scripts", "training.windows"],
-    ["storage", "training.loss", "training.shards"],
+    ["training.loss", "training.shards"],
     ["gguf.config", "gguf.tokenizer"],
     ["gguf.blocks"],
     ["gguf.file"],
@@ -59,7 +59,10 @@ LAYERS = [
     ["config", "training.jobs"],
     ["pricing.picture"],
     ["pricing.curve"],
-    ["blas", "errors", "training.filters", "training.picture"],
+    ["blas"],
+    ["openblas"],
+    ["storage", "training.filters", "training.picture"],
+    ["errors"],
 ]
 """From the top down: a module may import from lower lines only."""
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import Policy
-from redrafter_mlx.storage import cache_directory, one_line
+from redrafter_mlx.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.target.adapter import Target
 
 FORMAT = 3
@@ -148,18 +147,7 @@ def profile_path(identity: dict[str, str]) -> Path:
 def save(profile: Profile) -> Path:
     """Write a profile to the user's cache; it appears whole or not at all. OSError if it cannot."""
     path = profile_path(profile.identity)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        scratch = Path(file.name)
-        try:
-            json.dump(profile.as_dict(), file, indent=1)
-            file.close()
-            scratch.replace(path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+    write_whole(path, json.dumps(profile.as_dict(), indent=1))
     return path
 
 
