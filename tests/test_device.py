@@ -11,12 +11,12 @@ X = np.concatenate([np.linspace(-100, 100, 4001), [-1e30, -0.0, 0.0, 1e4]]).asty
 
 
 def compiled(function):
-    return mx.compile(mx.value_and_grad(lambda x: function(x).sum()))
+    return device.fused(mx.value_and_grad(lambda x: function(x).sum()))
 
 
 def test_powers_of_e():
     x = X[X <= 0]
-    ours = np.array(mx.compile(device.exp)(mx.array(x)))
+    ours = np.array(device.fused(device.exp)(mx.array(x)))
     true = np.exp(x.astype(float))
     large = true > 1e-37
     error = np.abs(ours[large] / true[large] - 1)

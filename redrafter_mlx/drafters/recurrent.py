@@ -51,7 +51,7 @@ class RecurrentDrafter:
             return self._drawn(context, budget)
         shape = budget.width, budget.length, context.noise is not None
         if shape not in self._searches:
-            self._searches[shape] = mx.compile(partial(self.search, *shape))
+            self._searches[shape] = device.ready(partial(self.search, *shape))
         noise = context.noise or Noise.silent()
         position = mx.array([context.position], dtype=mx.uint32)
         found = self._searches[shape](
@@ -70,7 +70,7 @@ class RecurrentDrafter:
         """A tree of draws, for a rule that weighs them against what they were drawn from."""
         shape = budget.width, budget.length, "drawn"
         if shape not in self._searches:
-            self._searches[shape] = mx.compile(partial(self.draw, budget.width, budget.length))
+            self._searches[shape] = device.ready(partial(self.draw, budget.width, budget.length))
         d2t, rows = self.vocabulary_of(context.transcript)
         found = self._searches[shape](
             context.hidden,

@@ -53,7 +53,7 @@ class Gradients:
         self.head, self.shards = head, shards
         self._objective, self._allowed, self._options = objective, allowed, options
         self._seed = seed
-        self._compiled = mx.compile(mx.value_and_grad(self._loss))
+        self._compiled = device.fused(mx.value_and_grad(self._loss))
         self._batches: Iterator[list[Window]] = iter(())
         self._next = -1
 

@@ -109,7 +109,7 @@ def replay(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Replay:
     """Draft at each token of the answers; see `Replay`. `progress` is told of tokens done."""
-    search = mx.compile(
+    search = device.fused(
         lambda hidden, root, d2t, rows, memory: drafter.search(
             width, length, False, hidden, root, None, None, None, d2t, rows, memory
         )
@@ -135,7 +135,7 @@ def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) ->
     """
     hits, total = np.zeros((depths, len(RECALL))), np.zeros((depths, 1))
 
-    @mx.compile
+    @device.fused
     def ranks_of(hidden, tokens, d2t, rows, memory):
         """(depths, P) ranks; UNSCORED outside of the vocabulary."""
         steps = drafter.head.steps(hidden, Memory(*memory) if memory else None)
