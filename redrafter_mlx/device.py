@@ -66,12 +66,12 @@ def fused(function: Callable) -> Callable:
 
 
 def ready(function: Callable) -> Callable:
-    """The function as one compiled graph on a GPU, as it is on a CPU: for what must begin at once.
+    """The function as one compiled graph on Metal, as it is elsewhere: for what must begin at once.
 
-    A beam search would be three dozen kernels to make, 17 seconds before a first answer, and drafts
-    a millisecond faster afterwards.
+    A fused kernel takes a C++ compiler half a second on a CPU and CUDA's 3 to 4 seconds, and a beam
+    search has one to three dozen of them (benchmarks/LOG.md).
     """
-    return function if mx.default_device() == mx.cpu else mx.compile(function)
+    return mx.compile(function) if mx.metal.is_available() else function
 
 
 def _is_fused_on_cpu() -> bool:

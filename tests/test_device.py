@@ -1,5 +1,10 @@
 """Kernels of our own where mlx's are slow on a CPU: the same values and gradients."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -41,3 +46,30 @@ def test_softmax(shape):
     assert mx.allclose(value, expected, rtol=1e-6)
     assert mx.allclose(gradient, probs, atol=1e-6)
     assert mx.allclose(device.softmax(x)[1], mx.softmax(x, axis=-1), atol=1e-6)
+
+
+DRAFT = """if True:
+    import sys
+    from families import build
+    from support import generation, random_drafter, tiny_prompt
+    model = build("llama")
+    drafter = random_drafter(model) if "draft" in sys.argv else None
+    list(generation(model, tiny_prompt(), drafter, max_tokens=12))
+"""
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="kernels are files elsewhere on a GPU")
+def test_drafting_makes_no_kernels_on_a_cpu(tmp_path):
+    """Each one takes a C++ compiler half a second in front of a first answer."""
+    made = {}
+    for name in ("plain", "draft"):
+        scratch = tmp_path / name
+        scratch.mkdir()
+        environment = os.environ | {
+            "TMPDIR": str(scratch),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())]),
+        }
+        subprocess.run([sys.executable, "-c", DRAFT, name], env=environment, check=True)
+        made[name] = {path.name for path in scratch.rglob("*.so")}
+    assert made["plain"], "MLX keeps its kernels somewhere else now"
+    assert made["draft"] == made["plain"]
