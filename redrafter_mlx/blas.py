@@ -124,7 +124,7 @@ def _faster_system_library() -> str:
         if not verdict.is_file():
             write_whole(verdict, _race(str(openblas.kept(place))))
         return verdict.read_text(encoding="utf-8")
-    except (UserError, OSError, UnicodeDecodeError) as error:
+    except (UserError, OSError, RuntimeError, UnicodeDecodeError) as error:
         logger.debug("no library of the system was compared: %s", error)
         return ""
 

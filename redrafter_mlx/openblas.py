@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import platform
 import re
 import shutil
@@ -24,6 +25,8 @@ from redrafter_mlx.storage import build_once, cache_directory, one_line
 DISTRIBUTION, MODULE = "scipy-openblas32", "scipy_openblas32"
 PREFIX = b"scipy_"
 LIBRARY, DIGEST = "libopenblas.so", "sha256"
+
+logger = logging.getLogger("redrafter_mlx")
 
 _TRIAL = """if True:
     import ctypes, statistics, sys, time
@@ -68,10 +71,16 @@ def load() -> ctypes.CDLL:
     """
     try:
         return _opened(kept(place()))
-    except UserError:
+    except (UserError, OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        reason = one_line(error)
+    try:
         with tempfile.TemporaryDirectory() as scratch:
             build(Path(scratch))
-            return _opened(Path(scratch) / LIBRARY)  # stays loaded when its file is gone
+            library = _opened(Path(scratch) / LIBRARY)  # stays loaded when its file is gone
+    except OSError as error:
+        raise UserError(one_line(error)) from error
+    logger.warning("the BLAS is made anew by each process, because %s", reason)
+    return library
 
 
 def place() -> Path:

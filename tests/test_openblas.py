@@ -60,8 +60,14 @@ def test_a_damaged_copy_is_made_anew(cache):
     assert library.read_bytes() == whole
 
 
-def test_a_cache_that_cannot_be_written_to_is_no_obstacle():
-    expect_wheel(run(REDRAFTER_MLX_CACHE="/proc/nowhere"))
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "~nobody-of-this-name/cache"])
+def test_a_cache_that_cannot_be_written_to_is_said_and_no_obstacle(cache):
+    process = run(REDRAFTER_MLX_CACHE=cache)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.strip() == f"scipy-openblas32 {openblas.version()}"
+    assert "made anew by each process, because" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_wheel_without_the_library_leaves_nothing_behind(cache, monkeypatch):
