@@ -13,6 +13,9 @@ from redrafter_mlx.pricing.policy import Policy
 from redrafter_mlx.round import Step
 from redrafter_mlx.tree import Candidates, TokenTree
 
+SEVERAL = 16
+"""Rounds from which on a text without drafts is worth a word, and how rare they are then."""
+
 
 class Budget(Protocol):
     """Decides how far a drafter searches and which of its candidates are verified."""
@@ -22,6 +25,9 @@ class Budget(Protocol):
 
     def plan(self, position: int) -> bool:
         """A round begins at `position`: whether to draft. Sets `width` and `length` for it."""
+
+    def search(self, found: Candidates) -> bool:
+        """Whether to search beside what was found without. Sets `width` and `length` for it."""
 
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
@@ -47,6 +53,9 @@ class FixedBudget:
 
     def plan(self, position: int) -> bool:
         return self.nodes != 1
+
+    def search(self, found: Candidates) -> bool:
+        return self.width > 0
 
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
@@ -88,6 +97,8 @@ class AutoBudget:
     _last: _Round | None = field(default=None, init=False)
     _before: _Round | None = field(default=None, init=False)
     _has_drafted: bool = field(default=False, init=False)
+    _rounds: int = field(default=0, init=False)
+    _trees: int = field(default=0, init=False)
 
     def __post_init__(self):
         self.width, self.length = self.policy.full
@@ -102,6 +113,12 @@ class AutoBudget:
         self._before, self._last = self._last, _Round(position, setting, now)
         return setting is not None
 
+    def search(self, found: Candidates) -> bool:
+        setting = self.policy.search(found)
+        if setting is not None:
+            self.width, self.length = self._last.setting = setting
+        return setting is not None
+
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
         return self.policy.choose(Setting(self.width, self.length), candidates, self._position)
@@ -110,19 +127,19 @@ class AutoBudget:
         last = self._last
         last.nodes, last.draft_seconds = step.nodes, step.draft_seconds
         last.is_known = step.is_known
+        self._rounds += 1
+        self._trees += step.nodes > 1
         if last.setting is not None:
             self.policy.observe(tree, list(step.verdict.path))
 
     @property
     def note(self) -> str:
         """What the user should know; nothing while speculation pays."""
-        if not self.policy.is_parked:
+        if self._rounds < SEVERAL or self._trees * SEVERAL > self._rounds:
             return ""
-        gain = self.policy.gain
-        expected = f" (expected {gain:.2f}x plain decoding)" if gain < 1 else ""  # as of its park
         return (
-            f"drafting does not pay here{expected}, so the drafter is parked; "
-            "python -m redrafter_mlx.tune measures why"
+            f"drafting does not pay here: {self._trees} of {self._rounds} rounds had a draft worth "
+            "a pass; python -m redrafter_mlx.tune measures why"
         )
 
     @property

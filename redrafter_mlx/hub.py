@@ -51,6 +51,7 @@ from redrafter_mlx.drafters.spec import (
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.pricing import experience
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target.adapter import Target, adapt
 
@@ -208,13 +209,14 @@ class _Loader:
 
 def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDrafter:
     target = adapt(model)
-    head, d2t = load_head_of(target, name, revision)
+    directory = resolve_drafter(name, revision)
+    head, d2t = load_head_of(target, str(directory))
     if mx.default_device() == mx.cpu:
         compute_in_float32(head)
     if head.config.fused_layers or head.config.lookback_heads:
         target.tap(head.config.fused_layers, head.config.trail)
     output = target.output_layer if head.config.tied_output else None
-    return RecurrentDrafter(head, d2t, target.embed, output)
+    return RecurrentDrafter(head, d2t, target.embed, output, experience.read(directory))
 
 
 def load_head_of(

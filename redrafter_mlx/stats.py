@@ -34,10 +34,13 @@ class Stats:
     decode_seconds: float = 0.0
     _began: float = field(default_factory=time.perf_counter, repr=False)
 
+    def end_prompt(self) -> None:
+        """The prompt is processed."""
+        self.prompt_seconds = time.perf_counter() - self._began
+
     def start_decoding(self) -> None:
-        """The prompt is processed; what follows is decoding."""
-        now = time.perf_counter()
-        self.prompt_seconds, self._began = now - self._began, now
+        """What follows is decoding."""
+        self._began = time.perf_counter()
 
     def read(self, step: Step) -> list[int]:
         """The step's tokens; a wait for them is the verification's."""

@@ -28,8 +28,8 @@ from redrafter_mlx.config import (
 from redrafter_mlx.decoding import Rule, decode, overlap
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.pricing.profile import policy_for
-from redrafter_mlx.round import Step
+from redrafter_mlx.pricing.knowledge import knowledge_of
+from redrafter_mlx.round import Context, Step
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.target.adapter import adapt
@@ -116,14 +116,13 @@ class Generation:
         self.sampler = Sampler(sampling, logits_processors)
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
-        if budget is not None:
-            self._budget = budget
-        elif drafter is None:
-            self._budget = FixedBudget(1, 2, nodes=1)
-        elif draft.budget == AUTO:
-            self._budget = AutoBudget(policy_for(self._target, drafter, draft, sampling.temp))
-        else:
+        self._draft, self._budget, self._knowledge = draft, budget, None
+        if drafter is None:
+            self._budget = budget or FixedBudget(1, 2, nodes=1)
+        elif budget is None and draft.budget != AUTO:
             self._budget = FixedBudget.from_options(draft)
+        elif budget is None:
+            self._knowledge = knowledge_of(self._target, drafter)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._progress = progress
 
@@ -133,26 +132,40 @@ class Generation:
         return self._budget.note if isinstance(self._budget, AutoBudget) else ""
 
     def __iter__(self) -> Iterator[Token]:
-        for step in overlap(self._steps()):
-            tokens = self.stats.read(step)
-            for place, token in enumerate(tokens):
-                drafted = place < len(step.accepted)
-                self.stats.count(drafted, place)
-                reason = self._finish_reason(token)
-                last = reason is not None or place == len(tokens) - 1
-                yield Token(token, drafted, reason, last, step.logits[place])
-                if reason is not None:
-                    return
+        try:
+            for step in overlap(self._steps()):
+                tokens = self.stats.read(step)
+                for place, token in enumerate(tokens):
+                    drafted = place < len(step.accepted)
+                    self.stats.count(drafted, place)
+                    reason = self._finish_reason(token)
+                    last = reason is not None or place == len(tokens) - 1
+                    yield Token(token, drafted, reason, last, step.logits[place])
+                    if reason is not None:
+                        return
+        finally:
+            if self._knowledge is not None and self.stats.tokens:
+                self._knowledge.keep(len(self.prompt) + self.stats.tokens)
 
     def _steps(self) -> Iterator[Step]:
         self._drafter.reset()
         context = self._target.prefill(
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
         )
+        self.stats.end_prompt()
+        rounds = decode(
+            self._target, self._drafter, self._rule(), self._budget_after(context), context
+        )
         self.stats.start_decoding()
-        rounds = decode(self._target, self._drafter, self._rule(), self._budget, context)
         most = self.options.max_tokens  # each round adds one token at least
         return islice(rounds, None if most < 0 else most)
+
+    def _budget_after(self, context: Context) -> Budget:
+        if self._knowledge is not None:
+            temp, tokens = self.sampler.options.temp, self.options.max_tokens
+            policy = self._knowledge.policy(self._draft, temp, context, max(tokens, 0))
+            self._budget = AutoBudget(policy)
+        return self._budget
 
     def _rule(self) -> Rule:
         rules = {"match": Match, "rejection": Rejection, "typical": Typical}

@@ -342,20 +342,28 @@ def _estimate_part(source: Source, options: DataOptions, jobs: int, job: int, te
 
 def _evaluate(flags: Namespace, model) -> int:
     from redrafter_mlx import hub
-    from redrafter_mlx.training.run import ALL_TOKENS, Places, held_out_answers, report
+    from redrafter_mlx.training.run import (
+        ALL_TOKENS,
+        Places,
+        held_out_answers,
+        report,
+        write_experience,
+    )
 
     drafter = hub.load_drafter(str(flags.output), model)
     answers = held_out_answers(Places(flags.output).data)
     print(table(report(drafter, answers, ALL_TOKENS)))
+    write_experience(flags.output, drafter, answers)
     return 0
 
 
 def _finish(flags: Namespace, run: TrainingRun) -> int:
     from redrafter_mlx.training.card import card
     from redrafter_mlx.training.picture import draw
-    from redrafter_mlx.training.run import ALL_TOKENS, report
+    from redrafter_mlx.training.run import ALL_TOKENS, report, write_experience
 
     found = report(run.drafter, run.answers, ALL_TOKENS)
+    write_experience(flags.output, run.drafter, run.answers)
     shown = table(found)
     words = sys.argv[1:] if flags.command is None else flags.command
     command = shlex.join(["python", "-m", "redrafter_mlx.train", *words])

@@ -19,6 +19,7 @@ from redrafter_mlx.drafters.drawn import draw, drawn_tree
 from redrafter_mlx.drafters.head import RecurrentHead, State, Steps
 from redrafter_mlx.drafters.lookback import Memory
 from redrafter_mlx.drafters.text import TextMemory, TextVocabulary
+from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.round import Context, Step, Transcript
 from redrafter_mlx.sampling import Noise, gumbel
 from redrafter_mlx.tree import TokenTree
@@ -32,6 +33,7 @@ class RecurrentDrafter:
     embed   the target's embedding: ids (R,) -> (R, h)
     output  for a head with a tied output: token ids (D,) -> those rows of the target's own head,
             as a linear layer. The vocabulary then is d2t and whatever else the text holds.
+    experience  what its drafts were worth elsewhere, by temperature
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class RecurrentDrafter:
         d2t: mx.array,
         embed: Callable[[mx.array], mx.array],
         output: Callable[[mx.array], nn.Module] | None = None,
+        experience: dict[float, Experience] | None = None,
     ):
+        self.experience = experience or {}
         self.head, self.d2t, self.embed = head, d2t, embed
         self._vocabulary = TextVocabulary(d2t, head.config.vocab_size, output) if output else None
         self._memory = TextMemory(head, embed) if head.config.lookback_heads else None

@@ -25,10 +25,12 @@ class UnionDrafter:
         self.members = list(members)
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
-        asked = [m for m in self.members if budget.width or getattr(m, "needs_no_search", False)]
-        parts = [
-            candidates_of(m, context, budget.width, budget.length) for m in asked or self.members
-        ]
+        free = [m for m in self.members if getattr(m, "needs_no_search", False)]
+        rest = [m for m in self.members if m not in free]
+        ask = lambda m: candidates_of(m, context, budget.width, budget.length)
+        parts = [ask(m) for m in free]
+        if rest and (not free or budget.search(pooled(parts))):
+            parts += [ask(m) for m in rest]
         return budget.tree(pooled(parts))
 
     def observe(self, step: Step) -> None:

@@ -20,6 +20,8 @@ from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, candidates_of
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.pricing.policy import Samples
 from redrafter_mlx.round import Context
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.target.adapter import Target
@@ -149,13 +151,23 @@ def rounds_of(accepted: np.ndarray) -> np.ndarray:
     return rounds
 
 
-def calibrate(recordings: Sequence[Recording], depths: int) -> Calibration:
-    """Accepted against predicted over all positions, weighing as much as some rounds."""
-    calibration = Calibration(depths)
-    for recording in recordings:
-        for draft in recording.drafts:
-            calibration.count(draft.candidates, draft.path)
-    return calibration
+def experience_from(drafts: Sequence[Draft], full: Setting) -> Experience:
+    """What the drafts of a search at many positions tell of it.
+
+    It weighs no more than as many rounds as are remembered of one's own.
+    """
+    calibration = Calibration(full.length - 1)
+    for draft in drafts:
+        calibration.count(draft.candidates, draft.path)
+    weight = min(1.0, 1 / (1 - Calibration.FADE) / max(len(drafts), 1))
+    searched = [draft.candidates for draft in drafts if not draft.candidates.always.any()]
+    chosen = np.linspace(0, len(searched) - 1, min(len(searched), Samples.MOST)).astype(int)
+    return Experience(
+        full,
+        weight * calibration.predicted,
+        weight * calibration.accepted,
+        [searched[i] for i in chosen],
+    )
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ class Calibration:
     they come from different drafters, and the one may be useless where the other is not.
 
     predicted, accepted  (2, depths, BINS) sums of the slow part: searched, found without
+    rounds               that passed since it was made
     """
 
     BINS = 8
-    FADE = 0.995
+    FADE = 0.998
     """Weight of a round in the next one, in the slow part."""
     PRIOR = 3.0
     """K: the acceptances that a prior is worth."""
@@ -43,6 +44,7 @@ class Calibration:
         self.accepted = np.zeros(shape) if accepted is None else np.array(accepted, float)
         if self.predicted.shape != shape or self.accepted.shape != shape:
             raise ValueError(f"a calibration of {depths} depths needs tables of {shape}")
+        self.rounds = 0
         self._ratios: np.ndarray | None = None
         self._text = np.zeros((2, 2))  # predicted and accepted steps of the latest rounds
 
@@ -63,7 +65,6 @@ class Calibration:
         steps = (probs / np.append(probs, 1.0)[c.parents])[verified]  # the root's lies at -1
         offered, accepted = np.isin(parents, [-1, *path]), np.isin(verified, path)
         source = c.always[verified].astype(int)
-        self._text *= self.TEXT_FADE
         np.add.at(self._text[0], source[offered], steps[offered])
         np.add.at(self._text[1], source[accepted], 1.0)
         self.count(c, path, verified)
@@ -74,8 +75,6 @@ class Calibration:
         """One round for the slow part: which candidates were accepted, of all or those verified."""
         if verified is None:
             verified = np.arange(len(candidates.tokens))
-        self.predicted *= self.FADE
-        self.accepted *= self.FADE
         cells = tuple(axis[verified] for axis in self._cells(candidates))
         np.add.at(self.predicted, cells, np.exp(candidates.logprobs[verified]))
         np.add.at(self.accepted, cells, np.isin(verified, path).astype(float))
@@ -85,16 +84,20 @@ class Calibration:
         """What is known of the text holds no more."""
         self._text[:] = 0.0
 
-    def doubt(self, kept: float = 1.0) -> None:
-        """Hold what is known less firmly, because drafts did not pay and may do so now.
-
-        kept  what a cell is predicted to have accepted, at most, from now on
-        """
-        shrink = np.minimum(1.0, kept / np.maximum(self.predicted, 1e-9))
-        self.predicted *= shrink
-        self.accepted *= shrink
+    def doubt(self) -> None:
+        """Let what is known count no more, at each depth, than the prior does."""
+        weight = self.predicted.sum(axis=-1, keepdims=True)
+        shrink = np.minimum(1.0, self.PRIOR / np.maximum(weight, 1e-9))
+        self.predicted, self.accepted = shrink * self.predicted, shrink * self.accepted
         self._ratios = None
-        self.begin_text()
+
+    def pass_round(self) -> None:
+        """A round begins: what is known counts a little less, of this text and of all."""
+        self.rounds += 1
+        self._text *= self.TEXT_FADE
+        self.predicted *= self.FADE
+        self.accepted *= self.FADE
+        self._ratios = None
 
     def _probabilities(self, candidates: Candidates, ratios: np.ndarray) -> np.ndarray:
         """(M,) with the chance or odds of each one's last step scaled by `ratios` (M,)."""

@@ -1,4 +1,4 @@
-"""What a pass over N rows costs, and what a draft costs: measured ahead, corrected as it goes.
+"""What a pass over N rows costs, and what a draft costs: measured ahead, corrected by each round.
 
 Shape letters: C context lengths, R sizes, W beam width, L beam length (the root included).
 """
@@ -85,6 +85,16 @@ class CostCurve:
     def _grid(self) -> np.ndarray:
         return np.asarray(self.seconds, float)
 
+    def with_context(self, context: int, seconds: Mapping[int, float]) -> CostCurve:
+        """The curve with passes of one more context, in place of what it said of that before.
+
+        seconds  by rows, of one row at least; between and beyond them as `at` does it
+        """
+        own = CostCurve([context], sorted(seconds), [[seconds[n] for n in sorted(seconds)]])
+        kept = {c: row for c, row in zip(self.contexts, self.seconds, strict=True) if c != context}
+        kept[context] = own.at(context, self.rows[-1])[list(self.rows)].tolist()
+        return CostCurve(sorted(kept), self.rows, [kept[c] for c in sorted(kept)])
+
     def as_dict(self) -> dict:
         """For JSON."""
         return {
@@ -123,161 +133,116 @@ class Recent:
 
 
 class LiveCosts:
-    """What passes cost here and now: a measured curve, or none, corrected by the rounds that ran.
+    """What passes cost here and now: a measured curve, corrected by the rounds that ran.
 
     Single passes vary by more than a row costs, and the cheapest-looking size is the likeliest to
     have been measured too low. So all sizes share one correction, and each has a share of its own
-    that grows with its evidence, plain rounds the fastest: they are rarely timed. Without a curve
-    costs rise in proportion to rows, as steeply as the passes so far say, up to the largest size
-    that was tried; larger ones count as no dearer, so that they are tried when they promise
-    something. They grow twofold at most, so that the first try of a loser is cheap. What was found
-    is the curve for texts of twice the length or half of it, until they correct it.
-
-    No pass costs less than one over a single row: where it looks so, the machine has changed since
-    the single row was timed.
+    that grows with its evidence, plain rounds the fastest: they are another kind of thing, and
+    rarely timed. No pass costs less than one over a single row: where it looks so, the machine has
+    changed since the single row was timed.
     """
 
     FORGET = 256
-    """Passes after which a measurement counts no more if a curve can take its place: contexts grow
-    and machines get warm."""
-    FIRST = 8
-    """Rows tried first."""
-    SHORT = 256
-    """Tokens of context up to which costs count as equal."""
-    SLOPE = 0.01
-    """What a row is thought to add to the cost of a pass before two sizes were seen."""
-    DOUBT_MEASURED, DOUBT_GUESSED = 12.0, 1.0
-    """Measurements of a size that weigh as much as a curve's, or a straight line's, word on it."""
+    """Passes after which a measurement counts no more: contexts grow and machines get warm."""
+    DOUBT = 12.0
+    """Measurements of a size that weigh as much as the curve's word on it; of one row, one."""
 
-    def __init__(self, curve: CostCurve | None = None):
-        self._curve = curve
-        self._is_measured = curve is not None
+    def __init__(self, curve: CostCurve):
+        self.curve = curve
         self._recent: dict[int, Recent] = {}
         self._now = 0
-        self._tried = 1
-        self._around = self.SHORT  # the context that guesses are made for
 
     def observe(self, rows: int, context: int, seconds: float) -> None:
         """A pass over `rows` rows after `context` tokens took `seconds`, everything included."""
         self._now += 1
-        if not self._is_measured and self.is_known:
-            context = max(context, self.SHORT)
-            if not self._around / 2 <= context <= 2 * self._around:
-                self._curve, self._recent, self._around = self._guess(), {}, context
-        ratio = max(seconds, SHORTEST) / self._base(context, rows)[rows]
-        recent = self._recent.setdefault(rows, Recent())
-        recent.add(ratio, self._now)
-        if recent.value is not None:
-            self._tried = max(self._tried, rows)
+        ratio = max(seconds, SHORTEST) / self.curve.at(context, rows)[rows]
+        self._recent.setdefault(rows, Recent()).add(ratio, self._now)
 
-    def at(self, context: int, most: int) -> np.ndarray | None:
-        """(most + 1,) seconds of a pass by its rows; infinite for what is not to be tried yet.
-
-        None while the price of a single row is unknown.
-        """
-        if not self.is_known:
-            return None
-        seconds = self._base(context, most)
-        known = {rows: r for rows, r in sorted(self._recent.items()) if self._counts(rows, r)}
-        if known:
-            seconds = seconds * self._correction(known, most)
-        if not self._is_measured:
-            seconds[max(self.FIRST, 2 * self._tried) + 1 :] = np.inf
+    def at(self, context: int, most: int) -> np.ndarray:
+        """(most + 1,) seconds of a pass by its rows."""
+        seconds = self.curve.at(context, most) * self._correction(most)
         seconds[2:] = np.maximum(seconds[2:], seconds[1])
         return seconds
 
-    def _correction(self, known: dict[int, Recent], most: int) -> np.ndarray:
+    def corrected(self, context: int) -> dict[int, float]:
+        """Seconds by rows, of the curve's rows, as they look now after `context` tokens."""
+        seconds = self.at(context, self.curve.rows[-1])
+        return {rows: float(seconds[rows]) for rows in self.curve.rows}
+
+    def _correction(self, most: int) -> np.ndarray:
         """(most + 1,) by what the curve is to be multiplied."""
+        known = {
+            rows: recent
+            for rows, recent in sorted(self._recent.items())
+            if recent.value is not None and self._now - recent.seen_at < self.FORGET
+        }
+        if not known:
+            return np.ones(most + 1)
         sizes = np.array(list(known), float)
         ratios = np.array([recent.value for recent in known.values()])
         counts = np.array([len(recent) for recent in known.values()], float)
-        slope = 0.0
         level = float(counts @ ratios / counts.sum())
-        if self._curve is None:
-            level, steps = ratios[0], sizes - 1
-            evidence = counts @ steps**2
-            slope = (counts @ (steps * (ratios / level - 1)) + self.SLOPE) / (evidence + 1)
-            slope = max(slope, 0.0)
-        doubt = np.full(len(sizes), self.DOUBT_GUESSED)
-        if self._is_measured:  # a round without a draft is another kind of thing, and rarely timed
-            doubt[sizes > 1] = self.DOUBT_MEASURED
-        line = lambda rows: level * (1 + slope * (rows - 1))
-        own = (ratios / line(sizes) - 1) * counts / (counts + doubt)
-        rows = np.arange(most + 1)
-        if self._curve is None:
-            rows = np.clip(rows, 1, sizes[-1])  # hope: costs may fall where kernels change
-        return line(rows) * (1 + np.interp(rows, sizes, own))
-
-    def _guess(self) -> CostCurve:
-        """What is known now, as a curve."""
-        before = [] if self._curve is None else self._curve.rows
-        rows = sorted({1, *before, *(n for n, r in self._recent.items() if r.value is not None)})
-        seconds = self.at(self._around, rows[-1])[rows]
-        return CostCurve([self._around], rows, [seconds.tolist()])
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the price of a single row is known."""
-        return self._curve is not None or (1 in self._recent and self._recent[1].value is not None)
-
-    def plain_is_stale(self, passes: int = FORGET) -> bool:
-        """Whether plain decoding was last timed so many passes ago, or never."""
-        plain = self._recent.get(1)
-        return plain is None or self._now - plain.seen_at >= passes
-
-    def _counts(self, rows: int, recent: Recent) -> bool:
-        if recent.value is None:
-            return False
-        return self._curve is None or self._now - recent.seen_at < self.FORGET
-
-    def _base(self, context: int, most: int) -> np.ndarray:
-        return np.ones(most + 1) if self._curve is None else self._curve.at(context, most)
+        doubt = np.where(sizes > 1, self.DOUBT, 1.0)
+        own = (ratios / level - 1) * counts / (counts + doubt)
+        return level * (1 + np.interp(np.arange(most + 1), sizes, own))
 
 
 class LiveDraftCosts:
     """What drafts cost here and now, by setting.
 
-    A setting that was neither measured ahead nor tried counts as cheap as it can be, in
-    proportion to its steps: so it is tried when that would pay.
+    measured  seconds of some settings
+
+    A search takes something once, something for each step, and something for each beam of a step
+    (steps are what takes time: on a CPU one of four beams 10 to 60 % more than one of one). So what
+    a setting costs that was not measured follows from those that were.
     """
 
     def __init__(self, measured: Mapping[Setting, float] | None = None):
-        self._measured = dict(measured or {})
+        self.measured = dict(measured or {})
         self._recent: dict[Setting, Recent] = {}
+        self._parts = self._fit()
 
     def observe(self, setting: Setting, seconds: float) -> None:
         """A draft took `seconds`."""
         ratio = max(seconds, SHORTEST) / self._base(setting)
         self._recent.setdefault(setting, Recent()).add(ratio, 0)
 
-    def knows(self, setting: Setting) -> bool:
-        """Whether it was measured ahead, or such drafts were tried."""
-        own = self._recent.get(setting)
-        return setting in self._measured or (own is not None and own.value is not None)
-
     def of(self, setting: Setting) -> float:
         """Seconds; 0 while nothing at all is known."""
         own = self._recent.get(setting)
         if own is not None and own.value is not None:
             return own.value * self._base(setting)
-        others = [recent.value for recent in self._recent.values() if recent.value is not None]
-        if not others:
-            return self._measured.get(setting, 0.0)
-        return min(others) * self._base(setting)
+        if not self.measured:
+            return 0.0
+        kind = [
+            r.value
+            for s, r in self._recent.items()
+            if r.value and bool(s.width) == bool(setting.width)
+        ]
+        return self._base(setting) * (statistics.median(kind) if kind else 1.0)
+
+    def corrected(self) -> dict[Setting, float]:
+        """Seconds of all settings that were measured or drafted, as they look now."""
+        tried = {setting for setting, recent in self._recent.items() if recent.value is not None}
+        return {setting: self.of(setting) for setting in {*self.measured, *tried}}
 
     def _base(self, setting: Setting) -> float:
-        """Seconds if measured ahead, else a share of the largest search's."""
-        if not self._measured:
-            return self._size(setting)
-        if setting in self._measured:
-            return self._measured[setting]
-        largest = max(self._measured)
-        return self._measured[largest] * self._size(setting) / self._size(largest)
+        """Seconds if measured, else what those that were say."""
+        if setting in self.measured:
+            return self.measured[setting]
+        return (
+            max(float(self._parts @ self._work(setting)), SHORTEST) if setting.width else SHORTEST
+        )
+
+    def _fit(self) -> np.ndarray:
+        """(3,) seconds of a search, of each of its steps, of each beam of a step."""
+        searches = {s: seconds for s, seconds in self.measured.items() if s.width}
+        if not searches:
+            return np.zeros(3)
+        work = np.array([self._work(s) for s in searches], float)
+        return np.linalg.lstsq(work, np.array(list(searches.values())), rcond=None)[0]
 
     @staticmethod
-    def _size(setting: Setting) -> int:
-        """What a search is thought to cost; no search costs one.
-
-        Steps are what takes time: on a CPU one of four beams 10 to 60 % more than one of one.
-        """
-        return (setting.length - 1) * (4 + setting.width) if setting.width else 1
+    def _work(setting: Setting) -> tuple[int, int, int]:
+        steps = setting.length - 1
+        return 1, steps, steps * setting.width

@@ -174,3 +174,85 @@ def measure_drafts(
 def curve_of(contexts: Sequence[int], rows: Sequence[int], timings: Sequence[Timings]) -> CostCurve:
     """The curve of measurements at each context length."""
     return CostCurve(list(contexts), list(rows), [t.typical.tolist() for t in timings])
+
+
+LOOK = 1.0
+"""Seconds that a first look at a machine may take,"""
+LOOK_SHARE = 0.03
+"""or this share of the time that plain decoding takes for the answer, if that is more."""
+LOOK_ROWS, LOOK_AT_LEAST = (1, 2, 4, 8, 16, 32, 64), 5
+"""Sizes, and how many of them whatever it takes: a price that nobody asked for is no price."""
+LOOK_DRAFTS = 0.25
+"""Seconds for drafts."""
+
+
+def look_at_passes(
+    target: Target,
+    context: Context,
+    tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float]:
+    """Seconds of passes by rows after a prompt, of which nothing is kept.
+
+    tokens  that the answer may have
+
+    Sizes are visited in turn, the smaller ones once at least, and all again as long as there is
+    time for it; of two times the smaller one counts, and none more than that of a larger tree: what
+    makes a pass look dear for once is something else. The first pass of all is not timed.
+    """
+    began = clock()
+    timed = lambda rows: _timed_pass(target, context, rows, clock)
+    timed(1)
+    times = {rows: timed(rows) for rows in LOOK_ROWS[:LOOK_AT_LEAST]}
+    end = began + max(LOOK, LOOK_SHARE * tokens * times[1])
+    _in_turn(LOOK_ROWS, timed, times, end, clock)
+    rows = sorted(times)
+    costs = np.minimum.accumulate([times[n] for n in rows][::-1])[::-1]
+    return dict(zip(rows, costs.tolist(), strict=True))
+
+
+def look_at_drafts(
+    drafter: Drafter,
+    context: Context,
+    settings: Sequence[Setting],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Setting, float]:
+    """Seconds of drafts after a prompt by setting; not of all where there is no time for it."""
+
+    def draft(setting: Setting) -> float:
+        began = clock()
+        drafter.propose(context, FixedBudget(*setting, 16))
+        return clock() - began
+
+    draft(settings[0])  # it reads the prompt
+    times = {settings[0]: draft(settings[0])}
+    _in_turn(settings, draft, times, clock() + LOOK_DRAFTS, clock)
+    return times
+
+
+def _in_turn(things: Sequence, measure: Callable, times: dict, end: float, clock) -> None:
+    """Fill `times` with the least of each thing, turn by turn, as long as one fits in before `end`.
+
+    What was not measured yet is thought to take twice as long as the one before it.
+    """
+    fits = True
+    while fits:
+        fits, last = False, 0.0
+        for thing in things:
+            last = times.get(thing, 2 * last)
+            if clock() + last <= end:
+                spent, fits = measure(thing), True
+                times[thing] = last = min(spent, times.get(thing, spent))
+
+
+def _timed_pass(target: Target, context: Context, rows: int, clock) -> float:
+    """Seconds of a pass; of one row without what the host does while the device is at work."""
+    tree = bushy_tree(rows, int(device.read(context.pending)[0][0]), target.vocab_size)
+    began = clock()
+    outcome = target.verify(context, tree)
+    tokens = mx.argmax(outcome.logits, axis=-1)
+    built = clock() - began
+    device.read(tokens)
+    spent = clock() - began
+    context.caches.commit([])
+    return max(built, spent - built) if rows == 1 else spent

@@ -7,26 +7,24 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
+from filelock import FileLock
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import blas, device
-from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.pricing.calibration import Calibration
-from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
-from redrafter_mlx.pricing.policy import Policy
+from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.target.adapter import Target
 
-FORMAT = 3
+FORMAT = 4
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -37,15 +35,14 @@ class Profile:
     identity     of what they hold for: machine, mlx, BLAS, model, dtype, drafter
     curve        seconds of passes
     drafts       seconds of drafts by setting; empty without a drafter
-    predicted, accepted  sums by source, depth and size of probability, as Calibration holds them
+    experiences  what is known of drafts, by search and temperature (`experience_key`)
     summary      what the measuring command had to say; nobody's input
     """
 
     identity: dict[str, str]
     curve: CostCurve
     drafts: dict[Setting, float] = field(default_factory=dict)
-    predicted: list[list[list[float]]] = field(default_factory=list)
-    accepted: list[list[list[float]]] = field(default_factory=list)
+    experiences: dict[str, Experience] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,9 +51,11 @@ class Profile:
             "format": FORMAT,
             "identity": self.identity,
             "curve": self.curve.as_dict(),
-            "drafts": [[*setting, seconds] for setting, seconds in sorted(self.drafts.items())],
-            "predicted": self.predicted,
-            "accepted": self.accepted,
+            "drafts": [
+                [*setting, float(f"{seconds:.6g}")]
+                for setting, seconds in sorted(self.drafts.items())
+            ],
+            "experiences": {key: each.as_dict() for key, each in sorted(self.experiences.items())},
             "summary": self.summary,
         }
         return {**content, "checksum": _checksum(content)}
@@ -74,19 +73,14 @@ class Profile:
             content["identity"],
             CostCurve(**content["curve"]),
             {Setting(w, length): seconds for w, length, seconds in content["drafts"]},
-            content["predicted"],
-            content["accepted"],
+            {key: Experience.from_dict(each) for key, each in content["experiences"].items()},
             content["summary"],
         )
 
-    def calibration(self, depths: int) -> Calibration | None:
-        """What it knows of acceptance, for searches of as many depths."""
-        if not self.predicted:
-            return None
-        rows = np.minimum(np.arange(depths), len(self.predicted[0]) - 1)
-        return Calibration(
-            depths, np.array(self.predicted)[:, rows], np.array(self.accepted)[:, rows]
-        )
+
+def experience_key(full: Setting, temp: float) -> str:
+    """Under which name a profile keeps what it knows of a search at a temperature."""
+    return f"{full.width}x{full.length} at {temp:.1f}"
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -146,13 +140,30 @@ def profile_path(identity: dict[str, str]) -> Path:
 
 def save(profile: Profile) -> Path:
     """Write a profile to the user's cache; it appears whole or not at all. OSError if it cannot."""
-    path = profile_path(profile.identity)
-    write_whole(path, json.dumps(profile.as_dict(), indent=1))
+    return update(profile.identity, lambda stored: profile)
+
+
+def update(identity: dict[str, str], change: Callable[[Profile | None], Profile]) -> Path:
+    """Write what `change` makes of the stored profile, while no other process does the same.
+
+    Raises OSError if it cannot.
+    """
+    path = profile_path(identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        changed = change(load(identity, is_told=False))
+        write_whole(path, json.dumps(changed.as_dict(), separators=(",", ":")))
     return path
 
 
-def load(identity: dict[str, str]) -> Profile | None:
-    """The stored profile; None without one, and with one line when it cannot be used."""
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError)
+
+
+def load(identity: dict[str, str], is_told: bool = True) -> Profile | None:
+    """The stored profile; None without one, and with one line when it cannot be used.
+
+    is_told  whether to say that line
+    """
     path = profile_path(identity)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -162,13 +173,9 @@ def load(identity: dict[str, str]) -> Profile | None:
                 raise ValueError(f"its {key} is {profile.identity.get(key)}, here it is {value}")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _log.warning(
-            "ignored the profile %s: %s; costs are measured as it goes, "
-            "python -m redrafter_mlx.tune makes a new profile",
-            path,
-            one_line(error),
-        )
+    except _UNUSABLE as error:
+        if is_told:
+            _log.warning("ignored the profile %s and made a new one: %s", path, one_line(error))
         return None
     return profile
 
@@ -181,31 +188,6 @@ def passes_with_other_drafter(identity: dict[str, str]) -> CostCurve | None:
             found = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
             if found.identity | {"drafter": identity["drafter"]} == identity:
                 return found.curve
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except _UNUSABLE:
             continue  # whoever uses that drafter is told
     return None
-
-
-def policy_for(target: Target, drafter: Drafter, options: DraftOptions, temp: float) -> Policy:
-    """What is known about a drafter: of earlier texts of this process, else of a stored profile.
-
-    Without one of this drafter, another drafter's still tells what passes cost. It is kept with the
-    drafter. Each temperature has a Policy of its own; they share the costs.
-    """
-    known = vars(drafter).setdefault("_redrafter_policies", {})
-    if "profile" not in known:
-        identity = identify(target, drafter)
-        known["profile"] = load(identity)
-        curve = known["profile"].curve if known["profile"] else passes_with_other_drafter(identity)
-        known["costs"] = LiveCosts(curve)
-    full = Setting(options.beam_width, options.beam_length)
-    key = (*full, round(temp, 1))
-    if key not in known:
-        profile: Profile | None = known["profile"]
-        known[key] = Policy(
-            full,
-            known["costs"],
-            LiveDraftCosts(profile and profile.drafts),
-            profile and profile.calibration(full.length - 1),
-        )
-    return known[key]

@@ -14,14 +14,14 @@ from redrafter_mlx.pricing.acceptance import (
     Choice,
     Recording,
     best_choice,
-    calibrate,
+    experience_from,
     record,
     tokens_per_round,
 )
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.measure import Timings, curve_of, measure_drafts, measure_passes
 from redrafter_mlx.pricing.policy import MOST_NODES, settings_within
-from redrafter_mlx.pricing.profile import Profile, identify
+from redrafter_mlx.pricing.profile import Profile, experience_key, identify
 from redrafter_mlx.target.adapter import Target
 
 ROWS = (*range(1, 17), 18, 20, 24, 28, 32, 33, 40, 48, 56, 64)
@@ -89,15 +89,13 @@ def tune(
     yields = yields_of(recordings, settings)
     speedups = {c: speedup_by_budget(yields, curve, drafts, c) for c in curve.contexts}
     choices = {c: best_choice(yields, curve, drafts, c) for c in curve.contexts}
-    known = calibrate(recordings, full.length - 1)
+    known = experience_from([draft for r in recordings for draft in r.drafts], full)
     summary = {
         str(c): {"setting": list(x.setting), "budget": x.nodes, "speedup": round(x.speedup, 4),
                  "tokens_per_round": round(x.tokens_per_round, 4)}
         for c, x in choices.items()
     }  # fmt: skip
-    profile = Profile(
-        identity, curve, drafts, known.predicted.tolist(), known.accepted.tolist(), summary
-    )
+    profile = Profile(identity, curve, drafts, {experience_key(full, 0.0): known}, summary)
     verdicts = [verdict(choice, curve, drafts, context) for context, choice in choices.items()]
     return Tuning(profile, speedups, verdicts, _complaints([*passes, drafting]))
 

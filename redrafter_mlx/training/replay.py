@@ -18,9 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx import device
+from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.drafters.lookback import Memory
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.text import TextMemory
+from redrafter_mlx.pricing.acceptance import Draft
 from redrafter_mlx.round import Trail, Transcript
 from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard
@@ -109,24 +111,47 @@ def replay(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Replay:
     """Draft at each token of the answers; see `Replay`. `progress` is told of tokens done."""
-    search = device.fused(
+    found, search = Replay(), _search(drafter, width, length)
+    for answer in answers:
+        ranks = [
+            path_ranks(*drafts, piece.ahead)[: piece.count]
+            for piece, drafts in _drafts(drafter, answer, length, search)
+        ]
+        found.add(np.concatenate(ranks))
+        progress(found.tokens)
+    return found
+
+
+def drafts_of(
+    drafter: RecurrentDrafter, answers: Iterable[Answer], width: int, length: int
+) -> Iterator[Draft]:
+    """What a search scores at each token of the answers, and which of it came true."""
+    search = _search(drafter, width, length)
+    for answer in answers:
+        for piece, arrays in _drafts(drafter, answer, length, search):
+            for p in range(piece.count):
+                found = collect(int(piece.roots[p]), *(array[p] for array in arrays))
+                yield Draft.of(found, piece.ahead[p])
+
+
+def _search(drafter: RecurrentDrafter, width: int, length: int) -> Callable:
+    """The drafter's search with the weights that it has now."""
+    return device.fused(
         lambda hidden, root, d2t, rows, memory: drafter.search(
             width, length, False, hidden, root, None, None, None, d2t, rows, memory
         )
     )
-    found = Replay()
-    for answer in answers:
-        ranks = []
-        vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
-        memory = _memory(drafter, answer)
-        for piece in _pieces(answer, length - 1):
-            drafts = device.read(
-                *search(piece.hidden, mx.array(piece.roots), *vocabulary, piece.sees(memory))
-            )
-            ranks.append(path_ranks(*drafts, piece.ahead)[: piece.count])
-        found.add(np.concatenate(ranks))
-        progress(found.tokens)
-    return found
+
+
+def _drafts(
+    drafter: RecurrentDrafter, answer: Answer, length: int, search: Callable
+) -> Iterator[tuple[_Piece, tuple[np.ndarray, ...]]]:
+    """The pieces of an answer, and what `beam_search` returns for the positions of each."""
+    vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
+    memory = _memory(drafter, answer)
+    for piece in _pieces(answer, length - 1):
+        roots = mx.array(piece.roots)
+        yield piece, device.read(*search(piece.hidden, roots, *vocabulary, piece.sees(memory)))
 
 
 def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) -> np.ndarray:

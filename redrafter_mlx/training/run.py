@@ -1,6 +1,6 @@
 """A whole training run in a directory: data, vocabulary, head, training, what came of it.
 
-OUTPUT/config.json, model.safetensors, README.md, training.png     the drafter
+OUTPUT/config.json, model.safetensors, experience.json, README.md, training.png     the drafter
 OUTPUT/training/data/         what the target wrote (training.data)
 OUTPUT/training/checkpoint.safetensors, log.jsonl                  where the run stands
 """
@@ -28,6 +28,10 @@ from redrafter_mlx.drafters.checkpoint import load_head, save_head
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.pricing import experience
+from redrafter_mlx.pricing.acceptance import experience_from
+from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.storage import write_whole
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.gradients import Crew, Gradients
 from redrafter_mlx.training.initial import initial_head, with_lookback
@@ -35,7 +39,7 @@ from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective, tied_output, trained_output
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
-from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
+from redrafter_mlx.training.replay import Answer, drafts_of, greedy_answers, recall, replay
 from redrafter_mlx.training.shards import held_out_shards, parts, training_shards
 from redrafter_mlx.training.windows import LENGTH, Shards
 
@@ -413,6 +417,15 @@ def report(drafter: RecurrentDrafter, answers: Sequence[Answer], tokens: int) ->
         recall(drafter, answers, BEAM_LENGTH - 1),
         {shape: replay(drafter, answers, *shape).tokens_per_round for shape in SHAPES},
     )
+
+
+def write_experience(directory: Path, drafter: RecurrentDrafter, answers: Sequence[Answer]) -> None:
+    """Leave beside a head what its drafts were worth in held-out greedy answers."""
+    answers = first_tokens(answers, ALL_TOKENS)
+    drafts = list(drafts_of(drafter, answers, WIDTH, BEAM_LENGTH))
+    if drafts:
+        found = experience_from(drafts, Setting(WIDTH, BEAM_LENGTH))
+        write_whole(directory / experience.FILE, experience.as_text({0.0: found}))
 
 
 def training_bytes(
