@@ -36,6 +36,8 @@ from redrafter_mlx.drafters.union import UnionDrafter, pooled
 from redrafter_mlx.pricing import profile as profiles
 from redrafter_mlx.pricing.acceptance import Draft, Recording, record, rounds_of
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.pricing.knowledge import experience_of
 from redrafter_mlx.pricing.policy import MOST_NODES, Policy, settings_within
 from redrafter_mlx.round import Context
 from redrafter_mlx.target.adapter import adapt
@@ -195,9 +197,11 @@ class Paper:
         played, position, began = Played(plain_seconds(text, self.costs)), 0, self.now
         while position < len(text.head):
             context = text.context + position
-            setting = Setting(budget.width, budget.length) if budget.plan(context) else None
-            seconds, tree, path = 0.0, TokenTree.root(0), [0]
-            if setting:
+            setting, seconds, tree, path = None, 0.0, TokenTree.root(0), [0]
+            if budget.plan(context):
+                if drafter == UNION:
+                    budget.search(text.max_gram[position])
+                setting = Setting(budget.width, budget.length)
                 seconds = self.spend(self.costs.of_draft(drafter, setting))
                 tree = budget.tree(text.draft(drafter, position, setting))
                 nodes = Candidates.of(tree).follow(text.tokens_after(position))
@@ -261,15 +265,21 @@ CONTEXTS = 128, 512
 
 
 def compare(
-    texts: Sequence[Text], costs: Costs, tables: dict, flags: argparse.Namespace, drafter: str
+    texts: Sequence[Text],
+    costs: Costs,
+    known: Experience | None,
+    flags: argparse.Namespace,
+    drafter: str,
 ) -> dict[str, dict]:
     """Speed of auto and of the best fixed setting: by task, by length of prompt, and for all."""
     auto: list[list[float]] = [[] for _ in texts]
     shuffle = np.random.default_rng(flags.seed)
     for order in range(flags.orders):
-        policy = new_policy(costs, tables, flags.profile, drafter)
+        policy = new_policy(costs, known, drafter)
         paper = Paper(costs, flags.noise, seed=order)
         for i in shuffle.permutation(len(texts)):
+            if flags.each:
+                policy = new_policy(costs, known, drafter)
             auto[i].append(paper.play(policy, texts[i], drafter).speed)
     speeds = [statistics.geometric_mean(each) for each in auto]
     fixed = [fixed_speeds(text, drafter, costs) for text in texts]
@@ -286,13 +296,18 @@ def compare(
     }
 
 
-def new_policy(costs: Costs, tables: dict, has_profile: bool, drafter: str) -> Policy:
-    """As a process begins with it, with a stored profile or without."""
-    if not has_profile:
-        return Policy(FULL)
-    known = profiles.Profile({}, costs.curve, costs.head, **tables)
-    drafts = LiveDraftCosts(None if drafter == MAX_GRAM else costs.head)
-    return Policy(FULL, LiveCosts(costs.curve), drafts, known.calibration(FULL.length - 1))
+def new_policy(costs: Costs, known: Experience | None, drafter: str) -> Policy:
+    """As a process begins with it: a look at costs, and what is known of the drafts."""
+    drafts = {Setting(0, FULL.length): costs.max_gram, **costs.head}
+    return Policy(
+        FULL,
+        LiveCosts(costs.curve),
+        LiveDraftCosts(drafts),
+        known and known.calibration(),
+        known.samples if known else (),
+        looks=drafter != HEAD,
+        searches=drafter != MAX_GRAM,
+    )
 
 
 def main(args: list[str] | None = None) -> int:
@@ -306,7 +321,8 @@ def main(args: list[str] | None = None) -> int:
          help="share of a plain round that a draft costs of which nothing is verified")  # fmt: skip
     flag("--orders", type=int, default=4, help="times that the texts are shuffled and played")
     flag("--seed", type=int, default=0, help="of the shuffles")
-    flag("--no-profile", dest="profile", action="store_false", help="the policy knows no costs")
+    flag("--each", action="store_true", help="a process for each text: nothing is known of others")
+    flag("--nothing-known", action="store_true", help="not even what the head brings with it")
     flags = made.parse_args(args)
     where = machine()
     bench = Bench(flags.model, [flags.drafter])
@@ -322,9 +338,11 @@ def main(args: list[str] | None = None) -> int:
         if flags.recording:
             kept = {"texts": [vars(text) for text in texts], "lookup": lookup}
             flags.recording.write_bytes(pickle.dumps(kept))
-    costs = Costs(known.curve, known.drafts, lookup, flags.vain)
-    tables = {"predicted": known.predicted, "accepted": known.accepted}
-    results = {d: compare(texts, costs, tables, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
+    costs = Costs(
+        known.curve, {s: x for s, x in known.drafts.items() if s.width}, lookup, flags.vain
+    )
+    brought = None if flags.nothing_known else experience_of(union).get(0.0)
+    results = {d: compare(texts, costs, brought, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
     result = document("policy", flags, where, speeds=results)
     write(result, flags.output)
     print(policy_tables(result, Path(flags.output or "NAME.json").name))

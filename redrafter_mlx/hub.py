@@ -51,7 +51,7 @@ from redrafter_mlx.drafters.spec import (
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
-from redrafter_mlx.pricing import experience
+from redrafter_mlx.pricing.experience import read as read_experience
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target.adapter import Target, adapt
 
@@ -216,7 +216,7 @@ def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDr
     if head.config.fused_layers or head.config.lookback_heads:
         target.tap(head.config.fused_layers, head.config.trail)
     output = target.output_layer if head.config.tied_output else None
-    return RecurrentDrafter(head, d2t, target.embed, output, experience.read(directory))
+    return RecurrentDrafter(head, d2t, target.embed, output, read_experience(directory))
 
 
 def load_head_of(

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import policy as bench
 from benchmarks.report import policy_tables
 from redrafter_mlx.drafters.beam_search import collect
-from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
-from redrafter_mlx.pricing.policy import Policy, settings_within
+from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.pricing.policy import settings_within
 from redrafter_mlx.tree import Candidates
 
 FULL = bench.FULL
@@ -40,7 +40,7 @@ def text(tokens: int, right: bool, category: str = "qa") -> bench.Text:
 
 
 def play(found: bench.Text, rounds_of: int = 1) -> bench.Played:
-    policy = Policy(FULL, LiveCosts(COSTS.curve), LiveDraftCosts(COSTS.head))
+    policy = bench.new_policy(COSTS, None, bench.HEAD)
     paper = bench.Paper(COSTS, noise=0.0, seed=0)
     for _ in range(rounds_of):
         played = paper.play(policy, found, bench.HEAD)
@@ -94,10 +94,9 @@ def walk(candidates: Candidates, node: int) -> list[int]:
 
 
 def test_the_table_has_auto_beside_the_best_fixed_setting_of_each_task():
-    flags = Namespace(orders=1, noise=0.0, seed=0, profile=True)
+    flags = Namespace(orders=1, noise=0.0, seed=0, each=False)
     texts = [text(100, right=True), text(60, right=False, category="rag")]
-    tables = {"predicted": [], "accepted": []}
-    result = bench.compare(texts, COSTS, tables, flags, bench.HEAD)
+    result = bench.compare(texts, COSTS, None, flags, bench.HEAD)
     assert result["qa"]["best"] > 3 > 1 == result["rag"]["best"]
     assert result["rag"]["setting"] == "plain"
     settings = {"prompts": "p.jsonl", "model": "m"}

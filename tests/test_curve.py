@@ -57,20 +57,6 @@ def test_a_first_measurement_alone_is_none():
     assert recent.value == 1.2
 
 
-def test_without_a_curve_untried_sizes_count_as_cheap_and_grow_twofold():
-    costs = LiveCosts()
-    assert costs.at(50, 4) is None
-    for _ in range(2):
-        costs.observe(1, 50, 1.0)
-    np.testing.assert_allclose(costs.at(50, 20)[1:9], 1.0)
-    assert np.isinf(costs.at(50, 20)[9:]).all()
-    for _ in range(2):
-        costs.observe(8, 50, 1.7)
-    at = costs.at(50, 40)
-    np.testing.assert_allclose(at[[1, 4, 8, 12, 16]], [1.0, 1.3, 1.7, 1.7, 1.7], rtol=0.01)
-    assert np.isinf(at[17:]).all()
-
-
 def test_a_curve_is_corrected_by_what_rounds_cost():
     costs = LiveCosts(CURVE)
     np.testing.assert_allclose(costs.at(100, 4), CURVE.at(100, 4))
@@ -97,12 +83,9 @@ def test_old_measurements_are_forgotten():
     costs = LiveCosts(CURVE)
     for _ in range(3):
         costs.observe(4, 100, 30.0)
-    assert costs.plain_is_stale()
     for _ in range(LiveCosts.FORGET):
         costs.observe(2, 100, 2.0)
     np.testing.assert_allclose(costs.at(100, 4), CURVE.at(100, 4))
-    costs.observe(1, 100, 1.0)
-    assert not costs.plain_is_stale()
 
 
 def test_several_rows_cost_no_less_than_one():
@@ -136,10 +119,35 @@ def test_draft_costs_are_corrected_together_and_then_each():
     assert costs.of(Setting(1, 2)) == 1.5
 
 
-def test_drafts_that_were_never_tried_count_as_cheap():
-    costs = LiveDraftCosts()
-    assert costs.of(Setting(4, 5)) == 0.0
+def test_drafts_that_were_not_measured_follow_from_those_that_were():
+    """Something once, something for each step, something for each beam of a step."""
+    true = lambda width, length: 2 + (length - 1) * (1 + 0.5 * width)
+    costs = LiveDraftCosts({Setting(*s): true(*s) for s in ((4, 5), (1, 5), (1, 2))})
+    assert costs.of(Setting(2, 3)) == pytest.approx(true(2, 3))
     for _ in range(2):
-        costs.observe(Setting(4, 5), 10.0)
-    assert costs.of(Setting(4, 5)) == pytest.approx(10.0)
-    assert 0 < costs.of(Setting(1, 2)) < costs.of(Setting(1, 5)) < 10.0
+        costs.observe(Setting(2, 3), 2 * true(2, 3))
+    assert costs.of(Setting(2, 3)) == pytest.approx(2 * true(2, 3))
+    assert costs.of(Setting(4, 5)) == pytest.approx(2 * true(4, 5)), "the machine got slower"
+    assert costs.corrected().keys() == {*costs.measured, Setting(2, 3)}
+
+
+def test_what_needs_no_search_is_priced_apart():
+    costs = LiveDraftCosts({Setting(0, 5): 0.01, Setting(4, 5): 2.0})
+    for _ in range(2):
+        costs.observe(Setting(0, 5), 0.05)
+    assert costs.of(Setting(4, 5)) == 2.0
+    assert costs.of(Setting(0, 5)) == pytest.approx(0.05)
+
+
+def test_nothing_measured_costs_nothing():
+    assert LiveDraftCosts().of(Setting(4, 5)) == 0.0
+
+
+def test_a_curve_takes_in_another_context():
+    longer = CURVE.with_context(5000, {1: 3.0, 4: 9.0})
+    assert longer.contexts[-1] == 5000
+    assert longer.at(5000, 4)[[1, 4]].tolist() == [3.0, 9.0]
+    np.testing.assert_allclose(longer.at(100, 4), CURVE.at(100, 4))
+    again = longer.with_context(5000, {1: 6.0, 4: 18.0})
+    assert again.contexts == longer.contexts
+    assert again.at(5000, 4)[1] == 6.0

@@ -1,7 +1,7 @@
-"""The policy on machines and drafters on paper: it finds the optimum, parks, comes back."""
+"""The policy on machines and drafters on paper: it finds the optimum, gives up, comes back."""
 
+from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -51,13 +51,30 @@ def machine(passes, **noise) -> Machine:
     return Machine(passes, drafts(passes), **noise)
 
 
-def policy(passes=None) -> Policy:
-    """With a measured profile of a machine, or knowing nothing."""
-    if passes is None:
-        return Policy(FULL)
+def policy(passes, samples=(), **kind) -> Policy:
+    """With a measured profile of a machine."""
     curve = CostCurve([100], ROWS, [[passes(rows, 100) for rows in ROWS]])
     table = {setting: drafts(passes)(setting) for setting in settings_within(FULL)}
-    return Policy(FULL, LiveCosts(curve), LiveDraftCosts(table))
+    return Policy(FULL, LiveCosts(curve), LiveDraftCosts(table), None, samples, **kind)
+
+
+def max_gram(passes, seconds: float) -> Policy:
+    """Of a drafter that needs no search, whose lookups take `seconds`."""
+    kept = policy(passes, looks=True, searches=False)
+    kept.draft_costs = LiveDraftCosts({Setting(0, 5): seconds})
+    return kept
+
+
+def drafted(log) -> int:
+    return sum(setting is not None for setting in log.settings)
+
+
+class Echo(Guesser):
+    """What it says is found without a search."""
+
+    def draft(self, setting):
+        found = super().draft(FULL)
+        return replace(found, always=np.ones(len(found.tokens), bool))
 
 
 @cache
@@ -80,21 +97,24 @@ def test_with_a_profile_it_is_as_fast_as_the_best_fixed_setting(curve, guesser):
 
 
 @pytest.mark.parametrize("curve", CURVES)
-def test_without_a_profile_it_gets_there(curve):
-    passes, guesser = CURVES[curve], GUESSERS["sure"]
+def test_with_samples_it_is_there_at_once(curve):
+    """What a head brings with it: a text of 60 tokens is as fast as a long one."""
+    passes, guesser = CURVES[curve], Guesser(**GUESSERS["sure"])
     best = best_fixed(machine(passes), expected("sure"))
-    here = machine(passes, compile=0.03)
-    log = play(here, Guesser(**guesser), auto(policy(), here), 2000)
-    assert log.rate(first=len(log.tokens) // 3) >= 0.95 * best
+    rates = []
+    for _ in range(20):
+        here = machine(passes, noise=0.05)
+        kept = policy(passes, [guesser.draft(FULL) for _ in range(32)])
+        rates.append(play(here, guesser, auto(kept, here), 60).rate())
+    assert np.mean(rates) >= 0.97 * best
 
 
 @pytest.mark.parametrize("liar", LIARS)
-@pytest.mark.parametrize("known", [True, False])
-def test_a_useless_drafter_costs_next_to_nothing(liar, known):
+def test_a_useless_drafter_costs_next_to_nothing(liar):
     passes = CURVES["dip at 16"]
     here = machine(passes, noise=0.02)
-    log = play(here, Guesser(**LIARS[liar]), auto(policy(passes if known else None), here), 1500)
-    assert log.rate() >= 0.975 / passes(1, 0), log.rate() * passes(1, 0)
+    log = play(here, Guesser(**LIARS[liar]), auto(policy(passes), here), 1500)
+    assert log.rate() >= 0.985 / passes(1, 0), log.rate() * passes(1, 0)
     late = log.settings[len(log.settings) // 2 :]
     assert sum(setting is not None for setting in late) < 0.02 * len(late)
 
@@ -104,51 +124,49 @@ def test_a_drafter_that_costs_nothing_waits_for_its_moment():
     passes = CURVES["flat"]
     here, silent = machine(passes), Guesser(sure=0.02, truth=lambda shares: 0.0 * shares)
     here.drafts = lambda setting: 1e-3 * passes(1, 0)
-    kept = policy()
+    kept = max_gram(passes, 1e-3 * passes(1, 0))
     silent.draft = lambda setting: Candidates.of(TokenTree.root(0))
-    log = play(here, silent, auto(kept, here), 300)
-    assert not kept.is_parked
+    budget = auto(kept, here)
+    log = play(here, silent, budget, 300)
+    assert drafted(log) == len(log.settings)
     assert log.rate() > 0.99 / passes(1, 0)
-    echo = play(here, Guesser(sure=0.95), auto(kept, here), 100)
+    echo = play(here, Echo(sure=0.95), budget, 100)
     assert echo.rate() > 2 / passes(1, 0)
 
 
 def test_what_needs_no_search_is_never_left_for_long():
-    """Lookups that cost too much to be made in vain: still one begins every 32 rounds or so."""
+    """Lookups that cost too much to be made in vain: still one begins every now and then."""
     passes = CURVES["flat"]
     here, silent = machine(passes), Guesser(sure=0.02, truth=lambda shares: 0.0 * shares)
-    here.drafts = lambda setting: 0.06 * passes(1, 0)
+    here.drafts = lambda setting: 0.3 * passes(1, 0)
     silent.draft = lambda setting: Candidates.of(TokenTree.root(0))
-    kept = policy(passes)
-    kept.draft_costs = LiveDraftCosts({s: here.drafts(s) for s in settings_within(FULL)})
-    log = play(here, silent, auto(kept, here), 600)
+    log = play(here, silent, auto(max_gram(passes, 0.3 * passes(1, 0)), here), 600)
     looked = np.flatnonzero([setting is not None for setting in log.settings])
-    assert len(looked) < 100
-    assert np.diff(looked).max() <= Policy.FIRST_PAUSE + Policy.TIMING
-    assert log.rate() > 0.98 / passes(1, 0)
+    assert len(looked) < 60
+    assert np.diff(looked).max() <= 32
+    assert log.rate() > 0.96 / passes(1, 0)
 
 
-@pytest.mark.parametrize(("gain", "said"), [(0.8, " (expected 0.80x plain decoding)"), (1.1, "")])
-def test_a_parked_drafter_is_not_said_to_gain(monkeypatch, gain, said):
-    """What was expected last may look like a gain where drafts led to nothing."""
+def test_the_user_is_told_when_drafting_does_not_pay():
     passes = CURVES["linear"]
     here = machine(passes)
     budget = auto(policy(passes), here)
     assert budget.note == ""
-    play(here, Guesser(**LIARS["liar"]), budget, 20)
-    monkeypatch.setattr(Policy, "gain", gain)
-    assert budget.note.startswith(f"drafting does not pay here{said}, so the drafter is parked")
+    play(here, Guesser(**LIARS["liar"]), budget, 200)
+    assert budget.note.startswith("drafting does not pay here")
+    assert "redrafter_mlx.tune" in budget.note
 
 
-def test_pauses_double():
+def test_what_was_given_up_is_tried_again_less_and_less_often():
+    """The more evidence there is, the longer it takes to fade."""
     passes = CURVES["linear"]
     here = machine(passes)
-    log = play(here, Guesser(**LIARS["liar"]), auto(policy(passes), here), 1200)
-    drafted = np.array([setting is not None for setting in log.settings])
-    edges = np.flatnonzero(np.diff(drafted.astype(int))) + 1
-    pauses = [b - a for a, b in pairwise(edges) if not drafted[a]]
-    assert len(pauses) >= 3
-    assert all(1.9 * a <= b <= 2.2 * a for a, b in pairwise(pauses)), pauses
+    log = play(here, Guesser(**LIARS["liar"]), auto(policy(passes), here), 4000)
+    tried = np.flatnonzero([setting is not None for setting in log.settings])
+    pauses = np.diff(tried)[np.diff(tried) > 1]
+    assert len(pauses) >= 2
+    assert np.median(pauses[len(pauses) // 2 :]) >= np.median(pauses[: len(pauses) // 2])
+    assert len(tried) < 60
 
 
 def test_it_comes_back_when_the_drafter_gets_good_and_goes_when_it_gets_bad():
@@ -156,41 +174,34 @@ def test_it_comes_back_when_the_drafter_gets_good_and_goes_when_it_gets_bad():
     here, guesser = machine(passes), Guesser(**LIARS["liar"])
     kept = policy(passes)
     play(here, guesser, auto(kept, here), 100)
-    assert kept.is_parked
     guesser.truth = lambda shares: shares
     log = play(here, guesser, auto(kept, here), 800)  # another text
-    assert not kept.is_parked
-    assert sum(setting is not None for setting in log.settings) > 0.8 * len(log.settings)
+    assert drafted(log) > 0.7 * len(log.settings)
     guesser.truth = lambda shares: 0.02 * shares
     log = play(here, guesser, auto(kept, here), 400)
-    assert kept.is_parked
-    assert sum(setting is not None for setting in log.settings) < 60
+    assert drafted(log) < 60
 
 
-def test_each_new_text_gets_a_trial_at_once_that_costs_little():
+def test_a_drafter_that_failed_in_other_texts_is_tried_in_a_new_one_before_long():
     """However many failed: a drafter that was no use for nine texts may be some for the tenth."""
     passes = CURVES["dip at 16"]
     here, kept, logs = machine(passes), policy(passes), []
     for _ in range(9):
         logs.append(play(here, Guesser(**LIARS["liar"]), auto(kept, here), 80))
-    assert all(any(log.settings[:6]) for log in logs)
     late = logs[4:]
     tokens = sum(log.rate() * sum(log.seconds) for log in late)
-    assert tokens / sum(sum(log.seconds) for log in late) > 0.98 / passes(1, 0)
-    log = play(here, Guesser(**GUESSERS["sure"]), auto(kept, here), 80)
-    assert sum(setting is not None for setting in log.settings) > 0.8 * len(log.settings)
+    assert tokens / sum(sum(log.seconds) for log in late) > 0.985 / passes(1, 0)
+    logs = [play(here, Guesser(**GUESSERS["sure"]), auto(kept, here), 80) for _ in range(12)]
+    assert drafted(logs[-1]) > 0.8 * len(logs[-1].settings)
 
 
-def test_a_trial_that_was_refuted_is_over():
-    """Sure and wrong: what was expected before the first pass keeps nobody drafting."""
+def test_sure_and_wrong_is_found_out_in_a_few_rounds():
     passes = CURVES["dip at 16"]
     here, kept = machine(passes), policy(passes)
     liar = Guesser(sure=0.9, truth=lambda shares: 0.0 * shares)
-    for _ in range(4):
-        log = play(here, liar, auto(kept, here), 40)
-        drafted = sum(setting is not None for setting in log.settings)
-        assert drafted <= Policy.FIRST_TRIAL + Policy.TRIAL, drafted
-    assert [bool(setting) for setting in log.settings].count(True) <= Policy.TRIAL + 1
+    counts = [drafted(play(here, liar, auto(kept, here), 40)) for _ in range(4)]
+    assert counts[0] <= 20
+    assert sum(counts[1:]) <= 12, counts
 
 
 def test_nothing_accepted_is_no_gain_however_dear_plain_rounds_looked():
@@ -200,16 +211,19 @@ def test_nothing_accepted_is_no_gain_however_dear_plain_rounds_looked():
     for _ in range(5):
         kept.costs.observe(1, 100, 1.15 * passes(1, 100))
     log = play(here, Guesser(sure=0.3, truth=lambda shares: 0.0 * shares), auto(kept, here), 60)
-    assert sum(setting is not None for setting in log.settings) < 25
+    assert drafted(log) < 25
 
 
-@pytest.mark.parametrize(("sure", "soon"), [(0.65, True), (0.75, False)])
-def test_where_little_is_at_stake_plain_rounds_are_timed_again_soon(sure, soon):
-    passes = lambda rows, context: 0.02 * (0.6 + 0.4 * rows)
-    here, kept = machine(passes), policy(passes)
-    log = play(here, Guesser(sure), auto(kept, here), 300)
-    plain = sum(setting is None for setting in log.settings)
-    assert (plain > Policy.TIMING) == soon, plain
+def test_what_was_found_without_a_search_is_not_searched_for():
+    """A sure echo leaves a search nothing to add; a poor one does."""
+    passes = CURVES["dip at 16"]
+    head = Guesser(**GUESSERS["middling"])
+    kept = policy(passes, [head.draft(FULL) for _ in range(32)], looks=True)
+    assert kept.plan(100) == Setting(0, 5)
+    echo = lambda prob: Candidates.of(TokenTree.from_beams([range(9)], prob * np.arange(9)[None]))
+    assert kept.search(echo(np.log(0.98))) is None
+    assert kept.search(echo(np.log(0.05))) in kept.samples.settings
+    assert kept.search(Candidates.of(TokenTree.root(0))) in kept.samples.settings
 
 
 @pytest.mark.parametrize("curve", ["flat", "dip at 16"])
@@ -219,11 +233,9 @@ def test_it_does_not_oscillate_where_speculation_pays(curve):
     here = machine(passes, noise=0.1, outlier=0.02)
     kept = policy(passes)
     log = play(here, Guesser(**GUESSERS["sure"]), auto(kept, here), 2500)
-    plain = sum(setting is None for setting in log.settings)
-    timing = Policy.TIMING * (1 + len(log.nodes) // LiveCosts.FORGET)
-    assert plain <= timing, "it never parks, it only times plain decoding now and then"
+    assert drafted(log) >= 0.99 * len(log.settings)
     late = [setting for setting in log.settings[len(log.settings) // 2 :] if setting]
-    assert len(set(late)) <= 3, "searches of one or two kinds, beside the surveys"
+    assert np.mean([s in late[:1] or s == FULL for s in late]) > 0.3
 
 
 def test_break_even_costs_nothing_either_way():
@@ -242,26 +254,22 @@ def test_a_machine_that_gets_hot_keeps_speculating():
     play(here, guesser, auto(kept, here), 600)
     here.slow_down = 1.6
     log = play(here, guesser, auto(kept, here), 1500)
-    plain = sum(setting is None for setting in log.settings)
-    assert plain <= 2 * Policy.TIMING + Policy.FIRST_PAUSE
+    assert len(log.settings) - drafted(log) <= 8
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_it_stops_where_the_context_makes_trees_dear(known):
+def test_it_stops_where_the_context_makes_trees_dear():
     """Wide passes get dearer with the context; beyond some length they do not pay."""
     passes = lambda rows, context: 0.02 * (1 + (rows - 1) * context / 4000)
     here = machine(passes)
-    kept = policy()
-    if known:
-        rows, contexts = [1, 2, 4, 8, 16, 32, 64], [100, 1000, 4000]
-        curve = CostCurve(contexts, rows, [[passes(n, c) for n in rows] for c in contexts])
-        kept = Policy(FULL, LiveCosts(curve))
+    rows, contexts = [1, 2, 4, 8, 16, 32, 64], [100, 1000, 4000]
+    curve = CostCurve(contexts, rows, [[passes(n, c) for n in rows] for c in contexts])
+    kept = Policy(FULL, LiveCosts(curve), LiveDraftCosts({FULL: here.drafts(FULL)}))
     guesser = Guesser(**GUESSERS["middling"])
     short = play(here, guesser, auto(kept, here), 600, context=100)
     assert short.rate(first=60) > 1.2 / 0.02
     long = play(here, guesser, auto(kept, here), 900, context=9000)
     assert long.rate() > 0.95 / 0.02
-    assert kept.is_parked
+    assert drafted(long) < 0.05 * len(long.settings)
 
 
 def test_a_short_search_serves_where_long_ones_find_nothing():
@@ -274,15 +282,15 @@ def test_a_short_search_serves_where_long_ones_find_nothing():
             return super().accepted(tree)[:2]
 
     log = play(here, Shortsighted(sure=0.8), auto(kept, here), 800)
-    assert kept.setting.length <= 3
     late = [setting for setting in log.settings[len(log.settings) // 2 :] if setting]
-    assert np.mean([setting == FULL for setting in late]) < 0.2
+    assert np.mean([setting.length <= 3 for setting in late]) > 0.8
 
 
 def test_no_time_at_all_is_survived():
     """A clock too coarse for a round."""
-    here = machine(lambda rows, context: 1e-12)
-    log = play(here, Guesser(sure=0.5), AutoBudget(policy(), clock=lambda: 0.0), 300)
+    passes = lambda rows, context: 1e-12
+    here = machine(passes)
+    log = play(here, Guesser(sure=0.5), AutoBudget(policy(passes), clock=lambda: 0.0), 300)
     assert sum(log.tokens) >= 300
 
 
@@ -297,8 +305,9 @@ def test_probabilities_are_corrected_by_what_was_accepted():
     probs = calibration.probabilities(candidates)
     np.testing.assert_allclose(probs, [0.3, 0.0, 0.3], atol=0.08)
     assert probs[2] <= probs[0], "a child is never likelier than its parent"
-    calibration.doubt()
-    np.testing.assert_allclose(calibration.probabilities(candidates)[0], 0.4, atol=0.15)
+    for _ in range(3000):
+        calibration.pass_round()
+    np.testing.assert_allclose(calibration.probabilities(candidates), [0.6, 0.2, 0.55], atol=0.1)
 
 
 def test_a_text_that_is_easier_than_others_shows_soon_and_is_forgotten_with_it():
@@ -306,10 +315,12 @@ def test_a_text_that_is_easier_than_others_shows_soon_and_is_forgotten_with_it()
     chain = Candidates.of(TokenTree.from_beams([[0, 1, 2]], np.log([[1.0, 0.5, 0.2]])))
     verified = np.arange(2)
     for turn in range(400):
+        calibration.pass_round()
         calibration.observe(chain, verified, [0, 1][: (turn % 2) * (1 + (turn % 5 == 1))])
     before = calibration.probabilities(chain)
     np.testing.assert_allclose(before, [0.5, 0.1], atol=0.1)
     for _ in range(12):
+        calibration.pass_round()
         calibration.observe(chain, verified, [0, 1])
     easy = calibration.probabilities(chain)
     assert (easy > 1.3 * before).all()
@@ -335,4 +346,4 @@ def test_a_useless_drafter_does_not_spoil_what_is_found_without_it():
 def test_probabilities_of_nothing():
     nothing = Candidates(0, *(np.zeros(0, int),) * 2, np.zeros(0), np.zeros(0, int))
     assert Calibration(3).probabilities(nothing).size == 0
-    assert len(Policy(FULL).choose(FULL, nothing, 100)) == 1
+    assert len(policy(CURVES["flat"]).choose(FULL, nothing, 100)) == 1

@@ -3,17 +3,26 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from families import build
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.pricing import profile as profiles
+from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
-from redrafter_mlx.pricing.profile import Profile, identify, load, policy_for, profile_path, save
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.pricing.knowledge import Knowledge
+from redrafter_mlx.pricing.profile import Profile, identify, load, profile_path, save
 from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.tree import Candidates
 from support import generation, ids, random_drafter, tiny_prompt
+
+FULL = Setting(4, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +45,22 @@ def drafter(model):
 def profile(model, drafter):
     curve = CostCurve([10, 100], [1, 2, 16], [[0.01, 0.02, 0.03], [0.02, 0.03, 0.05]])
     drafts = {Setting(4, 5): 0.002, Setting(1, 2): 0.001}
-    tables = [[[[1.0] * 8] * 4] * 2, [[[0.5] * 8] * 4] * 2]
-    return Profile(identify(adapt(model), drafter), curve, drafts, *tables, {"note": "a"})
+    return Profile(
+        identify(adapt(model), drafter), curve, drafts, {"4x5 at 0.0": experience()}, {"note": "a"}
+    )
+
+
+def experience(accepted: float = 0.5) -> Experience:
+    chain = Candidates(
+        0, np.zeros(2, int), np.array([-1, 0]), np.array([-0.5, -1.25]), np.array([])
+    )
+    return Experience(FULL, np.ones((2, 4, 8)), np.full((2, 4, 8), accepted), [chain])
 
 
 def test_what_is_saved_is_loaded(profile):
     path = save(profile)
-    assert load(profile.identity) == profile
-    assert sorted(file.name for file in path.parent.iterdir()) == [path.name]
+    assert load(profile.identity).as_dict() == profile.as_dict()
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, path.name + ".lock"]
 
 
 def test_no_profile_is_nothing_to_talk_about(profile, caplog):
@@ -60,7 +77,6 @@ def ignored(identity, caplog) -> str:
     line = record.getMessage()
     assert "\n" not in line
     assert "ignored the profile" in line
-    assert "redrafter_mlx.tune" in line
     return line
 
 
@@ -102,7 +118,8 @@ def edited(change):
         lambda text: "[" * 100_000,
         edited(lambda content: content["curve"]["seconds"][0].__setitem__(2, 0.001)),
         edited(lambda content: content.pop("drafts")),
-        edited(lambda content: content.update(format=99)),
+        edited(lambda content: content.update(format=3)),
+        edited(lambda content: content["experiences"]["4x5 at 0.0"]["samples"][0][0].append(7)),
         edited(lambda content: content.update(checksum=5)),
     ],
 )
@@ -155,30 +172,145 @@ def test_the_identity_knows_weights_and_types(model):
     assert identify(target, None)["drafter"] == "none"
 
 
-def test_a_profile_is_used_and_what_was_learned_is_kept(model, drafter, profile):
+def known(model, drafter, temp=0.0, prompt=(1, 2, 3), **options):
+    """What a process knows after a prompt, and its policy."""
+    target = adapt(model)
+    found = Knowledge(target, drafter)
+    drafter.reset()
+    context = target.prefill(prompt, chunk=512)
+    return found, found.policy(DraftOptions(**options), temp, context, 50)
+
+
+def test_a_profile_is_used(model, drafter, profile, caplog):
     save(profile)
-    options = DraftOptions(beam_width=4, beam_length=6)
-    policy = policy_for(adapt(model), drafter, options, 0.0)
+    with caplog.at_level(logging.INFO, "redrafter_mlx"):
+        found, policy = known(model, drafter)
+    assert caplog.records == [], "nothing was missing, so nothing was measured"
     assert policy.costs.at(10, 2).tolist() == pytest.approx([0, 0.01, 0.02])
-    assert policy.draft_costs.of(Setting(4, 5)) == 0.002
-    assert policy.calibration.predicted.shape == (2, 5, 8)
-    assert policy_for(adapt(model), drafter, options, 0.0) is policy
-    warm = policy_for(adapt(model), drafter, options, 0.8)
-    assert warm is not policy
+    assert policy.draft_costs.of(FULL) == 0.002
+    assert policy.calibration.accepted.sum() == pytest.approx(32)
+    assert len(policy.samples) == 1
+    context = adapt(model).prefill([1, 2, 3], chunk=512)
+    assert found.policy(DraftOptions(), 0.04, context, 50) is policy
+    warm = found.policy(DraftOptions(), 0.8, context, 50)
     assert warm.costs is policy.costs
+    assert not warm.calibration.predicted.any(), "another temperature"
+    wide = found.policy(DraftOptions(beam_width=8, beam_length=6), 0.0, context, 50)
+    assert wide.calibration.predicted.shape == (2, 5, 8)
+
+
+def test_what_is_missing_is_measured_once_and_said(model, drafter, caplog):
+    with caplog.at_level(logging.INFO, "redrafter_mlx"):
+        known(model, drafter)[0].keep(50)
+        known(model, drafter)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith("measured once what passes and drafts cost here")
+    stored = load(identify(adapt(model), drafter))
+    assert stored.curve.contexts == [2]
+    assert {1, 2, 4, 8, 16} <= set(stored.curve.rows)
+    assert FULL in stored.drafts
+
+
+def test_a_much_longer_prompt_is_looked_at_again(model, drafter, profile, caplog):
+    save(profile)
+    with caplog.at_level(logging.INFO, "redrafter_mlx"):
+        found, policy = known(model, drafter, prompt=[1 + i % 7 for i in range(300)])
+    assert "what passes cost" in caplog.text
+    assert policy.costs.curve.contexts == [10, 100, 299]
+    found.keep(310)
+    assert load(profile.identity).curve.contexts == [10, 100, 299]
+
+
+def test_what_a_head_brings_is_where_it_begins(model, drafter):
+    drafter.experience = {0.0: experience(), 1.0: experience(0.25)}
+    accepted = [known(model, drafter, temp)[1].calibration.accepted.sum() for temp in (0.0, 1.0)]
+    assert accepted == pytest.approx([32, 16])
+    policy = known(model, drafter, 0.6)[1]
+    assert policy.calibration.accepted.sum() == pytest.approx(0.25 * 8 * 3), "a prior's weight"
+    assert len(policy.samples) == 1
+
+
+def test_two_processes_lose_nothing(model, drafter, profile):
+    """Both began with the same profile; each leaves what it learned."""
+    save(profile)
+    pair = [known(model, drafter) for _ in range(2)]
+    for number, (found, policy) in enumerate(pair):
+        for _ in range(5):
+            policy.calibration.pass_round()
+            policy.calibration.predicted[0, number] += 1.0
+        policy.samples.add(experience().samples[0])
+        found.keep(50)
+        found.keep(50)  # once more changes nothing
+    stored = load(profile.identity).experiences["4x5 at 0.0"]
+    faded = Calibration.FADE ** np.array([10, 5])
+    np.testing.assert_allclose(stored.predicted[0, 2:], faded[0], atol=1e-3)
+    gained = stored.predicted[0, :2, 0] - faded[0]
+    assert (gained > 4.9).all()
+    assert len(stored.samples) == 3
+
+
+def test_many_processes_at_once_lose_nothing(profile):
+    save(profile)
+    script = """
+import sys
+from dataclasses import replace
+from redrafter_mlx.pricing.profile import load, update
+import json
+identity = json.loads(sys.argv[1])
+for i in range(20):
+    update(identity, lambda p: replace(p, summary={**p.summary, sys.argv[2] + str(i): 1}))
+"""
+    words = [sys.executable, "-c", script, json.dumps(profile.identity)]
+    running = [subprocess.Popen([*words, name]) for name in "xyz"]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(load(profile.identity).summary) == 1 + 60
+
+
+def test_a_process_that_is_killed_corrupts_nothing(profile, tmp_path):
+    save(profile)
+    script = """
+import json, sys
+from dataclasses import replace
+from redrafter_mlx.pricing.profile import update
+identity, big = json.loads(sys.argv[1]), "x" * 1_000_000
+print("ready", flush=True)
+while True:
+    update(identity, lambda p: replace(p, summary={"note": "b", "big": big}))
+"""
+    words = [sys.executable, "-c", script, json.dumps(profile.identity)]
+    for _ in range(3):
+        process = subprocess.Popen(words, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        while load(profile.identity).summary.get("note") != "b":
+            pass
+        process.kill()
+        process.wait()
+        assert load(profile.identity) is not None
+        save(profile)
+    assert load(profile.identity).summary == {"note": "a"}
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(model, drafter, cache, caplog):
+    cache.write_text("")
+    found, _ = known(model, drafter)
+    for _ in range(2):
+        found.keep(50)
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert line.startswith("what was learned cannot be kept: ")
+    assert "REDRAFTER_MLX_CACHE" in line
 
 
 def test_passes_are_known_from_a_profile_of_another_drafter(model, profile, caplog):
-    other = random_drafter(model, seed=7)
     path = save(replace(profile, identity={**profile.identity, "model": "another"}))
     (path.parent / "broken.json").write_text("nonsense")
-    assert policy_for(adapt(model), other, DraftOptions(), 0.0).costs.at(10, 2) is None
     save(profile)
-    policy = policy_for(adapt(model), random_drafter(model, seed=8), DraftOptions(), 0.0)
+    with caplog.at_level(logging.INFO, "redrafter_mlx"):
+        _, policy = known(model, random_drafter(model, seed=8))
     assert policy.costs.at(10, 2).tolist() == pytest.approx([0, 0.01, 0.02])
-    assert policy.draft_costs.of(Setting(4, 5)) == 0.0
+    assert policy.draft_costs.of(FULL) != 0.002
     assert not policy.calibration.predicted.any()
-    assert caplog.records == []
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("measured once what drafts cost here")
 
 
 def test_generation_with_a_bad_profile_says_so_once_and_gives_the_same_text(

@@ -6,9 +6,8 @@ import pytest
 
 from families import build
 from redrafter_mlx import hub, tune
-from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.profile import policy_for
+from redrafter_mlx.pricing.profile import identify, load
 from redrafter_mlx.target.adapter import adapt
 from support import TinyTokenizer, random_drafter
 
@@ -43,11 +42,12 @@ def test_it_says_what_pays_and_generation_finds_the_profile(pair, tmp_path, caps
     out = capsys.readouterr().out
     assert "after 16 tokens: " in out
     assert "milliseconds of a pass" in out
-    assert len(list((tmp_path / "cache" / "profiles").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "profiles").glob("*.json"))) == 1
     model, drafter = pair
-    policy = policy_for(adapt(model), drafter, DraftOptions(beam_width=2, beam_length=3), 0.0)
-    assert policy.costs.at(16, 4) is not None
-    assert policy.draft_costs.of(Setting(2, 3)) > 0
+    stored = load(identify(adapt(model), drafter))
+    assert stored.curve.contexts == [16]
+    assert stored.drafts[Setting(2, 3)] > 0
+    assert len(stored.experiences["2x3 at 0.0"].samples) > 8
 
 
 def test_json(capsys):

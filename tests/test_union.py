@@ -1,18 +1,18 @@
 """A union: all members' candidates in one tree, cut by one budget."""
 
-from copy import deepcopy
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from redrafter_mlx.budget import FixedBudget
+from benchmarks.policy import Told
+from redrafter_mlx.budget import AutoBudget, FixedBudget
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter, pooled
-from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, Setting
-from redrafter_mlx.pricing.policy import Policy, Survey
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.policy import Policy
 from redrafter_mlx.round import Context, Transcript
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.tree import Candidates, TokenTree
@@ -146,68 +146,71 @@ def test_without_a_search_only_those_that_need_none_are_asked():
     assert (head.shapes, tree.tokens.tolist()) == ([], [3, 9, 4])
 
 
+def budget(head: Fixed, search: float) -> AutoBudget:
+    """Of a union of a head and Max-Gram, whose searches cost `search` plain rounds."""
+    kept = Policy(
+        Setting(4, 5),
+        LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])),
+        LiveDraftCosts({Setting(4, 5): search, Setting(0, 5): 0.001}),
+        samples=[candidates_of(head, CONTEXT, 4, 5)] * 8,
+        looks=True,
+    )
+    found = AutoBudget(kept, clock=lambda: found.now)
+    found.now = 0.0
+    return found
+
+
+def rounds(union, found, texts, accepts) -> list[int]:
+    """The turns in which the head was asked; `accepts` of the tokens after the root come true."""
+    head, asked = union.members[0], []
+    for turn, text in enumerate(texts):
+        before = len(head.shapes)
+        if found.plan(100):
+            tree = union.propose(replace(CONTEXT, transcript=Transcript(text)), found)
+            child = tree.children[0].get(accepts)
+            path = [0] if child is None else [0, child]
+            searched = len(head.shapes) > before
+            spent = 0.2 if searched else 0.001
+            found.observe(tree, Told(len(tree), spent, path))
+            found.now += spent
+            asked += [turn] * searched
+        found.now += 1.0
+    return asked
+
+
+ECHOES, SILENT = [3, 9, 4, 3], [3, 9, 4, 5]
+
+
 def test_a_member_that_never_helps_is_asked_no_more_where_another_does():
-    """But for a survey now and then; the other one's echoes go on being verified."""
-    policy = Policy(Setting(4, 5), LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])))
-    context = replace(CONTEXT, transcript=Transcript([3, 9, 4, 3]))
+    """The other one's echoes go on being verified."""
     head = Fixed({(8,): 0.7, (7,): 0.2})
     union = UnionDrafter([head, MaxGramDrafter()])
-    for _ in range(2):
-        policy.draft_costs.observe(Setting(4, 5), 0.4)
-    policy.costs.observe(1, 100, 1.0)  # else a plain round is timed first
-    for _ in range(200):
-        setting = policy.plan(100)
-        candidates = candidates_of(union, context, *setting)
-        tree = policy.choose(setting, candidates, 100)
-        echo = tree.children[0].get(9)
-        policy.observe(tree, [0] if echo is None else [0, echo])
-    assert len(head.shapes) < 35
-    assert policy.setting.width == 0
+    asked = rounds(union, budget(head, 0.4), [ECHOES] * 200, accepts=9)
+    assert len([turn for turn in asked if turn >= 50]) < 10
 
 
-def test_where_a_search_does_not_pay_only_the_search_is_parked():
+def test_where_a_search_does_not_pay_only_the_search_is_given_up():
     """The text echoes at first and then no more: Max-Gram, which is free, goes on listening."""
-    policy = Policy(Setting(4, 5), LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])))
-    policy.costs.observe(1, 100, 1.0)
     head = Fixed({(8,): 0.7})
-    union = UnionDrafter([head, MaxGramDrafter()])
-    searches, planned = [], []
-    for turn in range(300):
-        setting = policy.plan(100)
-        planned.append(setting)
-        if setting is None:
-            continue
-        policy.draft_costs.observe(setting, 0.2 if setting.width else 0.001)
-        transcript = Transcript([3, 9, 4, 3] if turn < 6 else [3, 9, 4, 5])
-        before = len(head.shapes)
-        candidates = candidates_of(union, replace(CONTEXT, transcript=transcript), *setting)
-        searches += [turn] * (len(head.shapes) - before)
-        policy.observe(policy.choose(setting, candidates, 100), [0])
-    assert None not in planned
-    assert not policy.is_parked
-    assert len(searches) < 20
-    assert max(np.diff(searches)) >= 2 * Policy.FIRST_PAUSE, "the pauses of the search double"
-    policy.begin_text()
-    assert policy.plan(100) == policy.full, "another text: it may pay there"
+    union, found = UnionDrafter([head, MaxGramDrafter()]), budget(head, 0.2)
+    asked = rounds(union, found, [ECHOES] * 6 + [SILENT] * 300, accepts=None)
+    assert len(asked) < 40
+    assert found.plan(100), "an echo may begin anywhere"
+    assert found.width == 0
 
 
-def test_another_text_is_searched_whenever_it_begins():
-    """Also when the pause of a parked search is nearly over."""
-    policy = Policy(Setting(4, 5), LiveCosts(CostCurve([0], [1, 64], [[1.0, 1.3]])))
-    policy.costs.observe(1, 100, 1.0)
-    union, pauses = UnionDrafter([Fixed({(8,): 0.7}), MaxGramDrafter()]), 0
-    for turn in range(80):
-        setting = policy.plan(100)
-        if setting.width == 0:
-            pauses += 1
-            another = deepcopy(policy)
-            another.begin_text()
-            assert another.plan(100) == policy.full, turn
-        policy.draft_costs.observe(setting, 0.2 if setting.width else 0.001)
-        transcript = Transcript([3, 9, 4, 3] if turn < 6 else [3, 9, 4, 5])
-        candidates = candidates_of(union, replace(CONTEXT, transcript=transcript), *setting)
-        policy.observe(policy.choose(setting, candidates, 100), [0])
-    assert pauses > Policy.FIRST_PAUSE
+def test_a_search_is_not_made_where_what_was_found_is_enough():
+    head = Fixed({(5,): 0.6, (6,): 0.2})
+    union, found = UnionDrafter([head, MaxGramDrafter()]), budget(head, 0.2)
+    long_echo = [*range(20, 60), *range(20, 40)]
+    for _ in range(3):
+        found.plan(100)
+        tree = union.propose(replace(CONTEXT, transcript=Transcript(long_echo)), found)
+    assert head.shapes[1:] == [], "the first was a sample"
+    assert tree.tokens[1] == 40
+    found.plan(100)
+    union.propose(replace(CONTEXT, transcript=Transcript(list(range(20, 60)))), found)
+    assert len(head.shapes) == 2
 
 
 def test_what_any_search_finds_is_marked_so():
@@ -220,7 +223,3 @@ def test_what_any_search_finds_is_marked_so():
     assert not found.always[of_head].any()
     assert found.always[~of_head].all()
     assert found.depths[found.always].max() > 5
-    survey = Survey(found, [Setting(0, 5), Setting(1, 2), Setting(4, 5)], Setting(4, 5))
-    assert survey.found[0, 5].tolist() == np.flatnonzero(found.always).tolist()
-    assert set(np.flatnonzero(found.always)) <= set(survey.found[1, 2])
-    assert len(survey.found[4, 5]) == len(found.tokens)

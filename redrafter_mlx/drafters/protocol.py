@@ -100,6 +100,9 @@ class _Everything:
         self.width, self.length = width, length
         self.candidates: Candidates | None = None
 
+    def search(self, found: Candidates) -> bool:
+        return self.width > 0
+
     def tree(self, candidates: Candidates) -> TokenTree:
         self.candidates = candidates
         return TokenTree.root(candidates.root)

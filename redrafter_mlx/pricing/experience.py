@@ -79,7 +79,7 @@ class Experience:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Experience:
-        """Raises ValueError, KeyError, TypeError or IndexError when it is not what `as_dict` made."""
+        """Raises ValueError, KeyError, TypeError or IndexError if `as_dict` did not make it."""
         width, length = content["full"]
         full = Setting(int(width), int(length))
         tables = Calibration(full.length - 1, content["predicted"], content["accepted"])

@@ -9,13 +9,19 @@ import numpy as np
 
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.pricing import profile as profiles
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.pricing.measure import look_at_drafts, look_at_passes
 from redrafter_mlx.pricing.policy import Policy, Samples
-from redrafter_mlx.pricing.profile import Profile, experience_key
+from redrafter_mlx.pricing.profile import (
+    Profile,
+    experience_key,
+    identify,
+    load,
+    passes_with_other_drafter,
+    update,
+)
 from redrafter_mlx.round import Context
 from redrafter_mlx.storage import CACHE_VARIABLE, one_line
 from redrafter_mlx.target.adapter import Target
@@ -37,10 +43,10 @@ class Knowledge:
 
     def __init__(self, target: Target, drafter: Drafter):
         self.target, self._drafter = target, drafter
-        self._identity = profiles.identify(target, drafter)
-        stored = profiles.load(self._identity)
+        self._identity = identify(target, drafter)
+        stored = load(self._identity)
         self._costs: LiveCosts | None = None
-        if curve := stored.curve if stored else profiles.passes_with_other_drafter(self._identity):
+        if curve := stored.curve if stored else passes_with_other_drafter(self._identity):
             self._costs = LiveCosts(curve)
         self._draft_costs = LiveDraftCosts(stored and stored.drafts)
         self._experiences = stored.experiences if stored else {}
@@ -67,7 +73,7 @@ class Knowledge:
         if not self._is_kept or self._costs is None:
             return
         try:
-            profiles.update(self._identity, lambda stored: self._merged(stored, context))
+            update(self._identity, lambda stored: self._merged(stored, context))
         except OSError as error:
             self._is_kept = False
             _log.warning(
@@ -92,7 +98,7 @@ class Knowledge:
             sights.append("passes")
         if not self._draft_costs.measured:
             settings = list(dict.fromkeys([full, Setting(1, full.length), Setting(1, 2)]))
-            if is_free(self._drafter):
+            if looks(self._drafter):
                 settings.insert(0, Setting(0, full.length))
             self._draft_costs.measured.update(look_at_drafts(self._drafter, context, settings))
             sights.append("drafts")
@@ -112,7 +118,8 @@ class Knowledge:
             self._draft_costs,
             known and known.calibration(),
             known.samples if known else (),
-            is_free(self._drafter),
+            looks(self._drafter),
+            searches(self._drafter),
         )
 
     def _merged(self, stored: Profile | None, context: int) -> Profile:
@@ -144,10 +151,18 @@ def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:
     return known
 
 
-def is_free(drafter: Drafter) -> bool:
+def looks(drafter: Drafter) -> bool:
     """Whether a drafter, or one of a union, finds something without a search."""
-    each = [drafter, *getattr(drafter, "members", ())]
-    return any(getattr(one, "needs_no_search", False) for one in each)
+    return any(map(_needs_no_search, getattr(drafter, "members", [drafter])))
+
+
+def searches(drafter: Drafter) -> bool:
+    """Whether a drafter, or one of a union, searches."""
+    return not all(map(_needs_no_search, getattr(drafter, "members", [drafter])))
+
+
+def _needs_no_search(drafter: Drafter) -> bool:
+    return getattr(drafter, "needs_no_search", False)
 
 
 def experience_of(drafter: Drafter) -> dict[float, Experience]:

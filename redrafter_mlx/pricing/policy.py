@@ -70,7 +70,7 @@ class Samples:
         return len(self.candidates)
 
     def worth(self, calibration: Calibration, costs: np.ndarray, rate: float) -> np.ndarray:
-        """(I, S) tokens - rate x seconds of the best tree of each sample, drafted by each search."""
+        """(I, S) tokens - rate x seconds of each sample's best tree, drafted by each search."""
         probs = calibration.probabilities(joined(self.candidates))
         ends = np.cumsum([len(c.tokens) for c in self.candidates])[:-1]
         widest = max(len(c.tokens) for c in self.candidates)
@@ -88,7 +88,8 @@ class Policy:
     draft_costs  of drafts
     calibration  of node probabilities
     samples      drafts of the full search
-    is_free      whether something is found without a search: always asked first
+    looks        whether the drafter finds something without a search: it is asked for that first
+    searches     whether it searches
 
     Each expectation is made of what was seen and of a prior, and what was seen fades with every
     round, drafted or not. So a drafter that lost is tried again when so little is left of the
@@ -111,9 +112,10 @@ class Policy:
         draft_costs: LiveDraftCosts | None = None,
         calibration: Calibration | None = None,
         samples: Sequence[Candidates] = (),
-        is_free: bool = False,
+        looks: bool = False,
+        searches: bool = True,
     ):
-        self.full, self.costs, self.is_free = full, costs, is_free
+        self.full, self.costs, self.looks, self.searches = full, costs, looks, searches
         self.draft_costs = draft_costs or LiveDraftCosts()
         self.calibration = calibration or Calibration(full.length - 1)
         self.samples = Samples(full, samples)
@@ -125,7 +127,7 @@ class Policy:
     def begin_text(self) -> None:
         """Another text begins: it may be another kind of text."""
         self.calibration.begin_text()
-        self._looks, self._gained = 1.0, self.EAGER
+        self._gained = self.EAGER
         self._tokens = self._seconds = 0.0  # of a round, fading averages
         self._rounds = 0
         self._worth: np.ndarray | None = None
@@ -142,25 +144,24 @@ class Policy:
         Of a drafter that finds something without a search it is to look for that.
         """
         self.calibration.pass_round()
-        self._looks = 1 + self.FADE * (self._looks - 1)
         self._gained = self.EAGER + self.FADE * (self._gained - self.EAGER)
         self._costs = self.costs.at(context, MOST_NODES)
         if self._rounds % 4 == 0 or self._worth is None:
             self._worth = self._of_searches()
-        if self.is_free:
-            setting = self.no_search if self._gained > 0 else None
-        else:
-            setting = self.search(None)
+        if self.looks and self._gained > 0:
+            return self.no_search
+        setting = self.search(None) if self.searches else None
         if setting is None:
             self._count(1.0, self._costs[1])
-        return setting
+            return None
+        return self.no_search if self.looks else setting
 
     def search(self, found: Candidates | None) -> Setting | None:
         """How far to search for more than what was found without; None: not at all."""
         nothing = 1 - self.rate * self._costs[1]
         if found is not None and len(found.tokens):
             probs = self.calibration.probabilities(found)
-            nothing = max(nothing, _values(np.sort(probs), self._costs, self.rate).max())
+            nothing = max(nothing, _values(probs, self._costs, self.rate).max())
         if self._worth is None:
             return self.full
         drafts = np.array([self.draft_costs.of(s) for s in self.samples.settings])
@@ -174,19 +175,14 @@ class Policy:
     def choose(self, setting: Setting, candidates: Candidates, context: int) -> TokenTree:
         """The tree to verify of what was found within a setting."""
         c, probs = candidates, self.calibration.probabilities(candidates)
-        values = _values(np.sort(probs), self._costs, self.rate)
+        values = _values(probs, self._costs, self.rate)
         nodes = 1 + int(np.argmax(values))
         draft = self.draft_costs.of(setting)
         tokens = 1 + np.sort(probs)[::-1][: nodes - 1].sum()
-        if c.always.any() or setting == self.no_search:
-            free = _values(np.sort(probs[c.always]), self._costs, self.rate).max()
+        if self.looks:
+            free = _values(probs[c.always], self._costs, self.rate).max()
             plain = 1 - self.rate * self._costs[1]
-            self._looks += 1
             self._gained += free - plain - self.rate * self.draft_costs.of(self.no_search)
-        elif setting.width:
-            if self.is_free:
-                self._looks += 1
-                self._gained -= self.rate * self.draft_costs.of(self.no_search)
         if setting.width:
             self._since_sample += 1
         if setting == self.full and not c.always.any():

@@ -171,7 +171,7 @@ def load(identity: dict[str, str], is_told: bool = True) -> Profile | None:
         for key, value in identity.items():
             if profile.identity.get(key) != value:
                 raise ValueError(f"its {key} is {profile.identity.get(key)}, here it is {value}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except _UNUSABLE as error:
         if is_told:

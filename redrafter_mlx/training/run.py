@@ -28,9 +28,9 @@ from redrafter_mlx.drafters.checkpoint import load_head, save_head
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.pricing import experience
 from redrafter_mlx.pricing.acceptance import experience_from
 from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.pricing.experience import FILE, as_text
 from redrafter_mlx.storage import write_whole
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.gradients import Crew, Gradients
@@ -425,7 +425,7 @@ def write_experience(directory: Path, drafter: RecurrentDrafter, answers: Sequen
     drafts = list(drafts_of(drafter, answers, WIDTH, BEAM_LENGTH))
     if drafts:
         found = experience_from(drafts, Setting(WIDTH, BEAM_LENGTH))
-        write_whole(directory / experience.FILE, experience.as_text({0.0: found}))
+        write_whole(directory / FILE, as_text({0.0: found}))
 
 
 def training_bytes(
