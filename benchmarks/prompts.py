@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OWN = Path(__file__).parent / "prompts.jsonl"
+MORE = Path(__file__).parent / "more_prompts.jsonl"
 
 
 @dataclass(frozen=True)

@@ -242,9 +242,49 @@ def policy_tables(result: dict, name: str) -> str:
     return "\n".join([*lines, "", notes])
 
 
+def first_run_tables(result: dict, name: str) -> str:
+    """Markdown of runs in processes of their own: auto over plain and over fixed settings."""
+    runs = result["runs"]
+    plain, first, *others = runs[0]["speeds"]
+    ratio = lambda run, method, base=plain: run["speeds"][method] / run["speeds"][base]
+    texts = [run for run in runs if run["category"] != "readme"]
+    mean = lambda values: statistics.geometric_mean(list(values))
+    fixed = [method for method in others if method.startswith("--")]
+    lines = [
+        headline(result, name), "",
+        "| prompt | tokens | " + " | ".join([first, *others]) + " | look |",
+        "|---" * (3 + 1 + len(others)) + "|",
+    ]  # fmt: skip
+    for run in runs:
+        cells = " | ".join(f"{ratio(run, method):.2f}" for method in (first, *others))
+        lines.append(f"| {run['id']} | {run['tokens']} | {cells} | {run['look_seconds']:.1f} s |")
+    means = {method: mean(ratio(run, method) for run in texts) for method in (first, *others)}
+    cells = " | ".join(f"**{value:.3f}**" for value in means.values())
+    lines += [f"| geometric mean | | {cells} | |", ""]
+    differ = [run["id"] for run in runs if run["texts"] > 1]
+    lines.append(f"Texts that differ between methods: {', '.join(differ) or 'none'}.")
+    if fixed:
+        best = max(fixed, key=means.get)
+        for method in (first, *(m for m in others if m not in fixed)):
+            each = mean(
+                ratio(run, method) / max(1.0, *(ratio(run, f) for f in fixed)) for run in texts
+            )
+            lowest = min(ratio(run, method) for run in texts)
+            lines.append(
+                f"{method}: {each:.3f} of the best of plain and fixed settings for each text, "
+                f"{means[method] / means[best]:.3f} of the best for all ({best}), "
+                f"{lowest:.2f} of plain in the slowest text."
+            )
+    lines.append(
+        "Cells: speed over plain decoding. Look: before the first token, not in the speed."
+    )
+    return "\n".join(lines)
+
+
 FLAGS = (
     "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
     "rules", "budgets", "temps", "contexts", "reference",
+    "temp", "useless",
 )  # fmt: skip
 """Of the benchmarks, as far as they have them: those that tables name."""
 
@@ -260,7 +300,7 @@ def command(result: dict, name: str) -> str:
         elif not given or given == ["match"]:
             continue
         elif flag == "prompts":
-            values = [Path(given).name]
+            values = [Path(path).name for path in values]
         texts = (f"{x:g}" if isinstance(x, float) else str(x) for x in values)
         shown.append(" ".join((f"--{flag.replace('_', '-')}", *texts)))
     return f"python -m benchmarks.{result['kind']} {' '.join(shown)} --output {name}"
@@ -353,6 +393,7 @@ TABLES = {
     "memory": memory_tables,
     "long_context": context_tables,
     "policy": policy_tables,
+    "first_run": first_run_tables,
 }
 """By the `kind` of a document."""
 

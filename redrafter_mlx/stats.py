@@ -18,12 +18,13 @@ class Stats:
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
     sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth it
     *_seconds     wall time; `decode_seconds` is that of all rounds, `draft` and `verify` their
-                  shares
+                  shares, `look_seconds` that of measuring what rounds cost, before them
     """
 
     prompt_tokens: int = 0
     rule: str = "match"
     prompt_seconds: float = 0.0
+    look_seconds: float = 0.0
     tokens: int = 0
     rounds: int = 0
     nodes: int = 0
@@ -36,11 +37,13 @@ class Stats:
 
     def end_prompt(self) -> None:
         """The prompt is processed."""
-        self.prompt_seconds = time.perf_counter() - self._began
+        now = time.perf_counter()
+        self.prompt_seconds, self._began = now - self._began, now
 
     def start_decoding(self) -> None:
-        """What follows is decoding."""
-        self._began = time.perf_counter()
+        """What follows is decoding; what came since the prompt was a look at what it costs."""
+        now = time.perf_counter()
+        self.look_seconds, self._began = now - self._began, now
 
     def read(self, step: Step) -> list[int]:
         """The step's tokens; a wait for them is the verification's."""
@@ -93,6 +96,7 @@ class Stats:
             "accepted_at": self.accepted_at,
             "draft_seconds": round(self.draft_seconds, 4),
             "verify_seconds": round(self.verify_seconds, 4),
+            "look_seconds": round(self.look_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
             "peak_memory": round(self.peak_memory, 3),
             "rule": self.rule_name,

@@ -6,6 +6,7 @@ Pure numpy: no model, no device.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -220,6 +221,12 @@ class Candidates:
             nodes = np.where(nodes >= 0, self.parents[nodes], -1)
         return depths
 
+    @cached_property
+    def levels(self) -> list[np.ndarray]:
+        """Indices of the candidates of each depth, from 1 on."""
+        order = np.argsort(self.depths, kind="stable")
+        return np.split(order, np.cumsum(np.bincount(self.depths)[1:])[:-1]) if len(order) else []
+
     def follow(self, tokens: Iterable[int]) -> list[int]:
         """The candidates that a text takes which goes on with `tokens`, as far as there are any."""
         places = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
@@ -234,15 +241,16 @@ class Candidates:
 
     def within(self, width: int) -> np.ndarray:
         """(M,) bool: what a search that keeps only `width` beams would have scored of this."""
-        scored = np.zeros(len(self.tokens), bool)
-        expanded = np.array([-1])
-        for depth in range(1, self.depths.max(initial=0) + 1):
-            here = np.flatnonzero((self.depths == depth) & np.isin(self.parents, expanded))
-            here = here[np.lexsort((-self.logprobs[here], self.parents[here]))]
-            _, first, family = np.unique(self.parents[here], return_index=True, return_inverse=True)
-            here = here[np.arange(len(here)) - first[family] < width]
+        children, logprobs = defaultdict(list), self.logprobs.tolist()
+        for node, parent in enumerate(self.parents.tolist()):
+            children[parent].append(node)
+        likelier = lambda node: -logprobs[node]
+        scored, expanded = np.zeros(len(self.tokens), bool), [-1]
+        while expanded:
+            families = (sorted(children[node], key=likelier) for node in sorted(expanded))
+            here = [node for family in families for node in family[:width]]
             scored[here] = True
-            expanded = here[np.argsort(-self.logprobs[here], kind="stable")[:width]]
+            expanded = sorted(here, key=likelier)[:width]
         return scored
 
     @classmethod

@@ -106,7 +106,7 @@ def test_with_samples_it_is_there_at_once(curve):
         here = machine(passes, noise=0.05)
         kept = policy(passes, [guesser.draft(FULL) for _ in range(32)])
         rates.append(play(here, guesser, auto(kept, here), 60).rate())
-    assert np.mean(rates) >= 0.97 * best
+    assert np.mean(rates) >= 0.95 * best
 
 
 @pytest.mark.parametrize("liar", LIARS)
@@ -116,7 +116,7 @@ def test_a_useless_drafter_costs_next_to_nothing(liar):
     log = play(here, Guesser(**LIARS[liar]), auto(policy(passes), here), 1500)
     assert log.rate() >= 0.985 / passes(1, 0), log.rate() * passes(1, 0)
     late = log.settings[len(log.settings) // 2 :]
-    assert sum(setting is not None for setting in late) < 0.02 * len(late)
+    assert sum(setting is not None for setting in late) < 0.05 * len(late)
 
 
 def test_a_drafter_that_costs_nothing_waits_for_its_moment():
@@ -159,14 +159,14 @@ def test_the_user_is_told_when_drafting_does_not_pay():
 
 def test_what_was_given_up_is_tried_again_less_and_less_often():
     """The more evidence there is, the longer it takes to fade."""
-    passes = CURVES["linear"]
+    passes = CURVES["dip at 16"]
     here = machine(passes)
     log = play(here, Guesser(**LIARS["liar"]), auto(policy(passes), here), 4000)
     tried = np.flatnonzero([setting is not None for setting in log.settings])
     pauses = np.diff(tried)[np.diff(tried) > 1]
-    assert len(pauses) >= 2
-    assert np.median(pauses[len(pauses) // 2 :]) >= np.median(pauses[: len(pauses) // 2])
-    assert len(tried) < 60
+    assert len(pauses) >= 6
+    assert np.mean(pauses[len(pauses) // 2 :]) > np.mean(pauses[: len(pauses) // 2])
+    assert len(tried) < 0.05 * len(log.settings)
 
 
 def test_it_comes_back_when_the_drafter_gets_good_and_goes_when_it_gets_bad():
@@ -175,11 +175,13 @@ def test_it_comes_back_when_the_drafter_gets_good_and_goes_when_it_gets_bad():
     kept = policy(passes)
     play(here, guesser, auto(kept, here), 100)
     guesser.truth = lambda shares: shares
-    log = play(here, guesser, auto(kept, here), 800)  # another text
-    assert drafted(log) > 0.7 * len(log.settings)
+    logs = [play(here, guesser, auto(kept, here), 400) for _ in range(4)]
+    assert drafted(logs[-1]) > 0.8 * len(logs[-1].settings)
     guesser.truth = lambda shares: 0.02 * shares
     log = play(here, guesser, auto(kept, here), 400)
-    assert drafted(log) < 60
+    assert drafted(log) < 0.5 * len(log.settings)
+    log = play(here, guesser, auto(kept, here), 400)
+    assert drafted(log) < 0.1 * len(log.settings)
 
 
 def test_a_drafter_that_failed_in_other_texts_is_tried_in_a_new_one_before_long():
@@ -305,7 +307,7 @@ def test_probabilities_are_corrected_by_what_was_accepted():
     probs = calibration.probabilities(candidates)
     np.testing.assert_allclose(probs, [0.3, 0.0, 0.3], atol=0.08)
     assert probs[2] <= probs[0], "a child is never likelier than its parent"
-    for _ in range(3000):
+    for _ in range(8000):
         calibration.pass_round()
     np.testing.assert_allclose(calibration.probabilities(candidates), [0.6, 0.2, 0.55], atol=0.1)
 

@@ -204,7 +204,7 @@ def test_what_is_missing_is_measured_once_and_said(model, drafter, caplog):
         known(model, drafter)[0].keep(50)
         known(model, drafter)
     (line,) = [r.getMessage() for r in caplog.records]
-    assert line.startswith("measured once what passes and drafts cost here")
+    assert line.startswith("measured once what drafts and passes cost here")
     stored = load(identify(adapt(model), drafter))
     assert stored.curve.contexts == [2]
     assert {1, 2, 4, 8, 16} <= set(stored.curve.rows)

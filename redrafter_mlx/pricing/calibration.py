@@ -27,11 +27,11 @@ class Calibration:
     """
 
     BINS = 8
-    FADE = 0.998
+    FADE = 0.999
     """Weight of a round in the next one, in the slow part."""
     PRIOR = 3.0
     """K: the acceptances that a prior is worth."""
-    TEXT_FADE, TEXT_PRIOR = 0.95, 4.0
+    TEXT_FADE, TEXT_PRIOR = 0.99, 2.0
     """The same of the fast part."""
     TEXT_RANGE = 0.1, 4.0
     """Least and largest ratio of the fast part."""
@@ -46,11 +46,18 @@ class Calibration:
             raise ValueError(f"a calibration of {depths} depths needs tables of {shape}")
         self.rounds = 0
         self._ratios: np.ndarray | None = None
+        self._latest: tuple[Candidates, np.ndarray] | None = None
         self._text = np.zeros((2, 2))  # predicted and accepted steps of the latest rounds
 
     def probabilities(self, candidates: Candidates) -> np.ndarray:
         """(M,) probability of each candidate to be accepted; a child's is at most its parent's."""
-        return self._probabilities(candidates, self.text_ratios[candidates.always.astype(int)])
+        c, steps = candidates, self._steps_of(candidates)
+        likelier = self.text_ratios[c.always.astype(int)] * steps
+        steps = np.minimum(likelier / np.maximum(1.0, 1 - steps + likelier), self.SUREST)
+        probs = np.append(steps, 1.0)  # the root's lies at -1
+        for here in c.levels[1:]:
+            probs[here] *= probs[c.parents[here]]
+        return probs[:-1]
 
     @property
     def text_ratios(self) -> np.ndarray:
@@ -61,8 +68,7 @@ class Calibration:
     def observe(self, candidates: Candidates, verified: np.ndarray, path: list[int]) -> None:
         """Of the candidates some were verified, and a path from the root's child on accepted."""
         c, parents = candidates, candidates.parents[verified]
-        probs = self._probabilities(c, np.ones(len(c.tokens)))
-        steps = (probs / np.append(probs, 1.0)[c.parents])[verified]  # the root's lies at -1
+        steps = self._steps_of(c)[verified]
         offered, accepted = np.isin(parents, [-1, *path]), np.isin(verified, path)
         source = c.always[verified].astype(int)
         np.add.at(self._text[0], source[offered], steps[offered])
@@ -78,7 +84,7 @@ class Calibration:
         cells = tuple(axis[verified] for axis in self._cells(candidates))
         np.add.at(self.predicted, cells, np.exp(candidates.logprobs[verified]))
         np.add.at(self.accepted, cells, np.isin(verified, path).astype(float))
-        self._ratios = None
+        self._ratios = self._latest = None
 
     def begin_text(self) -> None:
         """What is known of the text holds no more."""
@@ -89,7 +95,7 @@ class Calibration:
         weight = self.predicted.sum(axis=-1, keepdims=True)
         shrink = np.minimum(1.0, self.PRIOR / np.maximum(weight, 1e-9))
         self.predicted, self.accepted = shrink * self.predicted, shrink * self.accepted
-        self._ratios = None
+        self._ratios = self._latest = None
 
     def pass_round(self) -> None:
         """A round begins: what is known counts a little less, of this text and of all."""
@@ -97,24 +103,21 @@ class Calibration:
         self._text *= self.TEXT_FADE
         self.predicted *= self.FADE
         self.accepted *= self.FADE
-        self._ratios = None
+        self._ratios = self._latest = None
 
-    def _probabilities(self, candidates: Candidates, ratios: np.ndarray) -> np.ndarray:
-        """(M,) with the chance or odds of each one's last step scaled by `ratios` (M,)."""
+    def _steps_of(self, candidates: Candidates) -> np.ndarray:
+        """(M,) probability of each one's last step, as other texts have it."""
         if self._ratios is None:
             self._ratios = self._fit()
+        if self._latest is not None and self._latest[0] is candidates:
+            return self._latest[1]
         c = candidates
-        probs = np.minimum(self.SUREST, np.exp(c.logprobs) * self._ratios[self._cells(c)])
-        above, scaled = np.append(probs, 1.0), np.append(probs, 1.0)
-        for depth in range(1, c.depths.max(initial=0) + 1):
-            here = np.flatnonzero(c.depths == depth)
-            parent = c.parents[here]
-            above[here] = np.minimum(above[here], above[parent])
-            step = np.minimum(above[here] / above[parent], self.SUREST)
-            likelier = ratios[here] * step
-            step = likelier / np.maximum(1.0, 1 - step + likelier)
-            scaled[here] = scaled[parent] * np.minimum(step, self.SUREST)
-        return scaled[:-1]
+        probs = np.append(np.exp(c.logprobs) * self._ratios[self._cells(c)], 1.0)
+        for here in c.levels:
+            probs[here] = np.minimum(probs[here], probs[c.parents[here]])
+        steps = probs[:-1] / np.maximum(probs[c.parents], 1e-30)
+        self._latest = c, np.minimum(steps, self.SUREST)
+        return self._latest[1]
 
     def _fit(self) -> np.ndarray:
         k, by_depth = self.PRIOR, {"axis": -1, "keepdims": True}

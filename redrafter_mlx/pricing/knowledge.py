@@ -82,29 +82,25 @@ class Knowledge:
             )  # fmt: skip
 
     def _look(self, full: Setting, context: Context, tokens: int) -> None:
-        began, position = time.perf_counter(), context.position
-        sights = []
-        costs = self._costs
-        if costs is None or position > LONGER * max(costs.curve.contexts[-1], SHORT):
-            seconds = look_at_passes(self.target, context, tokens)
-            if costs is None:
-                rows = sorted(seconds)
-                curve = CostCurve([position], rows, [[seconds[n] for n in rows]])
-            else:
-                curve = costs.curve.with_context(position, seconds)
-            self._costs = LiveCosts(curve)
-            for policy in self._policies.values():
-                policy.costs = self._costs
-            sights.append("passes")
+        """Measure what is not known yet, within about a second, and say so."""
+        began, looked_at = time.perf_counter(), []
         if not self._draft_costs.measured:
-            settings = list(dict.fromkeys([full, Setting(1, full.length), Setting(1, 2)]))
+            settings = [full, Setting(1, full.length), Setting(1, 2)]
             if looks(self._drafter):
                 settings.insert(0, Setting(0, full.length))
-            self._draft_costs.measured.update(look_at_drafts(self._drafter, context, settings))
-            sights.append("drafts")
-        if sights:
+            self._draft_costs = LiveDraftCosts(look_at_drafts(self._drafter, context, settings))
+            looked_at.append("drafts")
+        curve = self._costs.curve if self._costs else None
+        if curve is None or context.position > LONGER * max(curve.contexts[-1], SHORT):
             spent = time.perf_counter() - began
-            _log.info("measured once what %s cost here (%.1f s)", " and ".join(sights), spent)
+            seconds = look_at_passes(self.target, context, tokens, spent)
+            self._costs = LiveCosts(_with_context(curve, context.position, seconds))
+            looked_at.append("passes")
+        for policy in self._policies.values():
+            policy.costs, policy.draft_costs = self._costs, self._draft_costs
+        if looked_at:
+            spent = time.perf_counter() - began
+            _log.info("measured once what %s cost here (%.1f s)", " and ".join(looked_at), spent)
 
     def _new_policy(self, full: Setting, temp: float) -> Policy:
         known = self._experiences.get(experience_key(full, temp))
@@ -149,6 +145,13 @@ def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:
     if known is None or known.target is not target:
         known = drafter._redrafter_knowledge = Knowledge(target, drafter)
     return known
+
+
+def _with_context(curve: CostCurve | None, context: int, seconds: dict[int, float]) -> CostCurve:
+    if curve is not None:
+        return curve.with_context(context, seconds)
+    rows = sorted(seconds)
+    return CostCurve([context], rows, [[seconds[n] for n in rows]])
 
 
 def looks(drafter: Drafter) -> bool:

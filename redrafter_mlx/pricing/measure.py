@@ -182,7 +182,7 @@ LOOK_SHARE = 0.03
 """or this share of the time that plain decoding takes for the answer, if that is more."""
 LOOK_ROWS, LOOK_AT_LEAST = (1, 2, 4, 8, 16, 32, 64), 5
 """Sizes, and how many of them whatever it takes: a price that nobody asked for is no price."""
-LOOK_DRAFTS = 0.25
+LOOK_DRAFTS = 0.1
 """Seconds for drafts."""
 
 
@@ -190,11 +190,13 @@ def look_at_passes(
     target: Target,
     context: Context,
     tokens: int,
+    spent: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
     """Seconds of passes by rows after a prompt, of which nothing is kept.
 
     tokens  that the answer may have
+    spent   seconds of the look that are over
 
     Sizes are visited in turn, the smaller ones once at least, and all again as long as there is
     time for it; of two times the smaller one counts, and none more than that of a larger tree: what
@@ -204,7 +206,7 @@ def look_at_passes(
     timed = lambda rows: _timed_pass(target, context, rows, clock)
     timed(1)
     times = {rows: timed(rows) for rows in LOOK_ROWS[:LOOK_AT_LEAST]}
-    end = began + max(LOOK, LOOK_SHARE * tokens * times[1])
+    end = began - spent + max(LOOK, LOOK_SHARE * tokens * times[1])
     _in_turn(LOOK_ROWS, timed, times, end, clock)
     rows = sorted(times)
     costs = np.minimum.accumulate([times[n] for n in rows][::-1])[::-1]

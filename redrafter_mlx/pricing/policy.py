@@ -102,6 +102,8 @@ class Policy:
     """Tokens that looking for what needs no search is thought to gain before any was made."""
     SAMPLES, EVERY = 4, 16
     """Samples that a choice needs, and drafts after which one more is taken."""
+    LOOK_AGAIN = 8
+    """Rounds after which it is reckoned anew what searches promise."""
     SHARE = 1 / 8
     """Weight of the latest round in the rate."""
 
@@ -146,7 +148,7 @@ class Policy:
         self.calibration.pass_round()
         self._gained = self.EAGER + self.FADE * (self._gained - self.EAGER)
         self._costs = self.costs.at(context, MOST_NODES)
-        if self._rounds % 4 == 0 or self._worth is None:
+        if self._rounds % self.LOOK_AGAIN == 0 or self._worth is None:
             self._worth = self._of_searches()
         if self.looks and self._gained > 0:
             return self.no_search
