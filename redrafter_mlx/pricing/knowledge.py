@@ -87,7 +87,7 @@ class Knowledge:
         if not self._draft_costs.measured:
             settings = [full, Setting(1, full.length), Setting(1, 2)]
             if looks(self._drafter):
-                settings.insert(0, Setting(0, full.length))
+                settings.insert(1, Setting(0, full.length))
             self._draft_costs = LiveDraftCosts(look_at_drafts(self._drafter, context, settings))
             looked_at.append("drafts")
         curve = self._costs.curve if self._costs else None

@@ -219,14 +219,17 @@ def look_at_drafts(
     settings: Sequence[Setting],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Setting, float]:
-    """Seconds of drafts after a prompt by setting; not of all where there is no time for it."""
+    """Seconds of drafts after a prompt by setting: of the first one, and of others as time allows.
+
+    The first draft of all is not timed: it reads the prompt.
+    """
 
     def draft(setting: Setting) -> float:
         began = clock()
         drafter.propose(context, FixedBudget(*setting, 16))
         return clock() - began
 
-    draft(settings[0])  # it reads the prompt
+    draft(settings[0])
     times = {settings[0]: draft(settings[0])}
     _in_turn(settings, draft, times, clock() + LOOK_DRAFTS, clock)
     return times
