@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "redrafter_mlx"
 LAYERS = [
-    ["generate", "train", "tune"],
+    ["doctor", "generate", "train", "tune"],
+    ["diagnosis"],
     ["training.run", "training.card"],
     ["training.loop"],
     ["training.gradients"],

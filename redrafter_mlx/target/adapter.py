@@ -16,7 +16,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.target.cache import Branches, LayerCaches, TreeCache
-from redrafter_mlx.target.probe import probe_parity
+from redrafter_mlx.target.probe import Parity, probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
 from redrafter_mlx.target.tape import recording
 from redrafter_mlx.tree import TokenTree
@@ -28,6 +28,7 @@ class Target:
     model      any mlx-lm model whose layers all keep keys and values; its rope modules are
                changed to accept one position for each row, everything else is left alone
     branching  whether trees will be verified; without it any model works, one token at a time
+    parity     how exactly it does; None without branching
 
     Raises UserError with the reason when the model cannot verify a tree.
     """
@@ -37,6 +38,7 @@ class Target:
         self.branching = branching
         self.taps: tuple[int, ...] = ()
         self.trail: slice | None = None
+        self.parity: Parity | None = None
         self._head: nn.Module | None = None
         self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
@@ -44,7 +46,7 @@ class Target:
             for module in filter(takes_offset, model.modules()):
                 accept_row_offsets(module)
             accept_row_scales(model)
-            probe_parity(self)
+            self.parity = probe_parity(self)
 
     def _find_ends(self) -> None:
         """Trace one token (nothing is evaluated) to learn which modules embed and make logits."""

