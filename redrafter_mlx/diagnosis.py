@@ -187,6 +187,10 @@ class Answer:
     position: int | None = None
     margin: float | None = None
 
+    def is_same(self, tie: float) -> bool:
+        """Whether the texts are one, or part where either token is right."""
+        return self.position is None or (self.margin is not None and self.margin <= tie)
+
 
 def answers(
     model: nn.Module,
@@ -222,11 +226,6 @@ def answers(
                 found = check.compare_with_plain(texts[True], run(False))
                 answer = replace(answer, position=found.position, margin=found.margin)
         yield answer
-
-
-def is_tie(answer: Answer, tie: float) -> bool:
-    """Whether texts that part do so where either token is right."""
-    return answer.margin is not None and answer.margin <= tie
 
 
 def speed(found: Sequence[Answer]) -> float:

@@ -113,7 +113,7 @@ def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) ->
     ends = tokenizer.eos_token_ids
     found = list(diagnosis.answers(model, drafter, ids, flags.tokens, ends, _progress))
     tie = diagnosis.tie(adapt(model)) if facts["trees"] else 0.0
-    unlike = [a for a in found if a.position is not None and not diagnosis.is_tie(a, tie)]
+    unlike = [answer for answer in found if not answer.is_same(tie)]
     report["answers"] = [vars(answer) for answer in found]
     report["tie"] = tie
     _section("Answers", _answer_lines(found, tie))
@@ -208,7 +208,6 @@ def _cost_lines(costs: dict[str, Any]) -> list[str]:
 
 
 def _answer_lines(found: Iterable[Answer], tie: float) -> list[str]:
-
     lines = [f"{'tokens':>6} {'plain/s':>9} {'drafted/s':>10} {'ratio':>6} {'per round':>10}  text"]
     for answer in found:
         if not answer.drafted:
@@ -217,11 +216,8 @@ def _answer_lines(found: Iterable[Answer], tie: float) -> list[str]:
         ratio = answer.drafted / answer.plain
         same = "the same"
         if answer.position is not None:
-            margin = "of the end" if answer.margin is None else f"of {answer.margin:.2g}"
-            kind = "a tie" if (answer.margin or 1.0) <= tie else "NOT a tie"
-            same = (
-                f"parts at token {answer.position} at a margin {margin}: {kind} (below {tie:.2g})"
-            )
+            kind = "a tie" if answer.is_same(tie) else f"not a tie, below {tie:.2g}"
+            same = f"parts at token {answer.position}, margin {answer.margin}: {kind}"
         lines.append(
             f"{answer.tokens:6} {answer.plain:9.1f} {answer.drafted:10.1f} {ratio:6.2f} "
             f"{answer.tokens_per_round:10.2f}  {same}"

@@ -1,11 +1,12 @@
 """Benchmarks: README's tables are those of the results, bounds and predictions are right."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
-from benchmarks import machines, prompts, ratios, report
+from benchmarks import first_run, machines, prompts, ratios, report
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.tree import Candidates
 
@@ -198,3 +199,49 @@ def test_own_prompts_are_read():
 
 def test_spread_is_the_middle_half():
     assert report._middle(np.arange(1.0, 6.0)) == "3.000 (2.00-4.00)"
+
+
+def first_run_document() -> dict:
+    where = dict.fromkeys(("commit", "date", "chip", "mlx", "device"), "x")
+    run = lambda name, auto, fixed, texts=1: {
+        "id": name, "category": name, "tokens": 9, "texts": texts, "look_seconds": 0.9,
+        "speeds": {"plain": 10.0, "auto": auto, "auto, second run": 12.0, "--budget 8": fixed},
+    }  # fmt: skip
+    runs = [run("readme", 30.0, 1.0), run("a", 16.0, 20.0), run("b", 9.0, 5.0, texts=2)]
+    return {"kind": "first_run", "machine": where, "settings": {"model": "m"}, "runs": runs}
+
+
+def test_the_table_of_first_runs():
+    """The README's prompt has a row and no part in the means; a text may be best left plain."""
+    table = report.first_run_tables(first_run_document(), "x.json")
+    assert "| readme | 9 | 3.00 | 1.20 | 0.10 | 0.9 s |" in table
+    assert f"| **{(1.6 * 0.9) ** 0.5:.3f}** |" in table
+    each, best = ((16 / 20) * (9 / 10)) ** 0.5, (1.6 * 0.9) ** 0.5 / (2.0 * 0.5) ** 0.5
+    assert f"auto: {each:.3f} of the best of plain and fixed settings for each text" in table
+    assert f"{best:.3f} of the best for all (--budget 8), 0.90 of plain" in table
+    assert "Texts that differ between methods: b." in table
+
+
+def test_a_first_run_knows_nothing_and_the_second_what_it_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("REDRAFTER_MLX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "models").mkdir(parents=True)
+    (tmp_path / "root").mkdir()
+    here, seen = first_run.Machine(tmp_path / "root"), []
+
+    def run(words):
+        profiles = here.cache / "profiles"
+        seen.append((list(words)[-1], profiles.exists()))
+        if "--no-draft" not in words:
+            profiles.mkdir(exist_ok=True)
+        return {"tokens": [1, 2], "generation_tps": 10.0, "tokens_per_round": 1.5,
+                "look_seconds": 0.5, "mean_nodes": 2.0}  # fmt: skip
+
+    monkeypatch.setattr(here, "run", run)
+    flags = Namespace(model="m", max_tokens=2, temp=0.0, drafter="auto", fixed=["--budget 8"])
+    for _ in range(2):
+        found = first_run.measure(here, "Why?", flags)
+    plain, first, second, fixed = ("--no-draft", "auto", "auto", "8")
+    assert [seen[i] for i in (5, 6, 7)] == [(plain, False), (first, False), (second, True)]
+    assert [word for word, _ in seen[5:]] == [plain, first, second, fixed, plain]
+    assert found["texts"] == 1
+    assert (here.cache / "models").is_dir()

@@ -12,6 +12,7 @@ import pytest
 from families import build
 from redrafter_mlx import hub, train
 from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.pricing.experience import read as read_experience
 from redrafter_mlx.storage import in_use
 from redrafter_mlx.training import run as training_run
 from support import TinyTokenizer, generation, ids, tiny_prompt
@@ -50,6 +51,7 @@ def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, sh
     run = generation(target, prompt, drafter)
     assert ids(run) == ids(generation(build("llama"), prompt))
     assert run.stats.nodes > run.stats.rounds
+    assert read_experience(output)[0.0].samples
     card = (output / "README.md").read_text()
     assert "python -m redrafter_mlx.train --model tiny" in card
     assert shown.out.strip() in card
