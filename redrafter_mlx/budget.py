@@ -88,6 +88,8 @@ class AutoBudget:
     what the caller does with the tokens. The device works on while the host takes a plain round's
     token, so a plain round is timed after another one only, and a drafted one only when it did
     not wait for a round before it. The first draft of a text is not priced: it may read the prompt.
+    A draft of which nothing is verified costs what its round takes longer than a plain one: beside
+    itself the host's work that a plain round hides, which is most of it on a fast device.
     """
 
     policy: Policy
@@ -148,13 +150,16 @@ class AutoBudget:
 
     def _price(self, seconds: float) -> None:
         last, before = self._last, self._before
-        costs = self.policy.costs
+        costs, drafts = self.policy.costs, self.policy.draft_costs
         if last.setting is None:
             if before is not None and before.setting is None:
                 costs.observe(1, last.position, seconds)
-        elif last.is_known and (before is None or before.is_known):
-            if self._has_drafted:
-                self.policy.draft_costs.observe(last.setting, last.draft_seconds)
-            if last.nodes > 1:
+        elif not self._has_drafted:
+            self._has_drafted = True
+        elif last.nodes > 1:
+            if last.is_known and (before is None or before.is_known):
+                drafts.observe(last.setting, last.draft_seconds)
                 costs.observe(last.nodes, last.position, seconds - last.draft_seconds)
-        self._has_drafted |= last.setting is not None
+        elif before.setting is not None and before.is_known == last.is_known:
+            plain = float(costs.at(last.position, 1)[1])
+            drafts.observe(last.setting, max(seconds - plain, last.draft_seconds))

@@ -25,6 +25,7 @@ class Machine:
     noise    relative spread of the times
     outlier  how often a round takes five times as long
     compile  extra seconds of the first pass of each size, as kernels cost that are compiled
+    vain     extra seconds of a round that drafts and verifies nothing: what a plain one hides
     """
 
     passes: Callable[[int, int], float]
@@ -32,6 +33,7 @@ class Machine:
     noise: float = 0.0
     outlier: float = 0.0
     compile: float = 0.0
+    vain: float = 0.0
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     now: float = 0.0
     slow_down: float = 1.0
@@ -150,6 +152,7 @@ def play(
             draft_seconds = machine.spend(machine.drafts(setting))
             tree = budget.tree(guesser.draft(setting))
         machine.run(len(tree), position)
+        machine.now += machine.vain * (drafted and len(tree) == 1)
         path = guesser.accepted(tree)
         budget.observe(tree, Told(len(tree), draft_seconds, path, len(tree) > 1))
         log.tokens.append(len(path))

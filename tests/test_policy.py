@@ -147,6 +147,18 @@ def test_what_needs_no_search_is_never_left_for_long():
     assert log.rate() > 0.96 / passes(1, 0)
 
 
+def test_looking_in_vain_costs_what_a_plain_round_hides():
+    """On a fast device a round that waits for its token is slower, however cheap the lookup."""
+    passes = CURVES["flat"]
+    here, silent = machine(passes), Guesser(sure=0.02, truth=lambda shares: 0.0 * shares)
+    here.drafts = lambda setting: 1e-3 * passes(1, 0)
+    here.vain = 0.5 * passes(1, 0)
+    silent.draft = lambda setting: Candidates.of(TokenTree.root(0))
+    log = play(here, silent, auto(max_gram(passes, 1e-3 * passes(1, 0)), here), 600)
+    assert log.rate() > 0.96 / passes(1, 0)
+    assert drafted(log) > 600 / 100, "an echo may begin anywhere"
+
+
 def test_the_user_is_told_when_drafting_does_not_pay():
     passes = CURVES["linear"]
     here = machine(passes)
