@@ -7,7 +7,6 @@ import importlib.resources
 import importlib.util
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
@@ -51,6 +42,7 @@ from redrafter_mlx.drafters.spec import (
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.places import TARGET_NAMES, expanded, local_directory, snapshot
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target.adapter import Target, adapt
 
@@ -58,7 +50,6 @@ DEMO = "demo"
 
 DRAFTER_FILES = ["config.json", "*.safetensors"]
 
-TARGET_NAMES = "'demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
 DRAFTER_NAMES = f"'demo', a drafter directory or a Hugging Face repo as org/name ({POSSIBLE})"
 
 logger = logging.getLogger("redrafter_mlx")
@@ -351,57 +342,6 @@ def _check_revision(name: str, revision: str | None) -> None:
         raise UserError(
             f"revision {revision!r} is for Hugging Face repos, and {name} is not one: leave it out"
         )
-
-
-def expanded(name: str) -> Path:
-    """The path with ~ resolved."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{name}: no such home directory") from error
-
-
-def local_directory(name: str, accepted: str) -> Path | None:
-    """The existing directory `name`, or None if it can only be a Hugging Face repo.
-
-    accepted  what to give instead, for the error
-    """
-    path = expanded(name)
-    if name and path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"{name} is a file of a kind that cannot be loaded; give {accepted}")
-    if not is_repo_id(name):
-        raise UserError(f"{name!r} is neither an existing path nor org/name; give {accepted}")
-    return None
-
-
-def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str) -> Path:
-    """The files of a Hugging Face repo that match `patterns`, in the Hugging Face cache."""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"{name} is not a local path, and Hugging Face did not give it: "
-            f"{hub_reason(error)}; give {accepted}"
-        ) from error
-
-
-def hub_reason(error: Exception) -> str:
-    """Why Hugging Face refused, on one line; its own messages run over many."""
-    if isinstance(error, GatedRepoError):
-        return "the repo is gated (accept its terms on its page and run 'hf auth login')"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repo, or a private one (for those run 'hf auth login')"
-    if isinstance(error, RevisionNotFoundError):
-        return "the repo has no such revision"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether `name` has the form org/name."""
-    part = r"[A-Za-z0-9][\w.-]*"
-    return bool(re.fullmatch(f"{part}/{part}", name)) and not name.endswith(".gguf")
 
 
 def _check_config(directory: Path) -> None:
