@@ -97,8 +97,8 @@ def load(
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"cannot load {path_or_hf_repo}: {one_line(error)}; what is needed is a complete "
-            "model of a type that mlx-lm supports"
+            f"cannot load {path_or_hf_repo}: {one_line(error)}; "
+            f"{_way_out(str(path_or_hf_repo), directory)}"
         ) from error
     if mx.default_device() == mx.cpu:
         compute_in_float32(model)
@@ -251,13 +251,13 @@ def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
     _check_revision(name, revision)
     if name == DEMO:
         directory = demo_target()
-    elif expanded(name).suffix == ".gguf" and expanded(name).is_file():
+    elif _is_gguf(name):
         directory = _converted(expanded(name))
     else:
         directory = local_directory(name, TARGET_NAMES) or snapshot(
             name, revision, DEFAULT_ALLOW_PATTERNS, TARGET_NAMES
         )
-    _check_config(directory)
+    _check_config(directory, _way_out(name, directory))
     return directory
 
 
@@ -283,7 +283,7 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
         directory = local_directory(name, DRAFTER_NAMES) or snapshot(
             name, revision, DRAFTER_FILES, DRAFTER_NAMES
         )
-    _check_config(directory)
+    _check_config(directory, f"give {DRAFTER_NAMES}")
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} holds no *.safetensors file, so it is not a drafter")
     return directory
@@ -344,16 +344,28 @@ def _check_revision(name: str, revision: str | None) -> None:
         )
 
 
-def _check_config(directory: Path) -> None:
+def _is_gguf(name: str) -> bool:
+    return expanded(name).suffix == ".gguf" and expanded(name).is_file()
+
+
+def _way_out(name: str, directory: Path) -> str:
+    """What to do about a target's directory that cannot be loaded."""
+    if name == DEMO or _is_gguf(name):  # then we have made it, and somebody has changed it
+        return f"delete {directory}, and the next run makes it anew"
+    return "what is needed is a complete model of a type that mlx-lm supports"
+
+
+def _check_config(directory: Path, way_out: str) -> None:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{directory} has no config.json, so it is not a model") from error
+        message = f"{directory} has no config.json, so it is not a model; {way_out}"
+        raise UserError(message) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {one_line(error)}") from error
+        raise UserError(f"{path} is not readable JSON: {one_line(error)}; {way_out}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}; {way_out}")
 
 
 def _converted(source: Path) -> Path:

@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -55,8 +56,16 @@ def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"{name} is not a local path, and Hugging Face did not give it: "
-            f"{hub_reason(error)}; give {accepted}"
+            f"{hub_reason(error)}; {_way_out(error, accepted)}"
         ) from error
+
+
+def _way_out(error: Exception, accepted: str) -> str:
+    if isinstance(error, OSError) and error.errno:
+        return "set HF_HOME to a writable directory with room"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return "run it again when the network is there: whole files are kept"
+    return f"give {accepted}"
 
 
 def hub_reason(error: Exception) -> str:
