@@ -129,11 +129,11 @@ def _print_comparison(head, directory: Path, recipe) -> None:
 
 def output_path(name: str) -> Path:
     """The absolute path of an --output."""
-    from redrafter_mlx import hub
+    from redrafter_mlx import places
 
     if not name:
         raise UserError("--output is empty; give a new directory")
-    return Path(os.path.abspath(hub.expanded(name)))
+    return Path(os.path.abspath(places.expanded(name)))
 
 
 def inspect_parser() -> cli.Parser:
@@ -171,14 +171,14 @@ def gguf_parser() -> cli.Parser:
 
 def run_gguf(flags: Namespace) -> int:
     """Convert a GGUF file; it appears whole or not at all."""
-    from redrafter_mlx import hub
+    from redrafter_mlx import places
     from redrafter_mlx.gguf.importer import import_gguf
     from redrafter_mlx.storage import one_line
 
     from . import storage
     from .card import megabytes
 
-    file, destination = hub.expanded(flags.file), output_path(flags.output)
+    file, destination = places.expanded(flags.file), output_path(flags.output)
     if not file.is_file():
         raise UserError(f"{flags.file}: no such file; give a .gguf file")
     storage.check_destination(destination, flags.force)

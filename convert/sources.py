@@ -78,19 +78,19 @@ def open_source(name: str, revision: str | None = None) -> Source:
 
 def locate(name: str, revision: str | None = None) -> Path:
     """The local path of `name`, downloaded first if it is a repo."""
-    from redrafter_mlx import hub
+    from redrafter_mlx import places
 
-    path = hub.expanded(name)
+    path = places.expanded(name)
     if path.exists() and name:
         if revision is not None:
             raise UserError(f"--revision {revision} is for Hugging Face repos; {name} is a path")
         return path
-    if not hub.is_repo_id(name):
+    if not places.is_repo_id(name):
         raise UserError(f"--input {name!r} does not exist; give {ACCEPTED}")
-    found = hub.snapshot(name, revision, HUB_FILES, ACCEPTED)
+    found = places.snapshot(name, revision, HUB_FILES, ACCEPTED)
     if any(found.glob("*.safetensors")):
         return found
-    return hub.snapshot(name, revision, HUB_PICKLES, ACCEPTED)
+    return places.snapshot(name, revision, HUB_PICKLES, ACCEPTED)
 
 
 def read_file(file: Path) -> dict[str, Tensor]:

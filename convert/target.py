@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redrafter_mlx import hub
+from redrafter_mlx import hub, places
 from redrafter_mlx.drafters.checkpoint import read_json
 from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
@@ -58,8 +58,8 @@ def find_target(name: str) -> Target:
 
     Of a repo only the settings and the tokenizer are downloaded.
     """
-    if hub.is_repo_id(name) and not hub.expanded(name).exists():
-        path = hub.snapshot(name, None, FILES, hub.TARGET_NAMES)
+    if places.is_repo_id(name) and not places.expanded(name).exists():
+        path = places.snapshot(name, None, FILES, places.TARGET_NAMES)
         if not (path / "config.json").is_file():
             raise UserError(f"--target {name} has no config.json, so it is not a model")
         return Target(name, path, repo=name)

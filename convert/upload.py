@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from redrafter_mlx import hub
+from redrafter_mlx import places
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 
@@ -16,7 +16,7 @@ def check_access(repo: str) -> None:
     """Find out before a long conversion whether there is a network and a login."""
     from huggingface_hub import HfApi
 
-    if not hub.is_repo_id(repo):
+    if not places.is_repo_id(repo):
         raise UserError(f"--upload {repo!r} is not a repo name; give org/name")
     try:
         HfApi().whoami()

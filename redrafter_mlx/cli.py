@@ -6,13 +6,16 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 from redrafter_mlx import blas
 from redrafter_mlx.config import NOT_HONOURED
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.storage import one_line
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -46,8 +49,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) -> int:
     """Parse, set up logging, call `main`; the exit code.
 
-    A UserError is one line on stderr and code 2, Ctrl-C code 130; with --debug both come with a
-    traceback.
+    What the user or the machine got wrong is one line on stderr and code 2, Ctrl-C code 130; with
+    --debug both come with a traceback.
     """
     flags = parser.parse_args(args)
     logging.basicConfig(
@@ -56,20 +59,50 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
     logging.getLogger("redrafter_mlx").setLevel(logging.DEBUG if flags.debug else logging.INFO)
     logging.getLogger("redrafter_mlx").debug("BLAS: %s", blas.preload())
     try:
+        # MLX takes TMPDIR as it is, for its kernels; Python the first place that can be written to.
+        os.environ["TMPDIR"] = tempfile.gettempdir()
         return main(flags)
-    except UserError as error:
-        if flags.debug:
-            raise
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
     except BrokenPipeError:  # the reader has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
+    except (UserError, ImportError, OSError, RuntimeError) as error:
+        if flags.debug:
+            raise
+        print(f"{parser.prog}: error: {_told(error)}", file=sys.stderr)
+        return USAGE_ERROR
     except KeyboardInterrupt:
         if flags.debug:
             raise
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _told(error: Exception) -> str:
+    """What was wrong and what next, on one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    reason = one_line(error)
+    if isinstance(error, ImportError):
+        return _told_of_import(reason)
+    if "[Compile::" in reason:
+        return (
+            f"{reason}; MLX makes kernels with g++ in {tempfile.gettempdir()}: make room there, or "
+            "set TMPDIR to another directory"
+        )
+    return f"{reason}; --debug shows where"
+
+
+def _told_of_import(reason: str) -> str:
+    build = blas.cuda_build()
+    if build and re.search(r"libcuda\.so|CUDA|cuda\w+\(", reason):
+        return (
+            f"{build} needs an NVIDIA GPU and its driver: {reason}; install the driver, or MLX for "
+            f'the CPU: pip uninstall {build} && pip install --force-reinstall "mlx[cpu]"'
+        )
+    return (
+        f"what is installed is not complete: {reason}; repeat README's pip install with "
+        "--force-reinstall"
+    )
 
 
 def json_object(text: str) -> dict[str, Any]:

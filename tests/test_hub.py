@@ -23,7 +23,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tokenizers import pre_tokenizers
 
-from redrafter_mlx import demo, hub, storage
+from redrafter_mlx import demo, hub, places, storage
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import import_gguf
 
@@ -116,7 +116,7 @@ NO_REPO_IDS = (
 
 @pytest.mark.parametrize("name", [*NO_REPO_IDS.split(), "", "org name/x", "\0"])
 def test_a_name_that_cannot_be_a_repo_never_reaches_the_network(name, monkeypatch):
-    monkeypatch.setattr(hub, "snapshot_download", None)
+    monkeypatch.setattr(places, "snapshot_download", None)
     for resolve in (hub.load, hub.resolve_drafter):
         assert repr(name).strip("'") in refused(resolve, name)
 
@@ -137,7 +137,7 @@ def test_home_is_expanded(model, monkeypatch):
 def test_a_local_directory_wins_over_a_repo(model, monkeypatch, tmp_path):
     shutil.copytree(model, tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "snapshot_download", None)
+    monkeypatch.setattr(places, "snapshot_download", None)
     assert hub.resolve_target("org/name") == Path("org/name")
 
 

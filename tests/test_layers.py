@@ -21,7 +21,7 @@ LAYERS = [
     ["pricing.acceptance", "pricing.measure", "pricing.profile"],
     ["decoding", "stats"],
     ["hub"],
-    ["demo"],
+    ["demo", "places"],
     ["gguf.importer", "training.data"],
     ["training.manifest"],
     ["training.estimate"],

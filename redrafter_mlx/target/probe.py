@@ -15,6 +15,7 @@ import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.rope import takes_offset
 from redrafter_mlx.tree import TokenTree
 
@@ -50,7 +51,8 @@ def probe_parity(target: Target) -> Parity:
     except UserError:
         raise
     except Exception as error:  # whatever a model file raises when it meets a tree
-        raise _refusal(target, f"a tree made it fail: {type(error).__name__}: {error}") from error
+        reason = f"a tree made it fail: {type(error).__name__}: {one_line(error)}"
+        raise _refusal(target, reason) from error
     allowed = TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
     if not difference <= allowed:
         raise _refusal(
