@@ -182,6 +182,7 @@ LOOK_SHARE = 0.03
 """or this share of the time that plain decoding takes for the answer, if that is more."""
 LOOK_ROWS, LOOK_AT_LEAST = (1, 2, 4, 8, 16, 32, 64), 5
 """Sizes, and how many of them whatever it takes: a price that nobody asked for is no price."""
+LOOK_TURNS = 3
 LOOK_DRAFTS = 0.1
 """Seconds for drafts."""
 
@@ -236,17 +237,16 @@ def look_at_drafts(
 
 
 def _in_turn(things: Sequence, measure: Callable, times: dict, end: float, clock) -> None:
-    """Fill `times` with the least of each thing, turn by turn, as long as one fits in before `end`.
+    """Fill `times` with the least of each thing, in a few turns, while one fits in before `end`.
 
     What was not measured yet is thought to take twice as long as the one before it.
     """
-    fits = True
-    while fits:
-        fits, last = False, 0.0
+    for _ in range(LOOK_TURNS):
+        last = 0.0
         for thing in things:
             last = times.get(thing, 2 * last)
             if clock() + last <= end:
-                spent, fits = measure(thing), True
+                spent = measure(thing)
                 times[thing] = last = min(spent, times.get(thing, spent))
 
 
