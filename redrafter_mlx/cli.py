@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,9 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
     except KeyboardInterrupt:
         if flags.debug:
             raise
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        if any(not thread.daemon for thread in threading.enumerate()[1:]):
+            os._exit(INTERRUPTED)  # else Python waits for a download's threads to the last byte
         return INTERRUPTED
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,6 +14,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -52,7 +56,8 @@ def is_repo_id(name: str) -> bool:
 def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str) -> Path:
     """The files of a Hugging Face repo that match `patterns`, in the Hugging Face cache."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        fetch = lambda: snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return Path(_beside(fetch))
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"{name} is not a local path, and Hugging Face did not give it: "
@@ -60,10 +65,28 @@ def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str
         ) from error
 
 
+def _beside(fetch: Callable[[], str]) -> str:
+    """The result of a download, waited for in such a way that Ctrl-C is heard at once.
+
+    In the main thread Hugging Face would first wait for the files that its own threads have begun.
+    """
+    done: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(fetch())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work).start()
+    return done.result()
+
+
 def _way_out(error: Exception, accepted: str) -> str:
     if isinstance(error, OSError) and error.errno:
         return "set HF_HOME to a writable directory with room"
-    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+    answered = isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError)
+    if isinstance(error, LocalEntryNotFoundError) or not answered:
         return "run it again when the network is there: whole files are kept"
     return f"give {accepted}"
 
@@ -76,4 +99,4 @@ def hub_reason(error: Exception) -> str:
         return "no such repo, or a private one (for those run 'hf auth login')"
     if isinstance(error, RevisionNotFoundError):
         return "the repo has no such revision"
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

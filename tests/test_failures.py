@@ -16,15 +16,17 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from gguf_writer import tiny
 from redrafter_mlx import cli, demo, hub, places, storage
 from redrafter_mlx.errors import UserError
+from test_hub import COMMIT, FakeHub
 
 ROOT = Path(__file__).parent.parent
 ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads a BLAS")
@@ -212,7 +214,7 @@ def test_a_terminal_sees_the_progress_of_a_download(machine):
     ("error", "way_out"),
     [
         (HTTPError("peer closed connection"), "run it again"),
-        (HTTPError("[Errno -2] Name or service not known"), "run it again"),
+        (LocalEntryNotFoundError("Got: ConnectError: [Errno 111] refused"), "run it again"),
         (OSError(errno.ENOSPC, "No space left on device"), "set HF_HOME"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "set HF_HOME"),
         (ConnectionError("HF_HUB_OFFLINE is set"), "give 'demo'"),
@@ -227,6 +229,53 @@ def test_what_hugging_face_cannot_give_has_a_way_out(monkeypatch, error, way_out
         hub.load("org/name")
     assert str(error) in str(caught.value)
     assert way_out in str(caught.value)
+
+
+@pytest.fixture
+def stalling_hub():
+    """A Hugging Face that sends half a file and no more: its address, and the event of that."""
+    half_sent, over = threading.Event(), threading.Event()
+
+    class Stalling(FakeHub):
+        files = {"config.json": b"{}", "model.safetensors": bytes(1000)}  # noqa: RUF012
+
+        def reply(self, body, status=200, headers=None):
+            if self.command == "HEAD" or not self.path.endswith(f"{COMMIT}/model.safetensors"):
+                return super().reply(body, status, headers)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:500])
+            half_sent.set()
+            over.wait()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stalling)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", half_sent
+    over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_ctrl_c_in_a_download_from_hugging_face_is_heard_at_once(machine, stalling_hub):
+    """Its threads would be waited for until they have their files, or given up a minute later."""
+    address, half_sent = stalling_hub
+    machine.environment |= {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(machine.cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    machine.environment.pop("HF_HUB_OFFLINE", None)
+    process = machine.start("--model", "org/tiny")
+    assert half_sent.wait(timeout=60)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("redrafter_mlx.generate: interrupted\n")
+    assert "model.safetensors" not in machine.left()
 
 
 # ---------------------------------------------------------------------------------------------
