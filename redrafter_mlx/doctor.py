@@ -119,7 +119,8 @@ def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) ->
     _section("Answers", _answer_lines(found, tie))
     report["peak_memory_gb"] = diagnosis.peak_memory()
     report["seconds"] = diagnosis.timed(began)
-    report["verdict"] = diagnosis.verdict(flags.drafter, facts, found, unlike)
+    is_quiet = all(check.is_fine for check in checks if check.name == "quiet")
+    report["verdict"] = diagnosis.verdict(flags.drafter, facts, found, unlike, is_quiet)
     print(f"\n{report['verdict']}")
     return DIFFERS if unlike else 0
 
