@@ -247,7 +247,7 @@ def verdict(
     guess = "" if is_quiet else "; the machine was busy, so take the speed for a guess"
     if not facts["trees"]:
         rate = statistics.mean(answer.plain for answer in found)
-        return f"This model cannot be speculated with here: plain decoding, {rate:.1f} tokens/s{guess}."
+        return f"No speculation with this model: plain decoding, {rate:.1f} tokens/s{guess}."
     gain = speed(found)
     if unlike:
         return (

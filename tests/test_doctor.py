@@ -83,7 +83,7 @@ def test_a_model_that_cannot_branch_is_no_error(monkeypatch, tmp_path, capsys):
     report = json.loads(path.read_text())
     assert report["model"]["trees"] is False
     assert "cannot branch" in report["model"]["refused"]
-    assert report["verdict"].startswith("This model cannot be speculated with here")
+    assert report["verdict"].startswith("No speculation with this model")
     assert "milliseconds" not in report
 
 
