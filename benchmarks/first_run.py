@@ -123,20 +123,20 @@ def main(args: list[str] | None = None) -> int:
     chosen = [prompt_files.Prompt("readme", "readme", README)]
     for path in flags.prompts:
         chosen += prompt_files.read(path, flags.per_category)
-    results = []
     with tempfile.TemporaryDirectory() as root:
         here = Machine(Path(root))
         if flags.useless:
             flags.drafter = useless_head(flags.model, Path(root) / "head")
+        shown = argparse.Namespace(**vars(flags))
+        shown.prompts = [path.name for path in flags.prompts]
+        shown.drafter = RANDOM if flags.useless else flags.drafter
+        result = document("first_run", shown, where, runs=[])
         for i, prompt in enumerate(chosen, start=1):
             found = measure(here, prompt.text, flags)
-            results.append({"id": prompt.id, "category": prompt.category, **found})
+            result["runs"].append({"id": prompt.id, "category": prompt.category, **found})
+            write(result, flags.output)  # what there is, should it be interrupted
             ratio = found["speeds"][FIRST] / found["speeds"][PLAIN]
             print(f"{i}/{len(chosen)} {prompt.id}: {ratio:.2f}", file=sys.stderr, flush=True)
-    flags.prompts = [path.name for path in flags.prompts]
-    flags.drafter = RANDOM if flags.useless else flags.drafter
-    result = document("first_run", flags, where, runs=results)
-    write(result, flags.output)
     print(first_run_tables(result, Path(flags.output or "NAME.json").name))
     return 0
 
