@@ -20,6 +20,8 @@ from redrafter_mlx.storage import one_line
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+NOT_WAITED_FOR = "redrafter_mlx download"
+"""Name of a thread whose work ends with the command; Python waits for its threads otherwise."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,8 +77,8 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
         if flags.debug:
             raise
         print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
-        if any(not thread.daemon for thread in threading.enumerate()[1:]):
-            os._exit(INTERRUPTED)  # else Python waits for a download's threads to the last byte
+        if any(thread.name == NOT_WAITED_FOR for thread in threading.enumerate()):
+            os._exit(INTERRUPTED)
         return INTERRUPTED
 
 

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from redrafter_mlx.cli import NOT_WAITED_FOR
 from redrafter_mlx.errors import UserError
 
 TARGET_NAMES = "'demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
@@ -78,7 +79,7 @@ def _beside(fetch: Callable[[], str]) -> str:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=work).start()
+    threading.Thread(target=work, name=NOT_WAITED_FOR).start()
     return done.result()
 
 
