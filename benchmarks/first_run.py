@@ -75,6 +75,7 @@ class Machine:
 def useless_head(model: str, directory: Path) -> str:
     """A head of the demo head's shape and random weights, as --drafter takes it."""
     head = Bench(model, [RANDOM]).drafters[RANDOM]
+    directory.mkdir()
     save_head(directory, head.head, head.d2t, mx.float32)
     return str(directory)
 

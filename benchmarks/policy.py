@@ -116,12 +116,12 @@ class Costs:
     """
 
     curve: CostCurve
-    head: dict[Setting, float]
+    head: LiveDraftCosts
     max_gram: float
     vain: float = 0.0
 
     def of_draft(self, drafter: str, setting: Setting) -> float:
-        return self.max_gram if drafter == MAX_GRAM or not setting.width else self.head[setting]
+        return self.max_gram if drafter == MAX_GRAM or not setting.width else self.head.of(setting)
 
 
 def record_texts(
@@ -298,7 +298,7 @@ def compare(
 
 def new_policy(costs: Costs, known: Experience | None, drafter: str) -> Policy:
     """As a process begins with it: a look at costs, and what is known of the drafts."""
-    drafts = {Setting(0, FULL.length): costs.max_gram, **costs.head}
+    drafts = {Setting(0, FULL.length): costs.max_gram, **costs.head.measured}
     return Policy(
         FULL,
         LiveCosts(costs.curve),
@@ -338,9 +338,8 @@ def main(args: list[str] | None = None) -> int:
         if flags.recording:
             kept = {"texts": [vars(text) for text in texts], "lookup": lookup}
             flags.recording.write_bytes(pickle.dumps(kept))
-    costs = Costs(
-        known.curve, {s: x for s, x in known.drafts.items() if s.width}, lookup, flags.vain
-    )
+    searches = LiveDraftCosts({s: x for s, x in known.drafts.items() if s.width})
+    costs = Costs(known.curve, searches, lookup, flags.vain)
     brought = None if flags.nothing_known else experience_of(union).get(0.0)
     results = {d: compare(texts, costs, brought, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
     result = document("policy", flags, where, speeds=results)

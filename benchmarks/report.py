@@ -281,10 +281,69 @@ def first_run_tables(result: dict, name: str) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(result: dict) -> str:
+    """Markdown of the benchmark of a GPU: starts, prices and speeds in one table."""
+    where, gpu = result["machine"], result["gpu"]
+    passes = {int(rows): seconds for rows, seconds in gpu["passes"].items()}
+    lines = [
+        f"{where['chip']}, mlx {where['mlx']} on {where['device']}, commit {where['commit']}, "
+        f"{where['date']}, target {result['settings']['model']}", "",
+        "| what | |",
+        "|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| `{words}`: seconds to the second token, first and second start | "
+        f"{' / '.join(f'{seconds:.1f}' for seconds in starts)} |"
+        for words, starts in gpu["starts"].items()
+    ]
+    rows = " / ".join(map(str, passes))
+    costs = " / ".join(f"{seconds / passes[1]:.2f}" for seconds in passes.values())
+    lines.append(f"| a pass over {rows} rows, over a plain round of {passes[1]:.4f} s | {costs} |")
+    share = gpu["draft"] / passes[16]
+    lines.append(f"| a full search, over a pass of 16 rows | {share:.2f} |")
+    for temp in sorted({run["temp"] for run in result["runs"]}):
+        part = at_temperature(result, temp)
+        for method in by(part["runs"], "method"):
+            if method != BASE:
+                mean = statistics.geometric_mean(ratios(part, method).values())
+                own = [run for run in part["runs"] if run["method"] == method]
+                lines.append(
+                    f"| {method}, temperature {temp:g}: speed over mlx-lm (tokens a round) | "
+                    f"{mean:.2f} ({tokens_per_round(own):.2f}) |"
+                )
+    differ = "; ".join(result["differences"]) or "none"
+    return "\n".join([*lines, f"| texts that differ from plain decoding | {differ} |"])
+
+
+def hybrid_tables(result: dict, name: str) -> str:
+    """Markdown of the benchmark of a model with recurrent layers."""
+    seconds, memory = result["seconds"], result["memory"]
+    lines = [
+        headline(result, name), "",
+        "| rows | mlx-lm's own | chain | tree | commit of a chain | commit of a tree "
+        "| memory: mlx-lm's own, chain, tree |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for rows in sorted(result["settings"]["rows"]):
+        stock = seconds[f"mlx-lm {rows}"]
+        cells = [f"{rows}", f"{1000 * stock:.0f} ms"]
+        for kind in ("chain", "tree"):
+            own = seconds.get(f"{kind} {rows}")
+            cells.append("" if own is None else f"{own / stock:.2f}")
+        for kind in ("chain", "tree"):
+            own = seconds.get(f"commit of a {kind} {rows}")
+            cells.append("" if own is None else f"{own / seconds[f'{kind} {rows}']:.1%}")
+        used = [memory.get(f"{kind} {rows}") for kind in ("mlx-lm", "chain", "tree")]
+        cells.append(", ".join(f"{x / 1e6:.0f} MB" for x in used if x is not None))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Chain and tree: over the same rows in mlx-lm's own layers. Commit: of the pass."]
+    return "\n".join(lines)
+
+
 FLAGS = (
     "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
     "rules", "budgets", "temps", "contexts", "reference",
-    "temp", "useless",
+    "temp", "useless", "layers", "context",
 )  # fmt: skip
 """Of the benchmarks, as far as they have them: those that tables name."""
 
@@ -394,6 +453,7 @@ TABLES = {
     "long_context": context_tables,
     "policy": policy_tables,
     "first_run": first_run_tables,
+    "hybrid": hybrid_tables,
 }
 """By the `kind` of a document."""
 

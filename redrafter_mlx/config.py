@@ -189,6 +189,9 @@ class DraftOptions(Options):
             )
 
 
+KV_BITS, KV_GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+
+
 @dataclass(frozen=True)
 class GenerationOptions(Options):
     """When to stop, and how the prompt is read."""
@@ -198,11 +201,27 @@ class GenerationOptions(Options):
     stop: tuple[str, ...] = option(
         (), "end before any of these strings", type=str, nargs="+", metavar="TEXT"
     )
+    kv_bits: int | None = option(
+        None, "bits of keys and values in the KV cache (default: not quantised)", type=int,
+        low=2, high=8,
+    )  # fmt: skip
+    kv_group_size: int = option(
+        64, "keys or values that share a scale, with --kv-bits", low=32, high=128
+    )
+    quantized_kv_start: int = option(
+        5000, "tokens from which on the KV cache is quantised, with --kv-bits", low=0
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.max_tokens == 0:
             raise UserError("--max-tokens 0 generates nothing; use -1 for no limit")
+        if self.kv_bits not in (None, *KV_BITS):
+            raise UserError(f"--kv-bits {self.kv_bits}: mlx quantises to {KV_BITS} bits")
+        if self.kv_group_size not in KV_GROUP_SIZES:
+            raise UserError(
+                f"--kv-group-size {self.kv_group_size}: mlx takes groups of {KV_GROUP_SIZES}"
+            )
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         if not isinstance(self.stop, (list, tuple)) or not all(
@@ -281,11 +300,7 @@ NOT_HONOURED = {
     "draft_model": "use drafter=load_drafter('model:PATH-OR-REPO', model, tokenizer=tokenizer)",
     "num_draft_tokens": "use beam_length= and budget=",
     "max_kv_size": "a rotating KV cache cannot be rolled back; leave it out",
-    "kv_bits": "a quantised KV cache cannot hold a tree yet; leave it out",
-    "kv_group_size": "a quantised KV cache cannot hold a tree yet; leave it out",
-    "quantized_kv_start": "a quantised KV cache cannot hold a tree yet; leave it out",
-    "prompt_cache": "a cache from elsewhere cannot hold a tree; leave it out",
-    "prompt_cache_file": "a cache from elsewhere cannot hold a tree; leave it out",
+    "prompt_cache_file": "load it with mlx_lm.models.cache.load_prompt_cache, pass prompt_cache=",
     "input_embeddings": "only token prompts are supported",
     "image": "only text prompts are supported",
     "quantize_activations": "not supported; leave it out",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -43,6 +44,22 @@ def by_columns(weight: mx.array) -> mx.array:
     `x @ weight.T` of a few rows is 10 to 25 % faster that way with OpenBLAS.
     """
     return mx.contiguous(weight.T).T if mx.default_device() == mx.cpu else weight
+
+
+PATIENCE = 2.0
+"""Seconds that one waits for a first word without being told why."""
+
+
+def patience(say: Callable[[], None]) -> threading.Timer:
+    """Starts waiting for what a GPU may have to compile kernels for; `cancel` it when that is here.
+
+    say  what to do when it takes longer than PATIENCE; never on a CPU, whose kernels are ready
+    """
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    if mx.default_device() != mx.cpu:
+        timer.start()
+    return timer
 
 
 _fuses = ContextVar("fuses", default=False)

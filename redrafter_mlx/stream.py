@@ -5,6 +5,7 @@ Three levels: `Generation` (ids and rounds), `stream_generate` (text events), `g
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from mlx_lm.generate import TextStateMachine, wired_limit
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from redrafter_mlx import device
 from redrafter_mlx.budget import AutoBudget, Budget, FixedBudget
 from redrafter_mlx.config import (
     AUTO,
@@ -33,7 +35,14 @@ from redrafter_mlx.round import Context, Step
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.target.cache import LayerCaches, Quantization
 from redrafter_mlx.verification import Match, Rejection, Typical
+
+FIRST_USE = (
+    "the first token takes a while: kernels are being compiled for this GPU, as they are when a "
+    "model is first used on it; the next run has them"
+)
+_log = logging.getLogger("redrafter_mlx")
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ class Generation:
     stats  counts while it runs
     seed   of the sampling; drawn here if none was given, None at temperature 0
 
-    budget is for what no option says; without it `draft` decides.
+    budget is for what no option says; without it `draft` decides. prompt_cache is of mlx-lm, for
+    a text that the prompt follows; afterwards it holds prompt and answer too.
 
     Raises UserError for an empty prompt, and for a model that cannot verify trees when there is a
     drafter.
@@ -105,6 +115,7 @@ class Generation:
         logits_processors: Sequence[LogitsProcessor] = (),
         progress: Callable[[int, int], None] = lambda done, total: None,
         budget: Budget | None = None,
+        prompt_cache: list | None = None,
     ):
         if len(prompt) == 0:
             raise UserError("the prompt is empty: it must hold at least one token")
@@ -117,6 +128,8 @@ class Generation:
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
         self._draft, self._budget, self._knowledge = draft, budget, None
+        self._prompt_cache, self._said = prompt_cache, list(prompt)
+        self._caches: LayerCaches | None = None
         if drafter is None:
             self._budget = budget or FixedBudget(1, 2, nodes=1)
         elif budget is None and draft.budget != AUTO:
@@ -132,32 +145,58 @@ class Generation:
         return self._budget.note if isinstance(self._budget, AutoBudget) else ""
 
     def __iter__(self) -> Iterator[Token]:
+        waiting = device.patience(self._say_first_use)
         try:
             for step in overlap(self._steps()):
                 tokens = self.stats.read(step)
+                waiting.cancel()
                 for place, token in enumerate(tokens):
                     drafted = place < len(step.accepted)
                     self.stats.count(drafted, place)
                     reason = self._finish_reason(token)
                     last = reason is not None or place == len(tokens) - 1
+                    self._said.append(token)
                     yield Token(token, drafted, reason, last, step.logits[place])
                     if reason is not None:
                         return
         finally:
+            waiting.cancel()
             if self._knowledge is not None and self.stats.tokens:
                 self._knowledge.keep(len(self.prompt) + self.stats.tokens)
+            if self._prompt_cache is not None and self._caches is not None:
+                self._target.hand_back(
+                    self._caches, self._prompt_cache, self._begun, self._said,
+                    self.options.prefill_step_size,
+                )  # fmt: skip
+
+    def _say_first_use(self) -> None:
+        if self._knowledge is None or self._knowledge.is_first:
+            _log.info(FIRST_USE)
 
     def _steps(self) -> Iterator[Step]:
         self._drafter.reset()
+        options = self.options
+        how = None
+        if options.kv_bits:
+            how = Quantization(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
+        if self._prompt_cache is None:
+            self._caches = self._target.empty_caches(how)
+        else:
+            self._caches = self._target.caches_after(self._prompt_cache, how)
+        self._begun = self._caches.length
         context = self._target.prefill(
-            self.prompt, self.options.prefill_step_size, self.sampler.noise, self._progress
+            self.prompt,
+            options.prefill_step_size,
+            self.sampler.noise,
+            self._progress,
+            self._caches,
         )
         self.stats.end_prompt()
         rounds = decode(
             self._target, self._drafter, self._rule(), self._budget_after(context), context
         )
         self.stats.start_decoding()
-        most = self.options.max_tokens  # each round adds one token at least
+        most = options.max_tokens  # each round adds one token at least
         return islice(rounds, None if most < 0 else most)
 
     def _budget_after(self, context: Context) -> Budget:
@@ -185,6 +224,7 @@ def stream_generate(
     drafter: Drafter | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_cache: list | None = None,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate text from a prompt, token by token, like mlx_lm.stream_generate.
@@ -195,6 +235,8 @@ def stream_generate(
                       unless another rule= than "match" is given
     logits_processors callables (tokens, logits (1, V)) -> logits, applied along the path; each
                       costs a synchronisation per token
+    prompt_cache      of mlx-lm: `prompt` follows what it holds, and it holds prompt and answer
+                      afterwards
     options           the fields of config.GenerationOptions, SamplingOptions and DraftOptions
 
     Raises UserError for an option that is unknown, out of range or cannot be honoured, for an
@@ -215,6 +257,7 @@ def stream_generate(
         eos_token_ids=tokenizer.eos_token_ids,
         logits_processors=logits_processors or (),
         progress=prompt_progress_callback or (lambda done, total: None),
+        prompt_cache=prompt_cache,
     )
     return text_events(run, tokenizer)
 

@@ -780,10 +780,15 @@ def config(name: str) -> dict:
     return deepcopy({"model_type": kind, **COMMON, **CONFIGS[kind], **CONFIGS[name]})
 
 
-def build(name: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """The model with random weights: nothing in it is left at a value that switches it off."""
-    model_class, args_class = _get_classes(config(name))
-    model = model_class(args_class.from_dict(config(name)))
+def build(name: str, seed: int = 0, dtype: mx.Dtype = mx.float32, **more) -> nn.Module:
+    """The model with random weights: nothing in it is left at a value that switches it off.
+
+    more  keys of the configuration, or of its language model's
+    """
+    keys = config(name)
+    keys.get("text_config", keys).update(more)
+    model_class, args_class = _get_classes(keys)
+    model = model_class(args_class.from_dict(keys))
     cast = getattr(model, "cast_predicate", lambda path: True)
     key = mx.random.key(seed)
     weights = []

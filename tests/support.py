@@ -86,16 +86,18 @@ def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
     return RecurrentDrafter(head, ids, target.embed, output)
 
 
-def generation(model, prompt, drafter=None, max_tokens=40, eos=(), draft=None, **sampling):
-    """A run of the loop; iterate it for Tokens."""
+def generation(model, prompt, drafter=None, max_tokens=40, eos=(), draft=None, kv=None,
+               prompt_cache=None, **sampling):  # fmt: skip
+    """A run of the loop; iterate it for Tokens. kv: options of its cache."""
     return Generation(
         model,
         prompt,
         drafter,
-        generation=GenerationOptions(max_tokens=max_tokens),
+        generation=GenerationOptions(max_tokens=max_tokens, **(kv or {})),
         sampling=SamplingOptions(**sampling),
         draft=draft or DraftOptions(budget=16),
         eos_token_ids=eos,
+        prompt_cache=prompt_cache,
     )
 
 

@@ -8,14 +8,14 @@ import pytest
 from benchmarks import policy as bench
 from benchmarks.report import policy_tables
 from redrafter_mlx.drafters.beam_search import collect
-from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.pricing.curve import CostCurve, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import settings_within
 from redrafter_mlx.tree import Candidates
 
 FULL = bench.FULL
 COSTS = bench.Costs(
     CostCurve([0], [1, 64], [[1.0, 1.63]]),  # 0.01 for each row more
-    {setting: 0.02 * (setting.length - 1) for setting in settings_within(FULL)},
+    LiveDraftCosts({setting: 0.02 * (setting.length - 1) for setting in settings_within(FULL)}),
     max_gram=0.0,
 )
 

@@ -147,7 +147,7 @@ def test_ids_that_the_target_does_not_know_are_never_proposed(model):
 
 def test_a_model_that_cannot_branch_is_refused():
     with pytest.raises(UserError, match="cannot branch"):
-        ModelDrafter(build("mamba"), V)
+        ModelDrafter(build("deepseek_v41"), V)
 
 
 # ---------------------------------------------------------------------------------------------

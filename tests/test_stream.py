@@ -154,7 +154,7 @@ def test_progress_counts_the_prompt(demo):
         ({"prompt": []}, "the prompt is empty"),
         ({"max_tokens": 0}, "--max-tokens 0"),
         ({"temperature": 0.5}, "unknown option temperature="),
-        ({"kv_bits": 4}, "kv_bits= cannot be honoured"),
+        ({"max_kv_size": 64}, "max_kv_size= cannot be honoured"),
         ({"sampler": lambda x: x}, "sampler= cannot be honoured"),
         ({"stop": ""}, "--stop ''"),
     ],

@@ -31,6 +31,9 @@ CHUNK = 512
 FEW = 16
 """Tokens that are read along with those whose logits are wanted."""
 
+STEPS_BACK = 8
+"""Of its latest passes whose states are kept, in a model with recurrent layers."""
+
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -49,7 +52,7 @@ class ModelDrafter:
         self.model = model
         self._target = adapt(model)
         self._vocab_size = min(vocab_size, self._target.vocab_size)
-        self._caches = self._target.empty_caches()
+        self._caches = self._target.empty_caches(steps_back=STEPS_BACK)
         self._held: list[int] = []  # tokens in the caches
         self._verified = 0  # how many of them are the text's
         self._transcript: Transcript | None = None
@@ -156,7 +159,7 @@ class ModelDrafter:
         common = next((i for i in range(most) if held[i] != wanted[i]), most)
         length = self._verified + common
         if not self._caches.rewind(length):
-            self._caches, length = self._target.empty_caches(), 0
+            self._caches, length = self._target.empty_caches(steps_back=STEPS_BACK), 0
             wanted, common = [*self._tokens, *ahead], 0
         del self._held[length:]
         missing = wanted[common:]
@@ -169,7 +172,7 @@ class ModelDrafter:
     def _forward(self, tokens: mx.array) -> mx.array:
         """(N, V) logits after each of N further tokens, which the caches hold then."""
         self.passes += 1
-        self._caches.begin(tokens.size)
+        self._caches.begin(tokens.size, certain=True)
         logits = self._target.forward(tokens[None], self._caches).logits[0]
         self._caches.commit(range(tokens.size))
         return logits[:, : self._vocab_size].astype(mx.float32)

@@ -54,6 +54,11 @@ class Knowledge:
         self._bases: dict[tuple[Setting, float], tuple[Experience | None, int, int]] = {}
         self._is_kept = True  # until that fails
 
+    @property
+    def is_first(self) -> bool:
+        """Whether nobody has used the two here before."""
+        return self._costs is None
+
     def policy(self, options: DraftOptions, temp: float, context: Context, tokens: int) -> Policy:
         """The policy for a text whose prompt was processed; looks at what it costs if need be.
 

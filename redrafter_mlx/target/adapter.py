@@ -10,16 +10,32 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
-from redrafter_mlx.target.cache import Branches, LayerCaches, TreeCache
+from redrafter_mlx.target import exchange, hooks
+from redrafter_mlx.target.cache import Branches, CacheGroup, LayerCaches, Quantization, TreeCache
 from redrafter_mlx.target.probe import Parity, probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
+from redrafter_mlx.target.state import StateCache, forward_pass
 from redrafter_mlx.target.tape import recording
 from redrafter_mlx.tree import TokenTree
+
+MOST_DEPTH = 64
+"""Of a tree: as deep as a chain of the most nodes that a pass is measured for."""
+
+STEPS_BACK = 4
+"""Passes that a run may be ahead of the tokens it has handed on."""
 
 
 class Target:
@@ -40,12 +56,14 @@ class Target:
         self.trail: slice | None = None
         self.parity: Parity | None = None
         self._head: nn.Module | None = None
+        self._last: nn.Module | None = None  # whose output the head reads, if it is no module
         self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
             self._find_ends()
             for module in filter(takes_offset, model.modules()):
                 accept_row_offsets(module)
             accept_row_scales(model)
+            hooks.install(model)
             self.parity = probe_parity(self)
 
     def _find_ends(self) -> None:
@@ -60,25 +78,87 @@ class Target:
                 f"{type(error).__name__}: {error}; update mlx-lm or take another model"
             ) from error
         heads = [call for call in tape.linear if call.width == self.vocab_size]
-        if not heads or tape.embedding is None:
+        read = None
+        if heads:
+            self._head, read = heads[-1].module, heads[-1].given
+        elif tape.embedding is not None:
+            read = self._find_bare_head()
+        if read is None:
             missing = "head" if tape.embedding else "embedding"
             raise UserError(
                 f"{self.name} cannot be a target: its {missing} is not a Linear or Embedding "
                 "module, so what a drafter needs of it cannot be captured; generate with --no-draft"
             )
-        self._head = heads[-1].module
-        self.hidden_size, self.dtype = heads[-1].given.shape[-1], heads[-1].given.dtype
+        self.hidden_size, self.dtype = read.shape[-1], read.dtype
         self.embed: Callable[[mx.array], mx.array] = tape.embedding
+
+    def _find_bare_head(self) -> mx.array | None:
+        """What the head reads of one token, where it is a product with a bare matrix (V, E).
+
+        It is the last output of a module whose product with a matrix of the model is the logits,
+        up to their scale.
+        """
+        inner = [module for module in self.model.modules() if module is not self.model]
+        with recording([], [module for module in inner if callable(module)]) as tape:
+            logits = self.model(mx.array([[0]]), cache=make_prompt_cache(self.model))
+        matrices = [
+            weight
+            for _, weight in tree_flatten(self.model.parameters())
+            if weight.ndim == 2 and len(weight) == self.vocab_size
+        ]
+        for module, output in reversed(tape.layers):
+            for weight in matrices:
+                if output.shape[-1] == weight.shape[-1] and _aligned(output @ weight.T, logits):
+                    self._last, self._head = module, nn.Module()
+                    self._head.weight = weight
+                    return output
+        return None
 
     @property
     def name(self) -> str:
         """The model type, for messages."""
         return getattr(self.model, "model_type", None) or type(self.model).__module__
 
-    def empty_caches(self) -> LayerCaches:
-        """Caches for a new text; UserError if one of the model's layers cannot branch."""
+    def empty_caches(
+        self, quantization: Quantization | None = None, steps_back: int = 0
+    ) -> LayerCaches:
+        """Caches for a new text; UserError if one of the model's layers cannot branch.
+
+        steps_back  passes after whose commit a recurrent layer can be taken back
+        """
         caches = make_prompt_cache(self.model)
-        return LayerCaches(tree_caches(caches, self.name) if self.branching else caches)
+        if self.branching:
+            for layer, cache in enumerate(caches):
+                refusal = f"{self.name} cannot verify a tree: layer {layer}"
+                caches[layer] = _tree_cache(cache, refusal, quantization, steps_back)
+        return LayerCaches(caches, quantization)
+
+    def caches_after(
+        self, prompt_cache: list, quantization: Quantization | None = None
+    ) -> LayerCaches:
+        """Caches that go on with what mlx-lm's hold; UserError if they are not of this model."""
+        if not self.branching:
+            caches = LayerCaches(prompt_cache, quantization)
+            caches.begin_at(exchange.length_of(prompt_cache))
+            return caches
+        caches = self.empty_caches(quantization, STEPS_BACK)
+        exchange.take_over(caches, prompt_cache)
+        return caches
+
+    def hand_back(
+        self, caches: LayerCaches, prompt_cache: list, begun: int, tokens: Sequence[int], chunk: int
+    ) -> None:
+        """Leave in mlx-lm's caches, in place, what they held and `tokens`, nothing else.
+
+        begun  tokens that they held before
+        """
+        if self.branching:
+            caches.rewind(caches.restorable(begun + len(tokens)))
+        self.read(tokens[caches.length - begun :], caches, chunk)
+        if self.branching:
+            exchange.hand_back(caches, prompt_cache)
+        else:
+            prompt_cache[:] = caches.layers
 
     def prefill(
         self,
@@ -86,19 +166,22 @@ class Target:
         chunk: int,
         noise: Noise | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        caches: LayerCaches | None = None,
     ) -> Context:
         """Process all prompt tokens but the last, which becomes the pending token.
 
+        caches  that the tokens follow; else empty ones
+
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
-        caches = self.empty_caches()
+        caches = self.empty_caches() if caches is None else caches
         trail = Trail(self.trail) if self.trail else None
         last = len(tokens) - 1
         progress(0, len(tokens))
         told = lambda done: progress(done, len(tokens))
         hidden = self.read(tokens[:last], caches, chunk, told, trail)
         pending, transcript = mx.array(tokens[last:]), Transcript(tokens)
-        return Context(pending, hidden, last, transcript, caches, noise, trail)
+        return Context(pending, hidden, caches.length, transcript, caches, noise, trail)
 
     def read(
         self,
@@ -115,7 +198,7 @@ class Target:
         hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
         for start in range(0, len(tokens), chunk):
             ids = mx.array(tokens[start : start + chunk])
-            caches.begin(len(ids))
+            caches.begin(len(ids), certain=True)
             states = self.forward(ids[None], caches).hidden[0]
             hidden = states[-1:]
             kept = [] if trail is None else trail.add(states)
@@ -124,6 +207,10 @@ class Target:
             progress(start + len(ids))
             mx.clear_cache()
         return hidden
+
+    def takes_trees(self, context: Context) -> bool:
+        """Whether any tree can be verified now as one row after the other would be."""
+        return context.caches.takes_trees(context.position, MOST_DEPTH)
 
     def verify(self, context: Context, tree: TokenTree) -> Outcome:
         """One forward pass over all N nodes, the root at the pending token's position."""
@@ -196,12 +283,25 @@ class Target:
         output, and beside it the outputs of the layers in `taps`.
         """
         heard = [self.model.layers[layer] for layer in self.taps]
-        with recording([] if self._head is None else [self._head], heard) as tape:
+        last = [] if self._last is None else [self._last]
+        watched = [] if self._head is None else [self._head]
+        with forward_pass(caches.lineage), recording(watched, [*heard, *last]) as tape:
             logits = self.model(ids, cache=caches.layers)
-        hidden = tape.linear[-1].given if tape.linear else mx.zeros((*ids.shape, 0))
-        if tape.layers:
-            hidden = mx.concatenate([hidden, *tape.layers], axis=-1)
+        outputs = [output for _, output in tape.layers]
+        hidden = mx.zeros((*ids.shape, 0))
+        if tape.linear:
+            hidden = tape.linear[-1].given
+        elif last:
+            hidden = outputs.pop()
+        if outputs:
+            hidden = mx.concatenate([hidden, *outputs], axis=-1)
         return Outcome(logits, hidden)
+
+
+def _aligned(a: mx.array, b: mx.array) -> bool:
+    """Whether two vectors point the same way."""
+    a, b = a.astype(mx.float32).flatten(), b.astype(mx.float32).flatten()
+    return (a @ b / mx.maximum(mx.linalg.norm(a) * mx.linalg.norm(b), 1e-9)).item() > 0.999
 
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:
@@ -212,17 +312,22 @@ def adapt(model: nn.Module, branching: bool = True) -> Target:
     return target
 
 
-def tree_caches(caches: Sequence[object], name: str) -> list[TreeCache]:
-    """One TreeCache in place of each of mlx-lm's caches; UserError if one cannot branch."""
-    replacements = []
-    for layer, cache in enumerate(caches):
-        if type(cache) is KVCache:
-            replacements.append(TreeCache())
-        elif type(cache) is RotatingKVCache and cache.keep == 0:
-            replacements.append(TreeCache(window=cache.max_size))
-        else:
-            raise UserError(
-                f"{name} cannot verify a tree: layer {layer} keeps its past in a "
-                f"{type(cache).__name__}, which cannot branch; generate with --no-draft"
-            )
-    return replacements
+def _tree_cache(
+    cache: object, refusal: str, quantization: Quantization | None, steps_back: int
+) -> TreeCache | StateCache | CacheGroup:
+    """One of ours in place of one of mlx-lm's; UserError if it cannot branch."""
+    if type(cache) is KVCache:
+        return TreeCache(quantization=quantization)
+    if type(cache) is RotatingKVCache and cache.keep == 0:
+        return TreeCache(window=cache.max_size)
+    if type(cache) is ChunkedKVCache:
+        return TreeCache(window=cache.chunk_size, in_chunks=True)
+    if type(cache) is ArraysCache:
+        return StateCache(len(cache.cache), steps_back)
+    if type(cache) is CacheList:
+        more = refusal, quantization, steps_back
+        return CacheGroup([_tree_cache(member, *more) for member in cache.caches])
+    raise UserError(
+        f"{refusal} keeps its past in a {type(cache).__name__}, which cannot branch; "
+        "generate with --no-draft"
+    )

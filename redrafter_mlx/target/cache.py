@@ -1,17 +1,22 @@
-"""A KV cache that can hold a tree of continuations and keep one path of it.
+"""Caches that can hold a tree of continuations and keep one path of it.
 
 Shape letters: B batch (1), H key/value heads, S rows stored, D head size, N rows of one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache
 
+from redrafter_mlx.target.lineage import Lineage
+from redrafter_mlx.target.state import StateCache
 from redrafter_mlx.tree import TokenTree
 
 BLOCK = 256
@@ -21,6 +26,18 @@ REWIND = 128
 """Rows kept behind a sliding window, so that the last tokens can be taken back."""
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """Keys and values in `bits` bits, `group_size` of them sharing a scale, once there are `start`.
+
+    As mlx-lm has it: what a pass finds when it begins is quantised, sliding windows are not.
+    """
+
+    bits: int
+    group_size: int
+    start: int
+
+
 class Branches:
     """The rows of a tree that are in flight: one object, shared by the caches of all layers.
 
@@ -28,28 +45,34 @@ class Branches:
     length    committed tokens before the root
     positions (N,) int32 absolute position of each row: length + depth. mlx-lm's layers read it as
               `cache.offset` and hand it to their rope.
+    lineage   of the rows
     """
 
     def __init__(self, tree: TokenTree, length: int):
-        self._tree = tree
+        self.lineage = Lineage(tree.parents)
         self._length = length
         self._depths = tree.depths
         self.positions = mx.array(length + tree.depths)
-        self._masks: dict[tuple[int, int | None], mx.array] = {}
+        self._masks: dict[tuple[int, int | None, bool], mx.array] = {}
 
-    def mask(self, start: int, window: int | None) -> mx.array:
-        """(N, S + N) bool: what each row sees of the rows from `start` on, and of the tree."""
-        if (start, window) not in self._masks:
-            self._masks[start, window] = mx.array(self._visible(start, window))
-        return self._masks[start, window]
+    def mask(self, start: int, window: int | None, in_chunks: bool = False) -> mx.array:
+        """(N, S + N) bool: what each row sees of the rows from `start` on, and of the tree.
 
-    def _visible(self, start: int, window: int | None) -> np.ndarray:
-        stored = self._length - start
-        mask = np.ones((len(self._tree), stored + len(self._tree)), bool)
-        mask[:, stored:] = self._tree.mask()
+        in_chunks  only what lies in the row's own chunk of `window` tokens, not the latest `window`
+        """
+        key = start, window, in_chunks
+        if key not in self._masks:
+            self._masks[key] = mx.array(self._visible(*key))
+        return self._masks[key]
+
+    def _visible(self, start: int, window: int | None, in_chunks: bool) -> np.ndarray:
+        stored, rows = self._length - start, len(self.lineage)
+        mask = np.ones((rows, stored + rows), bool)
+        mask[:, stored:] = self.lineage.mask
         if window is not None:
-            columns = np.concatenate([np.arange(-stored, 0), self._depths])
-            mask &= self._depths[:, None] < columns + window
+            columns = np.concatenate([np.arange(-stored, 0), self._depths]) + self._length
+            at = (self._depths + self._length)[:, None]
+            mask &= columns // window == at // window if in_chunks else at < columns + window
         return mask
 
 
@@ -58,16 +81,23 @@ class TreeCache:
 
     A pass writes its N rows after the committed ones (`update_and_fetch`, called by the layer);
     `commit` then keeps some of them. Rejected rows are overwritten, never cleared.
-    With a sliding `window`, rows that no later token can see are dropped when the buffer grows.
+    With a sliding `window`, or attention in chunks of that size (`in_chunks`), rows that no later
+    token can see are dropped when the buffer grows.
 
     It answers what mlx-lm's layers ask of a cache: offset, make_mask, update_and_fetch,
     keys_and_values, state. It has no __len__ and no __bool__: mlx-lm tests caches for truth.
     """
 
-    def __init__(self, window: int | None = None):
-        self.window = window
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+    def __init__(
+        self,
+        window: int | None = None,
+        in_chunks: bool = False,
+        quantization: Quantization | None = None,
+    ):
+        self.window, self.in_chunks = window, in_chunks
+        self._quantization = None if window else quantization
+        self.keys: mx.array | tuple[mx.array, ...] | None = None
+        self.values: mx.array | tuple[mx.array, ...] | None = None
         self._start = 0  # position of the first stored row
         self._length = 0  # committed tokens
         self._written = 0  # rows of the pass in flight
@@ -76,15 +106,19 @@ class TreeCache:
     def begin(self, rows: int, branches: Branches | None = None) -> None:
         """Make room for a pass of `rows` rows: consecutive tokens, or the rows of `branches`."""
         self._branches, self._written = branches, 0
-        if self.keys is not None and self._stored + rows > self.keys.shape[2]:
+        if self.keys is None:
+            return
+        if self._stored + rows > self._room:
             dropped = 0
             if self.window is not None:
                 dropped = max(0, self._stored - self.window + 1 - REWIND)
-            self.keys, self.values = (
-                _reallocate(x[..., dropped : self._stored, :], rows)
-                for x in (self.keys, self.values)
-            )
+            stored = slice(dropped, self._stored)
+            self._change(lambda x: _reallocate(x[..., stored, :], rows))
             self._start += dropped
+        how = self._quantization
+        if how and not hasattr(self, "bits") and self._length >= how.start:
+            self.bits, self.group_size = how.bits, how.group_size  # mlx-lm's attention asks
+            self._change(self._packed)
 
     def commit(self, path: Sequence[int]) -> None:
         """Keep the rows `path` of the last pass, in order; the rest may be overwritten."""
@@ -93,17 +127,31 @@ class TreeCache:
             base = self._stored
             rows = mx.array([base + row for row in path[moved:]])
             kept = slice(base + moved, base + len(path))
-            self.keys[..., kept, :] = mx.take(self.keys, rows, axis=2)
-            self.values[..., kept, :] = mx.take(self.values, rows, axis=2)
+            for x in self._buffers:
+                x[..., kept, :] = mx.take(x, rows, axis=2)
         self._length += len(path)
         self._branches, self._written = None, 0
 
+    def restore(self, keys: Any, values: Any, start: int, length: int) -> None:
+        """Hold these (B, H, S, D) of the tokens from `start` to `length`, as of another cache."""
+        self.keys, self.values, self._start, self._length = keys, values, start, length
+
+    def restorable(self, length: int) -> int:
+        """The most tokens, of the first `length`, that `rewind` could leave; -1: none."""
+        gone = self._start > 0 and length - self.window + 1 < self._start
+        return -1 if gone else min(length, self._length)
+
     def rewind(self, length: int) -> bool:
         """Forget all tokens but the first `length`; False, and nothing is done, if it cannot."""
-        if self._start > 0 and length - self.window + 1 < self._start:
+        if self.restorable(length) < 0:
             return False
         self._length = length
         return True
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self._length
 
     @property
     def _stored(self) -> int:
@@ -116,24 +164,36 @@ class TreeCache:
             return self._branches.positions
         return self._length + self._written
 
+    @property
+    def start_position(self) -> int:
+        """What mlx-lm's attention in chunks asks for: position of the first stored row."""
+        return self._start
+
+    def maybe_trim_front(self) -> None:
+        """mlx-lm's chunked cache drops rows then; here `begin` does."""
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write a pass's rows (B, H, N, D) and return all stored ones (B, H, S + N, D)."""
+        count = keys.shape[2]
         if self.keys is None:
-            self.keys, self.values = (
-                _reallocate(keys[..., :0, :], keys.shape[2]),
-                _reallocate(values[..., :0, :], keys.shape[2]),
-            )
+            self.keys, self.values = keys[..., :0, :], values[..., :0, :]
+            self._change(lambda x: _reallocate(x, count))
         first = self._stored + self._written
-        self._written += keys.shape[2]
-        end = first + keys.shape[2]
-        self.keys[..., first:end, :] = keys
-        self.values[..., first:end, :] = values
+        self._written += count
+        new = (keys, values)
+        if hasattr(self, "bits"):
+            new = tree_map(self._packed, new)
+        for x, rows in zip(self._buffers, _leaf_arrays(new), strict=True):
+            x[..., first : first + count, :] = rows
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What is stored, the pass in flight included: two arrays (B, H, S, D)."""
+        """What is stored, the pass in flight included: two arrays (B, H, S, D).
+
+        Quantised: two tuples of what `mx.quantize` gives.
+        """
         end = self._stored + self._written
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return tree_map(lambda x: x[..., :end, :], (self.keys, self.values))
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         """mlx-lm's question before each pass; None, "causal", or (N, S + N) bool."""
@@ -144,59 +204,158 @@ class TreeCache:
                 "further than a step, so no tree can equal both"
             )
         if self._branches is not None:
-            return self._branches.mask(self._start, window)
+            return self._branches.mask(self._start, window, self.in_chunks)
         if window is not None and self._stored + N > window:
             return create_causal_mask(N, self._stored, window_size=window)
         if N == 1:
             return None
         return create_causal_mask(N, self._stored) if return_array else "causal"
 
+    def _packed(self, x: mx.array) -> tuple[mx.array, ...]:
+        return mx.quantize(x, group_size=self.group_size, bits=self.bits)
+
+    def _change(self, each: Callable[[mx.array], Any]) -> None:
+        self.keys, self.values = tree_map(each, (self.keys, self.values))
+
     @property
-    def state(self) -> tuple[mx.array, mx.array]:
+    def _buffers(self) -> list[mx.array]:
+        return _leaf_arrays((self.keys, self.values))
+
+    @property
+    def _room(self) -> int:
+        return self._buffers[0].shape[2]
+
+    @property
+    def state(self) -> tuple[Any, Any]:
         return self.keys, self.values
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return 0 if self.keys is None else sum(x.nbytes for x in self._buffers)
+
+
+class CacheGroup:
+    """Several caches of one layer; stands in for mlx-lm's CacheList."""
+
+    def __init__(self, members: Sequence[TreeCache | StateCache | CacheGroup]):
+        self.members = list(members)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.members[place]
+
+    @property
+    def state(self) -> list[Any]:
+        return [member.state for member in self.members]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(member.nbytes for member in self.members)
 
 
 class LayerCaches:
     """The caches of all layers of one text.
 
-    layers  TreeCaches, or mlx-lm's own caches: those only take one token after the other, and
-            there is nothing to begin or to commit
+    branching     ours, those in groups one by one
+    length        committed tokens
+    layers        ours, or mlx-lm's own caches: those only take one token after the other
+    quantization  of keys and values
+    lineage       of the rows of the pass in flight, if some may be rejected
     """
 
-    def __init__(self, layers: Sequence[Any]):
+    def __init__(self, layers: Sequence[Any], quantization: Quantization | None = None):
         self.layers = list(layers)
-        self._branching = [cache for cache in layers if isinstance(cache, TreeCache)]
-        self._length = 0
+        self.quantization = quantization
+        self.lineage: Lineage | None = None
+        self.branching = list(_leaves(layers))
+        self.length = 0
 
-    def begin(self, rows: int, branches: Branches | None = None) -> None:
-        """A pass of `rows` rows follows: consecutive tokens, or the rows of `branches`."""
-        for cache in self._branching:
-            cache.begin(rows, branches)
+    def begin(self, rows: int, branches: Branches | None = None, certain: bool = False) -> None:
+        """A pass of `rows` rows follows: consecutive tokens, or the rows of `branches`.
+
+        certain  all of them will be kept
+        """
+        self.lineage = None
+        if not certain and rows > 1:
+            self.lineage = branches.lineage if branches else Lineage.chain(rows)
+        for cache in self.branching:
+            cache.begin(rows, self.lineage if isinstance(cache, StateCache) else branches)
 
     def commit(self, path: Sequence[int]) -> None:
         """Keep the rows `path` of the last pass, in order."""
-        for cache in self._branching:
+        for cache in self.branching:
             cache.commit(path)
-        before, self._length = self._length, self._length + len(path)
-        if before // BLOCK < self._length // BLOCK:
+        if self.quantization and not self.branching:
+            self._quantize_stock()
+        before, self.length = self.length, self.length + len(path)
+        if before // BLOCK < self.length // BLOCK:
             mx.clear_cache()  # buffers of sizes that will not come again
+
+    def _quantize_stock(self) -> None:
+        how = self.quantization
+        for place, cache in enumerate(self.layers):
+            if type(cache) is KVCache and cache.offset >= how.start:
+                self.layers[place] = cache.to_quantized(how.group_size, how.bits)
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Other texts begin in these rows of a batch: layers without positions forget the old."""
+        for cache in self.branching:
+            if isinstance(cache, StateCache):
+                cache.restart(rows)
+
+    def begin_at(self, length: int) -> None:
+        """So many tokens are held already: all caches were filled from elsewhere."""
+        self.length = length
+        for cache in self.branching:
+            if isinstance(cache, StateCache):
+                cache.begin_at(length)
+
+    def restorable(self, length: int) -> int:
+        """The most tokens, of the first `length`, that all layers can go back to; -1: none."""
+        while True:
+            found = min((cache.restorable(length) for cache in self.branching), default=length)
+            if found in (-1, length):
+                return found
+            length = found
 
     def rewind(self, length: int) -> bool:
         """Forget all tokens but the first `length`; False if a layer cannot.
 
         After False the caches are of no further use.
         """
-        self._length = length
-        return all(cache.rewind(length) for cache in self._branching)
+        if length == self.length:
+            return True
+        self.length = length
+        return all(cache.rewind(length) for cache in self.branching)
+
+    def takes_trees(self, length: int, depth: int) -> bool:
+        """Whether all rows of a tree after `length` tokens would find the same as one by one.
+
+        depth  of the deepest tree; not while quantisation begins within it
+        """
+        how = self.quantization
+        return how is None or not length < how.start <= length + depth
+
+    @property
+    def growing(self) -> list[TreeCache]:
+        """Those that hold something of each token."""
+        return [cache for cache in self.branching if isinstance(cache, TreeCache)]
 
     @property
     def state(self) -> list[Any]:
         """All arrays, for evaluation."""
         return [cache.state for cache in self.layers]
+
+
+def _leaves(caches: Sequence[Any]) -> Iterator[TreeCache | StateCache]:
+    for cache in caches:
+        if isinstance(cache, CacheGroup):
+            yield from _leaves(cache.members)
+        elif isinstance(cache, TreeCache | StateCache):
+            yield cache
+
+
+def _leaf_arrays(tree: Any) -> list[mx.array]:
+    return [x for _, x in tree_flatten(tree)]
 
 
 def _reallocate(rows: mx.array, more: int) -> mx.array:

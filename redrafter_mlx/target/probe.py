@@ -74,25 +74,45 @@ def tree_difference(target: Target, prefix: int = 8) -> float:
 
 
 def differences(target: Target, prefix: int = 8) -> tuple[float, float]:
-    """The same, and the largest |tree logit - path logit| itself."""
-    ids = np.random.default_rng(0).permutation(target.vocab_size)[: prefix + 5]
-    prompt, (root, *nodes) = ids[: prefix + 1].tolist(), ids[prefix:].tolist()
-    tree = TokenTree.best(root, nodes, [-1, -1, 0, 0], [-1.0, -2.0, -3.0, -4.0], budget=5)
-    together = _logits(target, prompt, tree)
+    """The same, and the largest |tree logit - path logit| itself.
+
+    Paths alone are read as a prompt is, by what mlx-lm does itself. After the first of the longest
+    paths, with rows rejected before and after it, one more token is read from the tree's caches:
+    what they keep must be what the path alone leaves.
+    """
+    ids = np.random.default_rng(0).permutation(target.vocab_size)[: prefix + 6]
+    prompt, (root, *nodes, last) = ids[: prefix + 1].tolist(), ids[prefix:].tolist()
+    tree = TokenTree.best(root, nodes, [-1, -1, 1, 1], [-1.0, -2.0, -3.0, -4.0], budget=5)
+    *others, committed = sorted(tree.paths(), key=lambda path: (len(path), -path[-1]))
+    context = target.prefill(prompt, chunk=len(prompt))
+    outcome = target.verify(context, tree)
+    (together,) = _read(outcome.logits)
+    context.caches.commit(committed)
+    context.caches.begin(1)
+    (after,) = _read(target.forward(mx.array([[last]]), context.caches).logits[0])
     worst = largest = 0.0
-    for path in tree.paths():
-        tokens = tree.tokens[path]
-        alone = _logits(target, prompt, TokenTree.from_beams(tokens[None]))
-        if not (np.isfinite(alone).all() and np.isfinite(together).all()):
+    for path in (*others, committed):
+        tokens, found = tree.tokens[path].tolist(), together[path]
+        if path is committed:
+            tokens, found = [*tokens, last], np.concatenate([found, after])
+        alone = _alone(target, prompt[:-1], tokens)
+        if not (np.isfinite(alone).all() and np.isfinite(found).all()):
             return math.nan, math.nan
-        apart = float(np.abs(together[path] - alone).max())
+        apart = float(np.abs(found - alone).max())
         worst, largest = max(worst, apart / float(alone.std())), max(largest, apart)
     return worst, largest
 
 
-def _logits(target: Target, prompt: list[int], tree: TokenTree) -> np.ndarray:
-    context = target.prefill(prompt, chunk=len(prompt))
-    return device.read(target.verify(context, tree).logits.astype(mx.float32))[0]
+def _alone(target: Target, prompt: list[int], tokens: list[int]) -> np.ndarray:
+    """(T, V) logits of T tokens after a prompt, nothing of which can be rejected."""
+    caches = target.empty_caches()
+    target.read(prompt, caches, chunk=len(prompt))
+    caches.begin(len(tokens), certain=True)
+    return _read(target.forward(mx.array([tokens]), caches).logits[0])[0]
+
+
+def _read(logits: mx.array) -> tuple[np.ndarray, ...]:
+    return device.read(logits.astype(mx.float32))
 
 
 def _refusal(target: Target, reason: str) -> UserError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from typing import Any
 
 import mlx.core as mx
@@ -50,26 +50,29 @@ def _folding(cls: type) -> type:
         folds_rows = True
 
         def __call__(self, x: mx.array, offset: Any = 0, *args, **kwargs):
-            rotate = partial(super().__call__, *args, **kwargs)
-            if _one_per_row(x, offset):
-                rows = x.swapaxes(0, -2)  # (T, H, 1, D)
-                return _one_by_one(rotate, rows, offset).swapaxes(0, -2)
-            if isinstance(offset, mx.array) and offset.size > 1:
-                return _one_by_one(rotate, x, offset)
-            return super().__call__(x, offset, *args, **kwargs)
+            rotate = lambda x, offset: super(Folding, self).__call__(x, offset, *args, **kwargs)
+            return rotate_rows(rotate, x, offset)
 
     Folding.__name__ = Folding.__qualname__ = cls.__name__
     return Folding
 
 
+def rotate_rows(rotate: Callable, x: mx.array, offset: Any) -> mx.array:
+    """rotate(x, offset), for (1, H, T, D) also with an offset (T,), one for each row."""
+    if _one_per_row(x, offset):
+        rows = x.swapaxes(0, -2)  # (T, H, 1, D)
+        return _one_by_one(rotate, rows, offset).swapaxes(0, -2)
+    if isinstance(offset, mx.array) and offset.size > 1:
+        return _one_by_one(rotate, x, offset)
+    return rotate(x, offset)
+
+
 def _one_by_one(rotate: Callable, x: mx.array, offset: mx.array) -> mx.array:
     """Rotate (B, H, T, D) at offsets (B,): at once if the module can."""
     try:
-        return rotate(x, offset=offset)
+        return rotate(x, offset)
     except (TypeError, ValueError):  # computes with the offset as a Python number
-        return mx.concatenate(
-            [rotate(x[i : i + 1], offset=at) for i, at in enumerate(offset.tolist())]
-        )
+        return mx.concatenate([rotate(x[i : i + 1], at) for i, at in enumerate(offset.tolist())])
 
 
 def accept_row_scales(model: nn.Module) -> None:

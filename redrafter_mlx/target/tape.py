@@ -29,11 +29,11 @@ class LinearCall:
 
 @dataclass
 class Tape:
-    """What was recorded, in the order of the calls."""
+    """What was recorded, in the order in which calls returned."""
 
     embedding: nn.Module | None = None
     linear: list[LinearCall] = field(default_factory=list)
-    layers: list[mx.array] = field(default_factory=list)
+    layers: list[tuple[nn.Module, mx.array]] = field(default_factory=list)
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def _heard(cls: type) -> type:
     class Heard(cls):
         def __call__(self, *args, **kwargs):
             out = super().__call__(*args, **kwargs)
-            self._tape.layers.append(out[0] if isinstance(out, tuple) else out)
+            self._tape.layers.append((self, out[0] if isinstance(out, tuple) else out))
             return out
 
     return Heard

@@ -229,7 +229,7 @@ def _tolerance(target: Target) -> float:
 def _difference(target: Target, conversation: Conversation) -> float:
     """Largest relative difference of the hidden states from a pass over the conversation alone."""
     caches = target.empty_caches()
-    caches.begin(len(conversation.tokens))
+    caches.begin(len(conversation.tokens), certain=True)
     alone = target.forward(mx.array(conversation.tokens)[None], caches).hidden[0]
     alone = alone.astype(mx.float32)
     off = mx.abs(alone - conversation.hidden.astype(mx.float32)) / (mx.abs(alone) + mx.std(alone))
@@ -244,19 +244,21 @@ class _Rows:
 
     def __init__(self, caches, column: int, starts: Sequence[int]):
         self._caches, self._column, self._starts = caches, column, mx.array(starts)
+        self._begun = starts
         self._together = not any(starts)
 
     def begin(self, count: int) -> None:
         self._count, self._masks = count, {}
+        self._caches.restart([r for r, start in enumerate(self._begun) if start == self._column])
         self.positions = self._column if self._together else self._column - self._starts
-        self._caches.begin(count, self)
+        self._caches.begin(count, self, certain=True)
 
     def commit(self) -> None:
         self._caches.commit(range(self._count))
         self._column += self._count
 
-    def mask(self, start: int, window: int | None) -> mx.array | None:
-        """(R, 1, C, S + C) bool: the row's own columns up to this one, within the window.
+    def mask(self, start: int, window: int | None, in_chunks: bool = False) -> mx.array | None:
+        """(R, 1, C, S + C) bool: the row's own columns up to this one, within the window or chunk.
 
         Rows that began together need no mask of their own: (C, S + C), or None for all columns.
         """
@@ -267,7 +269,10 @@ class _Rows:
             columns = mx.arange(start, self._column + self._count)
             here = mx.arange(self._column, self._column + self._count)[:, None]
             mask = columns <= here
-            if window is not None:
+            if in_chunks:
+                starts = 0 if self._together else self._starts[:, None, None, None]
+                mask = mask & ((columns - starts) // window == (here - starts) // window)
+            elif window is not None:
                 mask = mask & (here < columns + window)
             if not self._together:
                 mask = mask & (columns >= self._starts[:, None, None, None])
@@ -313,8 +318,8 @@ class Probe:
         self._column += 1
 
     def _pretend(self, columns: int) -> None:
-        self.caches.begin(columns)
-        for cache in self.caches.layers:
+        self.caches.begin(columns, certain=True)
+        for cache in self.caches.growing:
             keys, values = (
                 mx.zeros((*x.shape[:2], columns, x.shape[3]), x.dtype)
                 for x in cache.keys_and_values()
