@@ -211,6 +211,33 @@ def test_what_is_missing_is_measured_once_and_said(model, drafter, caplog):
     assert FULL in stored.drafts
 
 
+def test_a_look_at_a_machine_that_was_busy_is_not_kept(model, drafter, monkeypatch, caplog):
+    """Seen with another process on all cores: 114 ms for a row, 581 for two, never tried again."""
+    busy = {1: 0.114, 2: 0.581, 4: 0.581, 8: 2.66, 16: 3.55}
+    quiet = {1: 0.075, 2: 0.094, 4: 0.101, 8: 0.104, 16: 0.133}
+    looks = iter([busy, quiet])
+    monkeypatch.setattr("redrafter_mlx.pricing.knowledge.look_at_passes", lambda *_: next(looks))
+    found, _ = known(model, drafter)
+    assert "something else is using this machine" in caplog.text
+    found.keep(20)
+    assert load(found._identity) is None
+    context = adapt(model).prefill([1, 2, 3], chunk=512)
+    policy = found.policy(DraftOptions(), 0.0, context, 50)
+    assert policy.costs.at(3, 8)[8] == pytest.approx(0.104)
+    found.keep(20)
+    assert load(found._identity).curve.seconds[0][:2] == pytest.approx([0.075, 0.094])
+
+
+def test_a_busy_machines_profile_is_measured_anew(model, drafter, profile):
+    curve = CostCurve([3], [1, 2, 16], [[0.1, 0.7, 1.4]])
+    save(replace(profile, curve=curve))
+    found, policy = known(model, drafter)
+    assert not policy.costs.curve.is_disturbed
+    assert policy.calibration.accepted.sum() == pytest.approx(32), "what drafts are worth is kept"
+    found.keep(20)
+    assert not load(found._identity).curve.is_disturbed
+
+
 def test_a_much_longer_prompt_is_looked_at_again(model, drafter, profile, caplog):
     save(profile)
     with caplog.at_level(logging.INFO, "redrafter_mlx"):

@@ -18,6 +18,9 @@ import numpy as np
 SHORTEST = 1e-7
 """Seconds that anything takes at least, whatever a coarse clock says."""
 
+UNEVEN = 1.25
+"""How far one measurement may be off another on a machine that does nothing else."""
+
 
 class Setting(NamedTuple):
     """How far a drafter searches: beams kept, tokens of a beam with the pending one."""
@@ -52,6 +55,15 @@ class CostCurve:
                 raise ValueError(f"the {name} of a cost curve must be ascending whole numbers")
         if self.rows[0] != 1 or self.contexts[0] < 0:
             raise ValueError("a cost curve begins with one row")
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether passes look dearer than their rows one after the other, which none can be.
+
+        One row more is for what the host does. Something else was using the processor then.
+        """
+        alone = self._grid[:, :1] * (np.asarray(self.rows) + 1)
+        return bool((self._grid > UNEVEN * alone).any())
 
     def at(self, context: int, most: int) -> np.ndarray:
         """(most + 1,) seconds of a pass over as many rows as the index says; 0 rows cost nothing.

@@ -31,6 +31,10 @@ _log = logging.getLogger("redrafter_mlx")
 LONGER, SHORT = 2, 128
 """Times the longest measured context, of so many tokens at least, beyond which passes are looked at
 again."""
+DISTURBED = (
+    "something else is using this machine: several rows took longer than one after the other would, "
+    "so nothing is drafted that costs more; it will be measured again"
+)
 
 
 class Knowledge:
@@ -46,7 +50,8 @@ class Knowledge:
         self._identity = identify(target, drafter)
         stored = load(self._identity)
         self._costs: LiveCosts | None = None
-        if curve := stored.curve if stored else passes_with_other_drafter(self._identity):
+        curve = stored.curve if stored else passes_with_other_drafter(self._identity)
+        if curve is not None and not curve.is_disturbed:
             self._costs = LiveCosts(curve)
         self._draft_costs = LiveDraftCosts(stored and stored.drafts)
         self._experiences = stored.experiences if stored else {}
@@ -75,7 +80,7 @@ class Knowledge:
 
         context  tokens of the text so far
         """
-        if not self._is_kept or self._costs is None:
+        if not self._is_kept or self._costs is None or self._costs.curve.is_disturbed:
             return
         try:
             update(self._identity, lambda stored: self._merged(stored, context))
@@ -96,6 +101,8 @@ class Knowledge:
             self._draft_costs = LiveDraftCosts(look_at_drafts(self._drafter, context, settings))
             looked_at.append("drafts")
         curve = self._costs.curve if self._costs else None
+        if curve is not None and curve.is_disturbed:
+            curve = None
         if curve is None or context.position > LONGER * max(curve.contexts[-1], SHORT):
             spent = time.perf_counter() - began
             seconds = look_at_passes(self.target, context, tokens, spent)
@@ -106,6 +113,8 @@ class Knowledge:
         if looked_at:
             spent = time.perf_counter() - began
             _log.info("measured once what %s cost here (%.1f s)", " and ".join(looked_at), spent)
+        if self._costs.curve.is_disturbed:
+            _log.warning(DISTURBED)
 
     def _new_policy(self, full: Setting, temp: float) -> Policy:
         known = self._experiences.get(experience_key(full, temp))
@@ -134,7 +143,8 @@ class Knowledge:
                 policy.calibration.rounds,
                 policy.samples.added,
             )
-        curve = stored.curve if stored else self._costs.curve
+        is_usable = stored is not None and not stored.curve.is_disturbed
+        curve = stored.curve if is_usable else self._costs.curve
         for each in self._costs.curve.contexts:
             is_near = each / LONGER <= context <= LONGER * max(each, SHORT)
             if is_near or each not in curve.contexts:
