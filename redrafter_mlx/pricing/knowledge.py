@@ -32,8 +32,8 @@ LONGER, SHORT = 2, 128
 """Times the longest measured context, of so many tokens at least, beyond which passes are looked at
 again."""
 DISTURBED = (
-    "something else is using this machine: several rows took longer than one after the other would, "
-    "so nothing is drafted that costs more; it will be measured again"
+    "something else is using this machine: several rows took longer than one after the other "
+    "would, so little or nothing is drafted; it will be measured again"
 )
 
 

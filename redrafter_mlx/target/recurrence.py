@@ -42,15 +42,15 @@ def delta_rule(
         likeness = lambda x: (x[:, :, None] * decay * k[:, None]).sum(axis=-1)
     else:
         likeness = lambda x: (x @ k.swapaxes(1, 2)) * decay
-    held = state[0].astype(mx.float32).swapaxes(1, 2)  # (H, Dk, Dv)
-    wanted = (v - (k * start) @ held) * beta
+    held = state[0].astype(mx.float32)  # (H, Dv, Dk)
+    wanted = (v - (k * start) @ held.swapaxes(1, 2)) * beta
     added = _by_substitution(wanted, likeness(k) * beta, lineage)
-    y = (q * start) @ held + likeness(q) @ added
+    y = (q * start) @ held.swapaxes(1, 2) + likeness(q) @ added
 
     def after(row: int) -> mx.array:
         left = decay[:, row] if g.ndim == 4 else decay[:, row, :, None]
-        new = (k * left).swapaxes(1, 2) @ added + held * start[:, row, :, None]
-        return new.swapaxes(1, 2)[None].astype(state.dtype)
+        rest = held * start[:, row, None]
+        return mx.addmm(rest, added.swapaxes(1, 2), k * left)[None].astype(state.dtype)
 
     return y.swapaxes(0, 1)[None].astype(dtype), after
 
@@ -86,7 +86,7 @@ def decayed_sum(
 
     def after(row: int) -> mx.array:
         left = decay[:, row, :, None]
-        return (values * left).swapaxes(1, 2) @ keys + state * start[:, row, :, None]
+        return mx.addmm(state * start[:, row, None], (values * left).swapaxes(1, 2), keys)
 
     return y, after
 
