@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before t
     from redrafter_mlx.stream import Generation, GenerationResponse
 
 DEMO = "demo"
+QUERY = "<query>"
+"""Stands for the message where it is to be found in a chat template's text."""
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -54,6 +56,11 @@ def make_parser() -> cli.Parser:
     flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
     flag("--system-prompt", help="system message for the chat template")
     flag("--prefill-response", help="how the answer begins")
+    flag(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="what mlx_lm.cache_prompt wrote: the message follows the text in it",
+    )
     flag("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
     flag(
         "--chat-template-config",
@@ -105,6 +112,7 @@ def command(flags: Namespace) -> int:
     drafter_name = None if flags.no_draft else flags.drafter or AUTO
     drafter_options = from_flags(DrafterOptions, flags)
     _check_drafter(drafter_name, drafter_options)
+    saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
     from redrafter_mlx import check, hub, stream
 
@@ -120,7 +128,9 @@ def command(flags: Namespace) -> int:
     if drafter_name:
         drafter = _load_drafter(drafter_name, model, tokenizer, drafter_options, asked_for)
     options["eos_token_ids"] = tokenizer.eos_token_ids
-    run = stream.Generation(model, prompt, drafter, progress=_PromptProgress(), **options)
+    run = stream.Generation(
+        model, prompt, drafter, progress=_PromptProgress(), prompt_cache=saved, **options
+    )
     printed = _Printed(quiet=flags.json)
     interrupted = printed.consume(stream.text_events(run, tokenizer))
     if drafter_options.max_gram_memory:
@@ -128,7 +138,8 @@ def command(flags: Namespace) -> int:
     comparison = None
     if flags.check and not interrupted:
         options["sampling"] = dataclasses.replace(options["sampling"], seed=run.seed)
-        plain = stream.Generation(model, prompt, None, **options)
+        saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
+        plain = stream.Generation(model, prompt, None, prompt_cache=saved, **options)
         comparison = check.compare_with_plain(printed.tokens, plain)
     if flags.json:
         used = drafter_name if drafter else None
@@ -151,6 +162,23 @@ def _read_message(prompt: str) -> str:
             f"--prompt -: standard input is not UTF-8 (byte {error.start} is "
             f"0x{data[error.start]:02x}); convert it, for example with iconv -t UTF-8"
         ) from error
+
+
+def _load_prompt_cache(path: str | None, model: str) -> list | None:
+    """The caches in a file of mlx_lm.cache_prompt; UserError if it is none, or another model's."""
+    if path is None:
+        return None
+    from mlx_lm.models.cache import load_prompt_cache
+
+    try:
+        cache, about = load_prompt_cache(path, return_metadata=True)
+    except Exception as error:  # of what mlx and mlx-lm make of any bytes
+        reason = " ".join(str(error).split())
+        raise UserError(f"--prompt-cache-file {path} is no prompt cache: {reason}") from error
+    made_with = about.get("model", model) if isinstance(about, dict) else model
+    if made_with != model:
+        raise UserError(f"{path} was made with {made_with}: give --model {made_with}")
+    return cache
 
 
 def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
@@ -176,10 +204,14 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     arguments = {"continue_final_message": begun, "add_generation_prompt": not begun}
     if taken := flags.chat_template_config.keys() & {"conversation", "tokenize", *arguments}:
         raise UserError(f"--chat-template-config cannot set {sorted(taken)[0]}: leave it out")
+    template = lambda: tokenizer.apply_chat_template(
+        messages, tokenize=False, **arguments, **flags.chat_template_config
+    )
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, **arguments, **flags.chat_template_config
-        )
+        text = template()
+        if flags.prompt_cache_file:  # what stands before the message is in the cache
+            messages[-1 - begun]["content"] = QUERY
+            text = text[template().index(QUERY) :]
     except Exception as error:  # a template may raise what it likes
         reason = " ".join(str(error).split())
         raise UserError(f"the chat template of {flags.model} failed: {reason}") from error

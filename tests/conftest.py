@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with a thread for each core get stuck
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
+import redrafter_mlx
 from families import build
+from redrafter_mlx.generate import main
 from redrafter_mlx.errors import UserError
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
@@ -100,3 +104,45 @@ def test_a_cache_of_another_model_is_told():
         cache = make_prompt_cache(build(other))
         with pytest.raises(UserError, match=words):
             ids(generation(model, FIRST, drafter_of(FIRST, []), prompt_cache=cache))
+
+
+@pytest.fixture
+def cached(demo_path, tmp_path):
+    """A file as `mlx_lm.cache_prompt` writes it: the demo model has read some lines."""
+    model, tokenizer = redrafter_mlx.load(str(demo_path))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "The ship is called Aurora. "}],
+        add_generation_prompt=False, continue_final_message=True,
+    )  # fmt: skip
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([text]), cache=cache))
+    path = tmp_path / "ship.safetensors"
+    save_prompt_cache(str(path), cache, {"model": str(demo_path), "tokenizer_config": "{}"})
+    return path
+
+
+def test_the_command_goes_on_with_a_file(cached, demo_path, capsys):
+    words = ["--model", str(demo_path), "--prompt-cache-file", str(cached), "--check", "--json"]
+    words += ["--prompt", "What is the ship called?", "--max-tokens", "16", "--budget", "8"]
+    assert main(words) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["check"]["identical"]
+    assert "Aurora" in said["text"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "missing", "other model"])
+def test_a_file_that_is_none_is_told_in_a_line(cached, demo_path, damage, capsys):
+    content, model = cached.read_bytes(), str(demo_path)
+    if damage == "cut":
+        cached.write_bytes(content[: len(content) // 2])
+    elif damage == "text":
+        cached.write_text("not a cache")
+    elif damage == "missing":
+        cached.unlink()
+    else:
+        model = "org/other"
+    words = ["--model", model, "--prompt-cache-file", str(cached), "--prompt", "Hm"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "ship.safetensors" in said
