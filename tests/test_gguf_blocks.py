@@ -10,7 +10,7 @@ import pytest
 
 from gguf_writer import ENCODINGS, F16, F32, Q4_0, Q4_1, Q8_0, Encoding, Gguf, foreign
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf.blocks import check_tensor, quantised_bits, read_tensor
+from redrafter_mlx.gguf.blocks import check_tensors, quantised_bits, read_tensor
 from redrafter_mlx.gguf.file import TENSOR_TYPES, read_gguf
 
 ROWS, COLUMNS = 48, 96
@@ -111,7 +111,7 @@ def test_a_block_by_hand(encoding, block, values):
 def test_other_types_are_refused_by_name(tmp_path, code):
     file = Gguf({}, {"x.weight": (foreign(code), np.zeros((1, 256)))}).write(tmp_path / "x.gguf")
     with pytest.raises(UserError) as caught:
-        check_tensor(read_gguf(file), "x.weight")
+        check_tensors(read_gguf(file))
     message = str(caught.value)
     assert f"tensor x.weight is {TENSOR_TYPES.get(code, 'type 99')}," in message
     assert "F32, F16, Q4_0, Q4_1, Q8_0" in message
@@ -145,4 +145,4 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
     raw = Encoding("Q8_0", 8, lambda weights: bytes(1000), Q8_0.decode)
     path = Gguf({}, {"x.weight": (raw, np.zeros((2, 48)))}).write(tmp_path / "x.gguf")
     with pytest.raises(UserError, match=r"shape \(2, 48\), but Q8_0 comes in blocks of 32"):
-        check_tensor(read_gguf(path), "x.weight")
+        check_tensors(read_gguf(path))
