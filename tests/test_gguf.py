@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from gguf_writer import (
+    BF16,
     ENCODINGS,
     F16,
     F32,
@@ -123,7 +124,7 @@ def biased(*parts: str) -> Gguf:
 
 
 MODELS = {
-    **{f"{encoding.name}, tied": tiny(encoding) for encoding in ENCODINGS},
+    **{f"{encoding.name}, tied": tiny(encoding) for encoding in [*ENCODINGS, BF16]},
     **{f"{e.name}, untied": with_head(tiny(e), e) for e in ENCODINGS},
     "mixed": mixed(),
     "biases of queries, keys and values": biased("attn_q", "attn_k", "attn_v"),
@@ -230,8 +231,10 @@ def test_the_commonest_width_is_the_default(tmp_path):
         (mixed(), {"uint32", "float16"}),
         (tiny(F16), {"float16"}),
         (tiny(F32), {"float32"}),
+        (tiny(BF16), {"bfloat16"}),
+        (with_head(tiny(BF16), F16), {"float16"}),
     ],
-    ids=["Q4_1", "mixed", "F16", "F32"],
+    ids=["Q4_1", "mixed", "F16", "F32", "BF16", "BF16 and F16"],
 )
 def test_a_model_computes_in_one_type(tmp_path, gguf, dtypes):
     model, _ = mlx_lm.load(str(imported(tmp_path, gguf)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,8 +35,8 @@ BLOCK_BYTES = {"F32": 4, "F16": 2, "Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 def random_blocks(encoding: Encoding) -> bytes:
     """ROWS * COLUMNS weights of random bits, the scales finite numbers of any size and sign."""
     rng = np.random.default_rng(encoding.code)
-    if encoding is F32:
-        return rng.normal(0, 1, ROWS * COLUMNS).astype(np.float32).tobytes()
+    if encoding in (F32, BF16):
+        return encoding.encode(rng.normal(0, 1, ROWS * COLUMNS).astype(np.float32))
     if encoding is F16:
         return finite_halves(rng, ROWS * COLUMNS).tobytes()
     count = ROWS * COLUMNS // 32
@@ -231,8 +232,9 @@ def test_the_names_of_types_are_ggmls(code, name):
         (F16, np.float16([np.inf])),
         (Q4_1, np.float16([1, np.nan])),
         (Q8_0, np.float16([1000])),  # 128 times as much is no float16
+        (BF16, np.uint16([0x7F80])),
     ],
-    ids=["F32", "F16", "Q4_1", "Q8_0"],
+    ids=["F32", "F16", "Q4_1", "Q8_0", "BF16"],
 )
 def test_numbers_that_are_not_finite_are_refused(tmp_path, encoding, data):
     path = written(tmp_path, encoding, data.tobytes() + random_blocks(encoding)[data.nbytes :])
@@ -244,4 +246,65 @@ def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
     raw = Encoding("Q8_0", 8, lambda weights: bytes(1000), Q8_0.decode)
     path = Gguf({}, {"x.weight": (raw, np.zeros((2, 48)))}).write(tmp_path / "x.gguf")
     with pytest.raises(UserError, match=r"shape \(2, 48\), but Q8_0 comes in blocks of 32"):
+        check_tensors(read_gguf(path))
+
+
+NUMBERS = [(t, at, "<e") for t in BLOCK_TYPES for at in t.halves]
+NUMBERS += [(t, at, "<f") for t in BLOCK_TYPES for at in t.singles]
+
+
+@pytest.mark.parametrize(("block_type", "at", "code"), NUMBERS, ids=lambda v: getattr(v, "name", v))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_blocks_that_are_not_finite_are_refused(tmp_path, block_type, at, code, bad):
+    """In any float of any block; the codes are 1 and the small scales not 0, so that it counts."""
+    data = bytearray(b"\x11" * block_type.bytes * 3)
+    for start in range(0, len(data), block_type.bytes):
+        for other in block_type.halves:
+            struct.pack_into("<e", data, start + other, 0.5)
+        for other in block_type.singles:
+            struct.pack_into("<f", data, start + other, 0.5)
+    read_tensor(made_of(tmp_path, block_type, bytes(data)), "x.weight")
+    struct.pack_into(code, data, block_type.bytes + at, bad)
+    with pytest.raises(UserError, match=r"x\.weight holds numbers that are not finite"):
+        read_tensor(made_of(tmp_path, block_type, bytes(data)), "x.weight")
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES, ids=lambda t: t.name)
+def test_a_tensor_that_ends_behind_the_file_is_refused(tmp_path, block_type):
+    file = made_of(tmp_path, block_type, block_type.blocks(3))
+    end = file.tensors["x.weight"].start + 3 * block_type.bytes
+    whole = file.path.read_bytes()
+    for cut in (end - 1, end - block_type.bytes, file.tensors["x.weight"].start):
+        file.path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=f"ends at byte {end}, the file at {cut}"):
+            check_tensors(read_gguf(file.path))
+        with pytest.raises(UserError, match=f"ends at byte {end}, the file at {cut}"):
+            read_tensor(read_gguf(file.path), "x.weight")
+
+
+@pytest.mark.parametrize(
+    "shape", [(2**63, 256), (2**40, 2**40, 256), (2**64 - 1, 2**64 - 256), (0, 256), (256, 0), ()]
+)
+@pytest.mark.parametrize("block_type", BLOCK_TYPES, ids=lambda t: t.name)
+def test_sizes_that_cannot_be_are_refused(tmp_path, block_type, shape):
+    """No size is computed in fewer bits than it needs, and nothing is set aside for it."""
+    infos = struct.pack("<Q", 1) + b"x" + struct.pack("<I", len(shape))
+    infos += struct.pack(f"<{len(shape)}QIQ", *shape[::-1], block_type.code, 0)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + infos + bytes(4096))
+    with pytest.raises(UserError, match=r"get the file again") as caught:
+        check_tensors(read_gguf(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [0, 96, 2**64 - 32])
+def test_tensors_that_share_bytes_are_refused(tmp_path, start):
+    """Else a small file could hold any number of large tensors."""
+    infos = b""
+    for name, at in ((b"x", 0), (b"y", start)):
+        infos += struct.pack("<Q", 1) + name + struct.pack("<IQIQ", 1, 32, 0, at)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2, 0) + infos + bytes(4096))
+    wrong = "y ends at byte" if start > 96 else "tensors x and y share bytes"
+    with pytest.raises(UserError, match=wrong):
         check_tensors(read_gguf(path))

@@ -184,6 +184,10 @@ SPLITS = [
         ["I", "'LL", " (", "pay", ")", " ", "123", "45", "!\n\n", "Now"],
     ),
     ("qwen2", "We've 12  x", ["We", "'ve", " ", "1", "2", " ", " x"]),
+    (
+        *("gpt-4o", "fooBar's BAZ'LL 12345/\n"),
+        ["foo", "Bar's", " BAZ'LL", " ", "123", "45", "/\n"],
+    ),
     ("tekken", "fooBar BAZ9/", ["foo", "Bar", " BAZ", "9", "/"]),
     ("deepseek-coder", "f(x)\n 12", ["f", "(", "x", ")", "\n", " ", "1", "2"]),
 ]
@@ -394,6 +398,46 @@ def test_users_tokens_are_never_split(tmp_path):
     assert ids == model.encode("the<think>")
     assert ids[-1] == index
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the<think>"
+
+
+def test_runs_of_spaces_and_line_ends_can_be_tokens(tmp_path):
+    """As in Gemma, whose file has the user's tokens as they stand in a text, without U+2581."""
+    model = trained(False, user_defined_symbols=["\n", "\n\n", "▁▁", "▁▁▁", "<table>"])
+    gguf = sentencepiece_gguf(model, tokenizer__ggml__add_space_prefix=False)
+    tokens, types = (gguf.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    for index in range(3, 8):
+        tokens[index], types[index] = tokens[index].replace("▁", " "), 4
+    tokenizer = made(tmp_path, gguf)
+    parts = ["  ", "   ", "\n", "\n\n", "<table>", " the", *WORDS[:-1]]
+    for text in ["a    b\n\n\n  <table> x", *random_texts(1000, parts)]:
+        text = text.replace("▁", "")
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == model.encode(text), repr(text)
+        assert tokenizer.decode(ids) == text, repr(text)
+
+
+def test_phi3s_special_tokens_take_white_space_along(tmp_path, llama):
+    gguf = sentencepiece_gguf(llama)
+    gguf.metadata["tokenizer.ggml.tokens"][-1] = "<|end|>"
+    gguf.metadata["tokenizer.ggml.token_type"][-1] = 3
+    last = llama.get_piece_size() - 1
+    for architecture, plain in (("llama", True), ("phi3", False)):
+        gguf.metadata["general.architecture"] = architecture
+        ids = made(tmp_path, gguf).encode("fox<|end|>\nthe<s> dog", add_special_tokens=False).ids
+        behind = llama.encode("\nthe" if plain else "the")
+        assert ids == [*llama.encode("fox"), last, *behind, 1, *llama.encode(" dog")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "token"), [("gemma3", "<end_of_turn>"), ("phi3", "<|end|>")]
+)
+def test_the_end_of_a_turn_is_known_by_name(tmp_path, architecture, token):
+    metadata = tiny_metadata(general__architecture=architecture)
+    metadata["tokenizer.ggml.tokens"] = [*TOKENS[:-1], token]
+    file = read_gguf(Gguf(metadata, {}).write(tmp_path / "tiny.gguf"))
+    assert end_token_ids(file) == [2, len(TOKENS) - 1]
+    metadata["tokenizer.ggml.tokens"] = TOKENS
+    assert end_token_ids(read_gguf(Gguf(metadata, {}).write(tmp_path / "tiny.gguf"))) == [2]
 
 
 # ---------------------------------------------------------------------------------------------
