@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -156,6 +157,18 @@ def test_a_tensor_of_many_chunks_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "CHUNK", 7)
     for part, array in read_tensor(file, "x.weight").items():
         assert np.array_equal(array, whole[part]), part
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES, ids=lambda t: t.name)
+def test_reading_takes_little_more_than_what_is_read(tmp_path, monkeypatch, block_type):
+    """What comes out, once in chunks and once whole, and between the layouts only a chunk."""
+    monkeypatch.setattr(blocks, "CHUNK", 2**9)
+    file = made_of(tmp_path, block_type, block_type.blocks(2**21 // block_type.weights))
+    tracemalloc.start()
+    parts = read_tensor(file, "x.weight")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * sum(array.nbytes for array in parts.values())
 
 
 def test_bf16_is_exact(tmp_path):
