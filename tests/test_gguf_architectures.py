@@ -268,6 +268,19 @@ def test_a_mixture_of_k_quants_is_the_model_of_their_values(tmp_path):
     }
 
 
+def test_biases_that_mlx_lm_needs_and_the_file_lacks_are_zero(tmp_path):
+    case = CASES["qwen2"]
+    model = case.model()
+    gguf = case.gguf(model)
+    for name in [name for name in gguf.tensors if name.endswith(".bias")]:
+        del gguf.tensors[name]
+    copy, _ = mlx_lm.load(str(imported(tmp_path, gguf)))
+    for layer in model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            part.bias = mx.zeros_like(part.bias)
+    assert np.array_equal(logits(copy), logits(model))
+
+
 # ---------------------------------------------------------------------------------------------
 # Refused
 
