@@ -19,7 +19,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from redrafter_mlx import device
 from redrafter_mlx.config import DrafterOptions, parse_keywords
-from redrafter_mlx.demo import demo_target
+from redrafter_mlx.demo import DEMOS, demo_target
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
@@ -68,8 +68,9 @@ def load(
 ) -> tuple:
     """Load a target model and its tokenizer; `mlx_lm.load` with two more kinds of name.
 
-    The name is tried as: the word `demo` (SmolLM2-135M-Instruct, downloaded once, 93 MB), a
-    local directory, a local .gguf file (converted once), a Hugging Face repo `org/name`.
+    The name is tried as: the word `demo` (SmolLM2-135M-Instruct, downloaded once, 93 MB) or
+    `gemma-demo` (Gemma 3 270M, 239 MB), a local directory, a local .gguf file (converted once), a
+    Hugging Face repo `org/name`.
     On a CPU every model is computed in float32, because 16-bit and quantised products use no
     BLAS there and accumulate in 16 bits; it is then read at once even with `lazy`.
 
@@ -251,8 +252,8 @@ def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
     """
     name = str(name_or_path)
     _check_revision(name, revision)
-    if name == DEMO:
-        directory = demo_target()
+    if name in DEMOS:
+        directory = demo_target(name)
     elif _is_gguf(name):
         directory = _converted(expanded(name))
     else:
@@ -340,7 +341,7 @@ def _plain_layer(
 
 
 def _check_revision(name: str, revision: str | None) -> None:
-    if revision is not None and (name == DEMO or expanded(name).exists()):
+    if revision is not None and (name in DEMOS or expanded(name).exists()):
         raise UserError(
             f"revision {revision!r} is for Hugging Face repos, and {name} is not one: leave it out"
         )
@@ -352,7 +353,7 @@ def _is_gguf(name: str) -> bool:
 
 def _way_out(name: str, directory: Path) -> str:
     """What to do about a target's directory that cannot be loaded."""
-    if name == DEMO or _is_gguf(name):  # then we have made it, and somebody has changed it
+    if name in DEMOS or _is_gguf(name):  # then we have made it, and somebody has changed it
         return f"delete {directory}, and the next run makes it anew"
     return "what is needed is a complete model of a type that mlx-lm supports"
 

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 from redrafter_mlx.gguf.importer import import_gguf
 
 # ---------------------------------------------------------------------------------------------
-# Blocks of 32 weights
+# Floats, and blocks of 32 weights that are made of real ones
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,164 @@ def floats(name: str, code: int, dtype: type) -> Encoding:
     )
 
 
+def encode_bf16(weights: np.ndarray) -> bytes:
+    """Cut off, not rounded."""
+    return (weights.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def decode_bf16(data: bytes) -> np.ndarray:
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
 F32 = floats("F32", 0, np.float32)
 F16 = floats("F16", 1, np.float16)
+BF16 = Encoding("BF16", 30, encode_bf16, decode_bf16)
 Q4_0 = Encoding("Q4_0", 2, encode_q4_0, decode_q4_0)
 Q4_1 = Encoding("Q4_1", 3, encode_q4_1, decode_q4_1)
 Q8_0 = Encoding("Q8_0", 8, encode_q8_0, decode_q8_0)
 ENCODINGS = [F32, F16, Q4_0, Q4_1, Q8_0]
+
+# ---------------------------------------------------------------------------------------------
+# Blocks of random bits, read weight by weight: what ggml's dequantize_row_... make of a block
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A type by one weight: `value(block, i)` is what weight i of a block of bytes is worth.
+
+    `halves` and `singles` say at which bytes of a block float16 and float32 numbers stand.
+    """
+
+    name: str
+    code: int
+    weights: int
+    bytes: int
+    value: Callable[[bytes, int], float]
+    halves: tuple[int, ...] = (0,)
+    singles: tuple[int, ...] = ()
+
+    def blocks(self, count: int, seed: int = 0) -> bytes:
+        """Random blocks whose float numbers are small, of both signs, some of them subnormal."""
+        rng = np.random.default_rng(seed)
+        blocks = rng.integers(0, 256, (count, self.bytes), dtype=np.uint8)
+        for places, dtype in ((self.halves, np.float16), (self.singles, np.float32)):
+            for at in places:
+                numbers = (rng.normal(0, 1e-3, count) * 10.0 ** -rng.integers(0, 5, count)).astype(
+                    dtype
+                )
+                size = numbers.itemsize
+                blocks[:, at : at + size] = numbers.view(np.uint8).reshape(count, size)
+        return blocks.tobytes()
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """A flat float64 array."""
+        starts = range(0, len(data), self.bytes)
+        blocks = [data[start : start + self.bytes] for start in starts]
+        return np.array([self.value(block, i) for block in blocks for i in range(self.weights)])
+
+    @property
+    def encoding(self) -> Encoding:
+        """As the type of a tensor whose weights are of no account, only their number."""
+        encode = lambda weights: self.blocks(weights.size // self.weights)
+        return Encoding(self.name, self.code, encode, self.decode)
+
+
+def float_at(block: bytes, at: int, code: str = "e") -> float:
+    return struct.unpack_from(f"<{code}", block, at)[0]
+
+
+def signed(byte: int) -> int:
+    return byte - 256 if byte > 127 else byte
+
+
+def nibble(packed: bytes, i: int) -> int:
+    """Code i of a block of 32: the low halves of 16 bytes, then the high ones."""
+    return packed[i % 16] >> 4 * (i // 16) & 15
+
+
+def nibble_of_64(packed: bytes, i: int) -> int:
+    """Code i of a block of 256: 64 codes in 32 bytes, first the low halves."""
+    return packed[i // 64 * 32 + i % 32] >> 4 * (i // 32 % 2) & 15
+
+
+def crumb(packed: bytes, i: int) -> int:
+    """Two bits of weight i of 256: 128 weights in 32 bytes, the lowest bits first."""
+    return packed[i // 128 * 32 + i % 32] >> 2 * (i // 32 % 4) & 3
+
+
+def bit(packed: bytes, i: int) -> int:
+    """One bit of weight i of 256: bit 0 of 32 bytes, then bit 1 ..."""
+    return packed[i % 32] >> i // 32 & 1
+
+
+def q5_code(block: bytes, at: int, i: int) -> int:
+    """The fifth bit is bit i of a 32-bit number, the others follow it."""
+    return struct.unpack_from("<I", block, at)[0] >> i << 4 & 16 | nibble(block[at + 4 :], i)
+
+
+def six_bits(packed: bytes, group: int) -> tuple[int, int]:
+    """Scale and minimum of one of the 8 groups in Q4_K and Q5_K."""
+    if group < 4:
+        return packed[group] & 63, packed[group + 4] & 63
+    low = packed[group + 4]
+    return low & 15 | packed[group - 4] >> 6 << 4, low >> 4 | packed[group] >> 6 << 4
+
+
+def q2_k(block: bytes, i: int) -> float:
+    scale, code = block[i // 16], crumb(block[16:], i)
+    return float_at(block, 80) * (scale & 15) * code - float_at(block, 82) * (scale >> 4)
+
+
+def q3_k(block: bytes, i: int) -> float:
+    packed, group = block[96:108], i // 16
+    low = packed[group % 8] >> 4 * (group // 8) & 15
+    scale = (low | (packed[8 + group % 4] >> 2 * (group // 4) & 3) << 4) - 32
+    code = crumb(block[32:], i) - (0 if bit(block, i) else 4)
+    return float_at(block, 108) * scale * code
+
+
+def q4_k(block: bytes, i: int) -> float:
+    scale, minimum = six_bits(block[4:], i // 32)
+    code = nibble_of_64(block[16:], i)
+    return float_at(block, 0) * scale * code - float_at(block, 2) * minimum
+
+
+def q5_k(block: bytes, i: int) -> float:
+    scale, minimum = six_bits(block[4:], i // 32)
+    code = bit(block[16:], i) << 4 | nibble_of_64(block[48:], i)
+    return float_at(block, 0) * scale * code - float_at(block, 2) * minimum
+
+
+def q6_k(block: bytes, i: int) -> float:
+    half, place = divmod(i, 128)
+    low = block[half * 64 + place % 64] >> 4 * (place // 64) & 15
+    code = low | crumb(block[128:], i) << 4
+    return float_at(block, 208) * signed(block[192 + i // 16]) * (code - 32)
+
+
+BLOCK_TYPES = [
+    BlockType("Q4_0", 2, 32, 18, lambda b, i: float_at(b, 0) * (nibble(b[2:], i) - 8)),
+    BlockType(
+        *("Q4_1", 3, 32, 20, lambda b, i: float_at(b, 0) * nibble(b[4:], i) + float_at(b, 2)),
+        halves=(0, 2),
+    ),
+    BlockType("Q5_0", 6, 32, 22, lambda b, i: float_at(b, 0) * (q5_code(b, 2, i) - 16)),
+    BlockType(
+        *("Q5_1", 7, 32, 24, lambda b, i: float_at(b, 0) * q5_code(b, 4, i) + float_at(b, 2)),
+        halves=(0, 2),
+    ),
+    BlockType("Q8_0", 8, 32, 34, lambda b, i: float_at(b, 0) * signed(b[2 + i])),
+    BlockType("Q2_K", 10, 256, 84, q2_k, halves=(80, 82)),
+    BlockType("Q3_K", 11, 256, 110, q3_k, halves=(108,)),
+    BlockType("Q4_K", 12, 256, 144, q4_k, halves=(0, 2)),
+    BlockType("Q5_K", 13, 256, 176, q5_k, halves=(0, 2)),
+    BlockType("Q6_K", 14, 256, 210, q6_k, halves=(208,)),
+    BlockType(
+        *("Q8_K", 15, 256, 292, lambda b, i: float_at(b, 0, "f") * signed(b[4 + i])),
+        halves=(),
+        singles=(0,),
+    ),
+]
 
 
 def foreign(code: int) -> Encoding:

@@ -309,7 +309,7 @@ def test_a_full_disk_under_a_conversion_leaves_nothing(machine, monkeypatch, mod
 
 def test_a_conversion_that_somebody_damaged_is_told_with_its_directory(monkeypatch, tmp_path):
     monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(demo, "_build_demo", lambda destination: None)
+    monkeypatch.setattr(demo, "_build_demo", lambda destination, wheels: None)
     directory = demo.demo_target()
     for config in (None, "{}"):
         if config:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from gguf_writer import (
+    BF16,
     ENCODINGS,
     F16,
     F32,
@@ -123,7 +124,7 @@ def biased(*parts: str) -> Gguf:
 
 
 MODELS = {
-    **{f"{encoding.name}, tied": tiny(encoding) for encoding in ENCODINGS},
+    **{f"{encoding.name}, tied": tiny(encoding) for encoding in [*ENCODINGS, BF16]},
     **{f"{e.name}, untied": with_head(tiny(e), e) for e in ENCODINGS},
     "mixed": mixed(),
     "biases of queries, keys and values": biased("attn_q", "attn_k", "attn_v"),
@@ -230,8 +231,10 @@ def test_the_commonest_width_is_the_default(tmp_path):
         (mixed(), {"uint32", "float16"}),
         (tiny(F16), {"float16"}),
         (tiny(F32), {"float32"}),
+        (tiny(BF16), {"bfloat16"}),
+        (with_head(tiny(BF16), F16), {"float16"}),
     ],
-    ids=["Q4_1", "mixed", "F16", "F32"],
+    ids=["Q4_1", "mixed", "F16", "F32", "BF16", "BF16 and F16"],
 )
 def test_a_model_computes_in_one_type(tmp_path, gguf, dtypes):
     model, _ = mlx_lm.load(str(imported(tmp_path, gguf)))
@@ -266,7 +269,7 @@ def without(name: str) -> Gguf:
 @pytest.mark.parametrize(
     ("gguf", "named"),
     [
-        (tiny(general__architecture="qwen2"), "'qwen2'"),
+        (tiny(general__architecture="mamba"), "'mamba'"),
         (tiny(tokenizer__ggml__pre="unheard-of"), "'unheard-of'"),
         (tiny(tokenizer__ggml__eos_token_id=9999), "9999"),
         (tiny(llama__block_count=3), "tensor blk.2.attn_norm.weight is missing"),
@@ -278,12 +281,12 @@ def without(name: str) -> Gguf:
         (without("token_embd.weight"), "token_embd.weight is missing"),
         (without("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
         (with_tensor("output.weight", F16, (7, HIDDEN)), "output.weight has shape (7, 64)"),
-        (with_tensor("output.weight", foreign(14), (len(TOKENS), HIDDEN)), "output.weight is Q6_K"),
+        (with_tensor("output.weight", foreign(20), (len(TOKENS), HIDDEN)), "weight is IQ4_NL"),
         (
-            with_tensor("blk.0.attn_q.weight", foreign(12), (HIDDEN, HIDDEN)),
-            "attn_q.weight is Q4_K",
+            with_tensor("blk.0.attn_q.weight", foreign(16), (HIDDEN, HIDDEN)),
+            "attn_q.weight is IQ2_XXS",
         ),
-        (with_tensor("token_embd.weight", foreign(30), (len(TOKENS), HIDDEN)), "weight is BF16"),
+        (with_tensor("token_embd.weight", foreign(99), (len(TOKENS), HIDDEN)), "weight is type 99"),
         (
             with_tensor("output_norm.weight", Q8_0, (HIDDEN,)),
             "output_norm.weight is a vector in Q8",

@@ -9,14 +9,14 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from gguf_writer import F32, HEAD_DIM, Gguf, tiny, tiny_metadata
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf.config import llama_config
+from redrafter_mlx.gguf.config import model_config
 from redrafter_mlx.gguf.file import read_gguf
 
 BASE = 500000.0
 
 
 def config(tmp_path, gguf: Gguf) -> dict:
-    return llama_config(read_gguf(gguf.write(tmp_path / "tiny.gguf")))
+    return model_config(read_gguf(gguf.write(tmp_path / "tiny.gguf")))
 
 
 def rope(config: dict):
@@ -148,7 +148,7 @@ def test_factors_next_to_scaling_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"general.architecture": "qwen2"}, "'qwen2'"),
+        ({"general.architecture": "mamba"}, "'mamba'"),
         ({"general.architecture": None}, "general.architecture"),
         ({"llama.block_count": None}, "llama.block_count"),
         ({"llama.block_count": 0}, "llama.block_count = 0"),

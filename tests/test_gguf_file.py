@@ -72,6 +72,7 @@ DAMAGED = {
     "an unknown kind": header(0, 1, NAME + struct.pack("<I", 77)),
     "text that is none": header(0, 1, NAME + struct.pack("<IQ", 8, 1) + b"\xff"),
     "4 billion dimensions": header(1, 0, NAME + struct.pack("<I", 2**32 - 1)),
+    "5 dimensions": header(1, 0, NAME + struct.pack("<I5QIQ", 5, *[1] * 5, 0, 0)),
     "the same tensor twice": header(2, 0, (NAME + struct.pack("<IQIQ", 1, 4, 0, 0)) * 2),
     "alignment 0": header(
         0, 1, struct.pack("<Q", 17) + b"general.alignment" + struct.pack("<II", 4, 0)

@@ -1,7 +1,8 @@
-"""Tensors of a GGUF file in MLX's layout, bit for bit the same numbers."""
+"""Tensors of a GGUF file in MLX's layout."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import numpy as np
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.file import GgufFile
 
-GROUP_SIZE = 32  # weights per block in Q4_0, Q4_1 and Q8_0
+GROUP_SIZE = 32  # weights that share a scale; MLX has no smaller groups
+CHUNK = 2**14  # blocks unpacked at a time: what is between the layouts stays small
 
 Parts = dict[str, np.ndarray]
 
@@ -19,24 +21,34 @@ Parts = dict[str, np.ndarray]
 def read_tensor(file: GgufFile, name: str) -> Parts:
     """The contents of one tensor.
 
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q3_K keep every number, bit for bit. Q4_K,
+    Q5_K and Q8_K keep every code; their scales, products of two numbers in the file, are rounded to
+    float16. Q2_K and Q6_K have groups of 16 weights, which MLX has not: their values become 8-bit
+    codes over 32 weights, at most half of a 127th of the largest away.
+
     Args:
         file: the file.
         name: a tensor of shape (..., columns) in it.
 
     Returns:
-        For F32 and F16: `weight` (..., columns) of that type. For the quantised types MLX's affine
-        layout, value = scale * code + bias: `weight` (..., columns * bits / 32) uint32, with the
-        first code in the lowest bits; `scales` and `biases` (..., columns / 32) float16.
+        `weight` (..., columns) float16 for F16, float32 for F32 and BF16. For the quantised types
+        MLX's affine layout, value = scale * code + bias: `weight` (..., columns * bits / 32)
+        uint32, the first code in the lowest bits; `scales`, `biases` (..., columns / 32) float16.
 
     Raises:
         UserError: another type, a file that ends too early, or values that are not finite.
 
-    Source: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0 and so on)
+    Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
     """
     shape = file.tensors[name].shape
     layout = _layout(file, name)
     blocks = _blocks(file, name, layout)
-    parts = {part: array.reshape(*shape[:-1], -1) for part, array in layout.unpack(blocks).items()}
+    with np.errstate(all="ignore"):  # what comes of it is found below, as not finite
+        chunks = [layout.unpack(blocks[at : at + CHUNK]) for at in range(0, len(blocks), CHUNK)]
+    parts = {
+        part: np.concatenate([chunk[part] for chunk in chunks]).reshape(*shape[:-1], -1)
+        for part in chunks[0]
+    }
     for array in parts.values():
         if array.dtype != np.uint32 and not np.isfinite(array).all():
             raise UserError(
@@ -46,19 +58,39 @@ def read_tensor(file: GgufFile, name: str) -> Parts:
     return parts
 
 
-def check_tensor(file: GgufFile, name: str) -> None:
-    """Raise UserError unless `read_tensor` knows the tensor's type and the file holds its bytes."""
-    _blocks(file, name, _layout(file, name))
+def check_tensors(file: GgufFile) -> None:
+    """Check the table of tensors against the bytes that are there.
+
+    Raises:
+        UserError: a type that `read_tensor` does not know, a tensor beyond the end of the file, or
+            two that share bytes: such a file could claim to hold any number of weights.
+    """
+    spans = []
+    for name, info in file.tensors.items():
+        layout = _layout(file, name)
+        spans.append((info.start, info.start + _blocks(file, name, layout).size, name))
+    spans.sort()
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
+        if start < end:
+            raise UserError(
+                f"{file.path}: tensors {first} and {second} share bytes; get the file again"
+            )
 
 
 def quantised_bits(file: GgufFile, name: str) -> int | None:
-    """Bits per code of a quantised tensor; None if it holds floats."""
+    """Bits per code in MLX's layout of a quantised tensor; None if it holds floats."""
     return _layout(file, name).bits
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one GGML type is stored: `unpack` takes blocks (count, bytes) uint8."""
+    """How one GGML type is stored.
+
+    Attributes:
+        weights, bytes: of a block.
+        bits: of a code in MLX's layout.
+        unpack: from blocks (count, bytes) uint8 to flat arrays.
+    """
 
     weights: int
     bytes: int
@@ -70,15 +102,15 @@ def _layout(file: GgufFile, name: str) -> _Layout:
     kind = file.tensors[name].kind
     if kind not in LAYOUTS:
         raise UserError(
-            f"{file.path}: tensor {name} is {kind}, which cannot be imported unchanged; use a "
-            f"file of {', '.join(LAYOUTS)} only"
+            f"{file.path}: tensor {name} is {kind}, which cannot be imported; use a file of "
+            f"{', '.join(LAYOUTS)} only"
         )
     return LAYOUTS[kind]
 
 
 def _blocks(file: GgufFile, name: str, layout: _Layout) -> np.ndarray:
     info = file.tensors[name]
-    if not info.shape or info.shape[-1] % layout.weights:
+    if not info.shape or 0 in info.shape or info.shape[-1] % layout.weights:
         raise UserError(
             f"{file.path}: tensor {name} has shape {info.shape}, but {info.kind} comes in blocks "
             f"of {layout.weights}; get the file again"
@@ -93,6 +125,10 @@ def _blocks(file: GgufFile, name: str, layout: _Layout) -> np.ndarray:
     return file.content[info.start : end].reshape(count, layout.bytes)
 
 
+# ---------------------------------------------------------------------------------------------
+# Floats, and blocks of 32 weights
+
+
 def _unpack_f32(blocks: np.ndarray) -> Parts:
     return {"weight": _as(blocks, "<f4")}
 
@@ -101,40 +137,163 @@ def _unpack_f16(blocks: np.ndarray) -> Parts:
     return {"weight": _as(blocks, "<f2")}
 
 
+def _unpack_bf16(blocks: np.ndarray) -> Parts:
+    """(count, 2): the upper half of a float32."""
+    return {"weight": (_as(blocks, "<u2").astype(np.uint32) << 16).view(np.float32)}
+
+
 def _unpack_q4_0(blocks: np.ndarray) -> Parts:
     """(count, 18): a float16 scale d, then 32 codes of 4 bits; value = d * (code - 8)."""
-    scales = _as(blocks[:, :2], "<f2")
-    return {"weight": _pack_nibbles(blocks[:, 2:]), **_shifted(scales, 8)}
+    return _shifted(_fields(blocks[:, 2:], 4), 4, _halves(blocks[:, :2]), 8)
 
 
 def _unpack_q4_1(blocks: np.ndarray) -> Parts:
     """(count, 20): float16 d and m, then 32 codes of 4 bits; value = d * code + m."""
-    return {
-        "weight": _pack_nibbles(blocks[:, 4:]),
-        "scales": _as(blocks[:, :2], "<f2"),
-        "biases": _as(blocks[:, 2:4], "<f2"),
-    }
+    return _affine(_fields(blocks[:, 4:], 4), 4, _halves(blocks[:, :2]), _halves(blocks[:, 2:4]))
+
+
+def _unpack_q5_0(blocks: np.ndarray) -> Parts:
+    """(count, 22): a float16 scale d, then 32 codes of 5 bits; value = d * (code - 16)."""
+    return _shifted(_five_bits(blocks[:, 2:]), 5, _halves(blocks[:, :2]), 16)
+
+
+def _unpack_q5_1(blocks: np.ndarray) -> Parts:
+    """(count, 24): float16 d and m, then 32 codes of 5 bits; value = d * code + m."""
+    return _affine(_five_bits(blocks[:, 4:]), 5, _halves(blocks[:, :2]), _halves(blocks[:, 2:4]))
+
+
+def _five_bits(blocks: np.ndarray) -> np.ndarray:
+    """(count, 20) -> codes (count, 32): first their highest bits, then the four others."""
+    highest = np.unpackbits(blocks[:, :4], axis=1, bitorder="little")
+    return highest << 4 | _fields(blocks[:, 4:], 4)
 
 
 def _unpack_q8_0(blocks: np.ndarray) -> Parts:
     """(count, 34): a float16 scale d, then 32 signed codes of 8 bits; value = d * code."""
-    scales = _as(blocks[:, :2], "<f2")
-    return {"weight": _as(blocks[:, 2:] ^ 0x80, "<u4"), **_shifted(scales, 128)}
+    return _shifted(blocks[:, 2:] ^ 0x80, 8, _halves(blocks[:, :2]), 128)
 
 
-def _shifted(scales: np.ndarray, zero: int) -> Parts:
-    """Scales and biases of value = scale * (code - zero); exact, for `zero` is a power of two."""
-    with np.errstate(over="ignore", invalid="ignore"):  # found later, as not finite
-        return {"scales": scales, "biases": (-zero * scales.astype(np.float32)).astype(np.float16)}
+# ---------------------------------------------------------------------------------------------
+# Blocks of 256 weights, in groups with a small integer as their scale: the K-quants
 
 
-def _pack_nibbles(packed: np.ndarray) -> np.ndarray:
-    """(count, 16) -> (count * 4,): GGML's order of 4-bit codes to MLX's.
+def _unpack_q2_k(blocks: np.ndarray) -> Parts:
+    """(count, 84): 16 bytes for the groups of 16, 256 codes of 2 bits, float16 d and m.
 
-    Byte i of GGML's holds codes i (low) and i + 16 (high); of MLX's, codes 2i and 2i + 1.
+    The low half of a group's byte is its scale, the high half its minimum:
+    value = d * scale * code - m * minimum.
     """
-    codes = np.hstack([packed & 15, packed >> 4])
-    return _as(codes[:, 0::2] | codes[:, 1::2] << 4, "<u4")
+    groups = blocks[:, :16]
+    codes = _fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 16, 16)
+    steps = _halves(blocks[:, 80:82]) * (groups & 15)
+    lows = _halves(blocks[:, 82:]) * (groups >> 4)
+    return _rounded(steps[..., None] * codes - lows[..., None])
+
+
+def _unpack_q3_k(blocks: np.ndarray) -> Parts:
+    """(count, 110): 256 high bits, 256 times 2 low bits, 12 bytes of scales, a float16 d.
+
+    A scale is a number of 6 bits less 32: 16 times 4 low bits, then 16 times 2 high ones.
+    value = d * scale * (code - 4), where scale * (code - 4) is between -124 and 128: with d
+    negated, a code of 8 bits that leaves nothing to round.
+    """
+    scales = _fields(blocks[:, 96:104], 4) | _fields(blocks[:, 104:108], 2) << 4
+    low = _fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    codes = (_fields(blocks[:, :32], 1) << 2 | low).reshape(-1, 16, 16)
+    multiples = (scales.astype(np.int16) - 32)[..., None] * (codes.astype(np.int16) - 4)
+    return _shifted((128 - multiples).astype(np.uint8), 8, -_halves(blocks[:, 108:]), 128)
+
+
+def _unpack_q4_k(blocks: np.ndarray) -> Parts:
+    """(count, 144): float16 d and m, 12 bytes of scales and minima, 256 codes of 4 bits."""
+    codes = _fields(blocks[:, 16:].reshape(-1, 4, 32), 4)
+    return _affine(codes, 4, *_scales_and_minima(blocks))
+
+
+def _unpack_q5_k(blocks: np.ndarray) -> Parts:
+    """(count, 176): as Q4_K, with 256 highest bits in front of the four others."""
+    low = _fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 256)
+    return _affine(_fields(blocks[:, 16:48], 1) << 4 | low, 5, *_scales_and_minima(blocks))
+
+
+def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and biases (count, 8) of Q4_K and Q5_K: d * scale, and -m * minimum.
+
+    Of each there are 8 numbers of 6 bits. The first four stand in the low bits of bytes 0 to 3
+    (minima: 4 to 7), the low 4 bits of the last four in the halves of bytes 8 to 11, and their high
+    bits above the first four.
+    """
+    packed = blocks[:, 4:16]
+    first, last, high = packed[:, :8] & 63, _fields(packed[:, 8:], 4), packed[:, :8] >> 6 << 4
+    scales = np.hstack([first[:, :4], last[:, :4] | high[:, :4]])
+    minima = np.hstack([first[:, 4:], last[:, 4:] | high[:, 4:]])
+    return _halves(blocks[:, :2]) * scales, -_halves(blocks[:, 2:4]) * minima
+
+
+def _unpack_q6_k(blocks: np.ndarray) -> Parts:
+    """(count, 210): 256 times 4 low bits, 256 times 2 high ones, 16 signed scales, a float16 d.
+
+    value = d * scale * (code - 32)
+    """
+    low = _fields(blocks[:, :128].reshape(-1, 2, 64), 4)
+    high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2)
+    codes = (high << 4 | low).reshape(-1, 16, 16).astype(np.float32) - 32
+    steps = _halves(blocks[:, 208:]) * _as(blocks[:, 192:208], "i1").reshape(-1, 16)
+    return _rounded(steps[..., None] * codes)
+
+
+def _unpack_q8_k(blocks: np.ndarray) -> Parts:
+    """(count, 292): a float32 scale d, 256 signed codes of 8 bits, sums that nothing here needs."""
+    return _shifted(blocks[:, 4:260] ^ 0x80, 8, _as(blocks[:, :4], "<f4")[:, None], 128)
+
+
+# ---------------------------------------------------------------------------------------------
+# Into MLX's layout
+
+
+def _rounded(values: np.ndarray) -> Parts:
+    """Float32 values as signed codes of 8 bits over 32 weights."""
+    groups = values.reshape(-1, GROUP_SIZE)
+    largest = np.abs(groups).max(axis=1, keepdims=True)
+    # The next larger float16, so that no code is cut off, and no scale 0.
+    scales = np.nextafter((largest / 127).astype(np.float16), np.float16(np.inf))
+    scales = scales.astype(np.float32)
+    return _shifted(np.rint(groups / scales).astype(np.int8).view(np.uint8) ^ 0x80, 8, scales, 128)
+
+
+def _shifted(codes: np.ndarray, bits: int, scales: np.ndarray, zero: int) -> Parts:
+    """value = scale * (code - zero); the bias is exact, for `zero` is a power of two."""
+    return _affine(codes, bits, scales, -zero * scales.astype(np.float16).astype(np.float32))
+
+
+def _affine(codes: np.ndarray, bits: int, scales: np.ndarray, biases: np.ndarray) -> Parts:
+    """value = scale * code + bias.
+
+    codes           uint8, `bits` of them in use
+    scales, biases  (count, 1) for a block of one group or whose groups share them, (count, groups)
+    """
+    groups = codes.size // GROUP_SIZE
+    wide = lambda x: np.repeat(x.astype(np.float16).ravel(), groups // x.size)
+    return {"weight": _packed(codes, bits), "scales": wide(scales), "biases": wide(biases)}
+
+
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes as a stream of bits, the lowest first, in words of 32."""
+    if bits == 8:
+        return _as(codes, "<u4")
+    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(stream, bitorder="little").view("<u4")
+
+
+def _fields(packed: np.ndarray, bits: int) -> np.ndarray:
+    """(..., bytes) -> (..., bytes * 8 / bits): the lowest field of each byte, then the next ..."""
+    fields = [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)]
+    return np.concatenate(fields, axis=-1)
+
+
+def _halves(columns: np.ndarray) -> np.ndarray:
+    """(count, 2) bytes -> (count, 1) float32."""
+    return _as(columns, "<f2").astype(np.float32)[:, None]
 
 
 def _as(columns: np.ndarray, dtype: str) -> np.ndarray:
@@ -145,7 +304,16 @@ def _as(columns: np.ndarray, dtype: str) -> np.ndarray:
 LAYOUTS = {
     "F32": _Layout(1, 4, None, _unpack_f32),
     "F16": _Layout(1, 2, None, _unpack_f16),
-    "Q4_0": _Layout(GROUP_SIZE, 18, 4, _unpack_q4_0),
-    "Q4_1": _Layout(GROUP_SIZE, 20, 4, _unpack_q4_1),
-    "Q8_0": _Layout(GROUP_SIZE, 34, 8, _unpack_q8_0),
+    "BF16": _Layout(1, 2, None, _unpack_bf16),
+    "Q4_0": _Layout(32, 18, 4, _unpack_q4_0),
+    "Q4_1": _Layout(32, 20, 4, _unpack_q4_1),
+    "Q5_0": _Layout(32, 22, 5, _unpack_q5_0),
+    "Q5_1": _Layout(32, 24, 5, _unpack_q5_1),
+    "Q8_0": _Layout(32, 34, 8, _unpack_q8_0),
+    "Q2_K": _Layout(256, 84, 8, _unpack_q2_k),
+    "Q3_K": _Layout(256, 110, 8, _unpack_q3_k),
+    "Q4_K": _Layout(256, 144, 4, _unpack_q4_k),
+    "Q5_K": _Layout(256, 176, 5, _unpack_q5_k),
+    "Q6_K": _Layout(256, 210, 8, _unpack_q6_k),
+    "Q8_K": _Layout(256, 292, 8, _unpack_q8_k),
 }

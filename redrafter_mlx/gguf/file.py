@@ -14,6 +14,7 @@ from redrafter_mlx.errors import UserError
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4  # GGML's
 
 # The numbers that GGUF gives to types of metadata values.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
@@ -132,8 +133,10 @@ def _pair(cursor: _Cursor) -> tuple[str, Any]:
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
-    name = cursor.text()
-    sizes = cursor.numbers("Q", cursor.number("I"))
+    name, dimensions = cursor.text(), cursor.number("I")
+    if dimensions > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} has {dimensions} dimensions")
+    sizes = cursor.numbers("Q", dimensions)
     kind, start = cursor.number("I"), cursor.number("Q")
     return name, tuple(reversed(sizes)), TENSOR_TYPES.get(kind, f"type {kind}"), start
 

@@ -1,10 +1,9 @@
-"""Import of a Llama-architecture GGUF file into an mlx-lm model directory."""
+"""Import of a GGUF file into an mlx-lm model directory."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.gguf.blocks import GROUP_SIZE, check_tensor, quantised_bits, read_tensor
-from redrafter_mlx.gguf.config import ROPE_FACTORS, llama_config
+from redrafter_mlx.gguf.architectures import HEAD, Architecture, architecture_of
+from redrafter_mlx.gguf.blocks import GROUP_SIZE, check_tensors, quantised_bits, read_tensor
+from redrafter_mlx.gguf.config import model_config
 from redrafter_mlx.gguf.file import GgufFile, read_gguf
 from redrafter_mlx.gguf.tokenizer import end_token_ids, gguf_tokenizer, tokenizer_config
 
@@ -21,29 +21,19 @@ from redrafter_mlx.gguf.tokenizer import end_token_ids, gguf_tokenizer, tokenize
 # names, so that nobody keeps a directory written by an older version.
 LAYOUT_VERSION = 2
 
-# GGUF module -> mlx-lm module.
-EMBEDDING, HEAD = "token_embd", "output"
-MODULES = {EMBEDDING: "model.embed_tokens", "output_norm": "model.norm", HEAD: "lm_head"}
-ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-
 
 def import_gguf(source: Path, destination: Path) -> None:
     """Write the model and tokenizer of a GGUF file as a directory that `mlx_lm.load` reads.
 
-    Weights keep the quantisation of the file, in MLX's layout: groups of 32 with 16-bit scales
-    and biases. Nothing is quantised a second time. Next to 16-bit or quantised matrices, float32
-    vectors and matrices are rounded to float16, so that the model computes in one type.
+    Weights keep the quantisation of the file where MLX has one like it, in groups of 32 with 16-bit
+    scales and biases; `read_tensor` says what is exact and what is rounded. The model computes in
+    one type: float32 if the whole file is F32, bfloat16 if the rest is BF16, else float16, to which
+    float32 vectors and matrices are then rounded.
 
     Args:
-        source: the .gguf file: architecture `llama`; tensors in F32, F16, Q4_0, Q4_1 and Q8_0, in
-            any mixture; a byte-level BPE or SentencePiece tokenizer.
+        source: the .gguf file: architecture llama, qwen2, qwen3, gemma3 or phi3; tensors in F32,
+            F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q2_K to Q8_K, in any mixture; a byte-level
+            BPE or SentencePiece tokenizer.
         destination: an existing directory; receives config.json, model.safetensors,
             tokenizer.json, tokenizer_config.json and, if the file has one, chat_template.jinja.
 
@@ -54,11 +44,14 @@ def import_gguf(source: Path, destination: Path) -> None:
     Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     file = read_gguf(source)
-    config = llama_config(file)
-    modules = _modules(file, config)
-    config |= _tensor_config(file, modules)
+    config = model_config(file)
+    architecture = architecture_of(file)
+    check_tensors(file)
+    modules = _modules(file, architecture, config)
+    biased = _biased(file, architecture, modules)
+    config |= _tensor_config(file, architecture, modules, biased)
     tokenizer, settings = gguf_tokenizer(file), tokenizer_config(file)
-    weights = _weights(file, config, modules)
+    weights = _weights(file, architecture, modules, biased)
     mx.save_safetensors(str(destination / "model.safetensors"), weights, metadata={"format": "mlx"})
     _write_json(destination / "config.json", config)
     tokenizer.save(str(destination / "tokenizer.json"))
@@ -68,58 +61,31 @@ def import_gguf(source: Path, destination: Path) -> None:
         (destination / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _modules(file: GgufFile, config: dict[str, Any]) -> dict[str, str]:
-    """GGUF modules of this file and their mlx-lm names; all tensors are checked on the way.
-
-    Example: blk.3.attn_q -> model.layers.3.self_attn.q_proj
-    """
-    for name in file.tensors:
-        check_tensor(file, name)
+def _modules(file: GgufFile, architecture: Architecture, config: dict[str, Any]) -> dict[str, str]:
+    """GGUF modules of this file and their mlx-lm names; their shapes are checked on the way."""
     modules = {}
-    for module, shape in _expected(config):
+    for module, shape in architecture.modules(config):
         if f"{module}.weight" in file.tensors:
             _check_shapes(file, module, shape)
-            modules[module] = _mlx_name(module)
+            modules[module] = architecture.mlx_name(module)
         elif module != HEAD:  # without it the embedding serves
             raise UserError(f"{file.path}: tensor {module}.weight is missing; get a complete file")
-    _check_nothing_is_left(file, modules)
+    _check_nothing_is_left(file, architecture, modules)
     return modules
 
 
-def _expected(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Modules of a Llama of this configuration, each with its weight's shape."""
-    hidden, inner, vocabulary = (
-        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    layer = {
-        "attn_norm": (hidden,),
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_output": (hidden, queries),
-        "ffn_norm": (hidden,),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (inner, hidden),
-        "ffn_down": (hidden, inner),
-    }
-    yield EMBEDDING, (vocabulary, hidden)
-    yield "output_norm", (hidden,)
-    yield HEAD, (vocabulary, hidden)
-    for index in range(config["num_hidden_layers"]):
-        for part, shape in layer.items():
-            yield f"blk.{index}.{part}", shape
-
-
-def _check_nothing_is_left(file: GgufFile, modules: dict[str, str]) -> None:
-    known = {ROPE_FACTORS} | {f"{module}.weight" for module in modules}
-    known |= {f"{module}.bias" for module in modules if _part(module) in ATTENTION | MLP}
+def _check_nothing_is_left(
+    file: GgufFile, architecture: Architecture, modules: dict[str, str]
+) -> None:
+    can_be_biased = frozenset().union(*architecture.biases.values())
+    known = {*architecture.rope_tensors, *(f"{module}.weight" for module in modules)}
+    known |= {f"{module}.bias" for module in modules if _part(module) in can_be_biased}
     for name in file.tensors:
         if name not in known:
             raise UserError(
-                f"{file.path}: tensor {name} has no place in the Llama of its metadata (mixture "
-                "of experts and other variants are not supported): use an MLX copy of this model"
+                f"{file.path}: tensor {name} has no place in the {architecture.model_type} of its "
+                "metadata (mixture of experts and other variants are not supported): use an MLX "
+                "copy of this model"
             )
 
 
@@ -145,25 +111,31 @@ def _part(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _mlx_name(module: str) -> str:
-    if module in MODULES:
-        return MODULES[module]
-    _, layer, part = module.split(".")
-    return f"model.layers.{layer}.{(ATTENTION | MLP | NORMS)[part]}"
+def _biased(
+    file: GgufFile, architecture: Architecture, modules: dict[str, str]
+) -> dict[str, frozenset[str]]:
+    """The groups of parts that have biases in mlx-lm: where one of them has, or all the same."""
+    found = {_part(module) for module in modules if f"{module}.bias" in file.tensors}
+    return {
+        entry: parts
+        for entry, parts in architecture.biases.items()
+        if parts & found or architecture.always_biased
+    }
 
 
-def _tensor_config(file: GgufFile, modules: dict[str, str]) -> dict[str, Any]:
+def _tensor_config(
+    file: GgufFile,
+    architecture: Architecture,
+    modules: dict[str, str],
+    biased: dict[str, frozenset[str]],
+) -> dict[str, Any]:
     """The part of config.json that depends on which tensors there are and on their types."""
     ends = end_token_ids(file)
     config = {
         "tie_word_embeddings": HEAD not in modules,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
+        **dict.fromkeys(biased, True),
     }
-    biased = {_part(module) for module in modules if f"{module}.bias" in file.tensors}
-    if biased & ATTENTION.keys():
-        config["attention_bias"] = True
-    if biased & MLP.keys():
-        config["mlp_bias"] = True
     if quantization := _quantization(file, modules):
         config["quantization"] = quantization
     return config
@@ -188,44 +160,55 @@ def _quantization(file: GgufFile, modules: dict[str, str]) -> dict[str, Any] | N
 
 
 def _weights(
-    file: GgufFile, config: dict[str, Any], modules: dict[str, str]
+    file: GgufFile,
+    architecture: Architecture,
+    modules: dict[str, str],
+    biased: dict[str, frozenset[str]],
 ) -> dict[str, mx.array]:
-    # A single float32 vector would widen every activation behind it.
-    wide = all(file.tensors[f"{module}.weight"].kind == "F32" for module in modules)
+    dtype = _dtype({file.tensors[f"{module}.weight"].kind for module in modules})
+    parts_with_bias = frozenset().union(*biased.values())
     weights = {}
     for module, name in modules.items():
-        tensors = read_tensor(file, f"{module}.weight") | _bias(file, config, module)
+        tensors = read_tensor(file, f"{module}.weight")
+        if _part(module).endswith("norm"):
+            tensors["weight"] = tensors["weight"] - architecture.norm_offset
+        if _part(module) in parts_with_bias:
+            tensors["bias"] = _bias(file, module)
         for parameter, array in tensors.items():
-            weights[f"{name}.{parameter}"] = mx.array(
-                array if wide else _narrowed(file, module, array)
-            )
+            weights[f"{name}.{parameter}"] = _narrowed(file, module, array, dtype)
     return weights
 
 
-def _bias(file: GgufFile, config: dict[str, Any], module: str) -> dict[str, np.ndarray]:
+def _dtype(kinds: set[str]) -> mx.Dtype:
+    """What the model computes in: a single wider vector would widen every activation behind it."""
+    if kinds == {"F32"}:
+        return mx.float32
+    return mx.bfloat16 if kinds <= {"F32", "BF16"} else mx.float16
+
+
+def _bias(file: GgufFile, module: str) -> np.ndarray:
     """A module's bias; zeros where only its neighbours have one: mlx-lm has all or none."""
     name = f"{module}.bias"
     if name in file.tensors:
-        return {"bias": read_tensor(file, name)["weight"]}
-    part = _part(module)
-    if (part in ATTENTION and config.get("attention_bias")) or (
-        part in MLP and config.get("mlp_bias")
-    ):
-        return {"bias": np.zeros(file.tensors[f"{module}.weight"].shape[0], np.float32)}
-    return {}
+        return read_tensor(file, name)["weight"]
+    return np.zeros(file.tensors[f"{module}.weight"].shape[0], np.float32)
 
 
-def _narrowed(file: GgufFile, module: str, array: np.ndarray) -> np.ndarray:
-    """The array with float32 rounded to float16."""
+def _narrowed(file: GgufFile, module: str, array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """The array with float32 rounded to the model's type."""
     if array.dtype != np.float32:
-        return array
+        return mx.array(array)
     largest = float(np.abs(array).max(initial=0))
-    if largest > float(np.finfo(np.float16).max):
+    if largest > mx.finfo(dtype).max:
         raise UserError(
-            f"{file.path}: {module} holds {largest:g}, too large for float16 next to tensors of "
-            "16 or fewer bits; use a file that is all F32"
+            f"{file.path}: {module} holds {largest:g}, too large for {_name(dtype)} next to "
+            "tensors of 16 or fewer bits; use a file that is all F32"
         )
-    return array.astype(np.float16)
+    return mx.array(array).astype(dtype)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

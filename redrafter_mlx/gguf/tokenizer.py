@@ -17,11 +17,18 @@ from tokenizers import (
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.file import GgufFile
+from redrafter_mlx.gguf.metadata import count
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 SPACE = "▁"  # SentencePiece's letter for a space
+
+# What ends a turn in models whose GGUF files may name only what ends a whole text.
+TURN_ENDS = {"gemma3": "<end_of_turn>", "phi3": "<|end|>"}
+
+# Phi 3's special tokens take the white space behind them along, all but these.
+PHI_PLAIN = {"<unk>", "<s>", "<|endoftext|>"}
 
 # ---------------------------------------------------------------------------------------------
 # tokenizer.ggml.pre: what splits text into words before the merges are applied. Each pattern
@@ -34,6 +41,11 @@ _AFTER_DIGITS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_AFTER_DIGITS}"
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_AFTER_DIGITS}"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,6 +62,7 @@ PATTERNS = {
         ["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "dbrx", "smaug-bpe"], (_LLAMA3,)
     ),
     **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "stablelm2"], (_QWEN2,)),
+    **dict.fromkeys(["gpt-4o", "llama4"], (_CASED,)),
     "tekken": (_TEKKEN,),
     "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
 }
@@ -97,7 +110,7 @@ def tokenizer_config(file: GgufFile) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": file.need("llama.context_length"),
+        "model_max_length": count(file, "context_length"),
         **{role: tokens[_id(file, key)] for role, key in roles.items() if key in file.metadata},
     }
 
@@ -105,7 +118,10 @@ def tokenizer_config(file: GgufFile) -> dict[str, Any]:
 def end_token_ids(file: GgufFile) -> list[int]:
     """Ids that end a text: of the sequence (always first), of a turn, of a message."""
     keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
-    return list(dict.fromkeys(_id(file, k) for k in keys if k in file.metadata or k == keys[0]))
+    ids = [_id(file, key) for key in keys if key in file.metadata or key == keys[0]]
+    turn = TURN_ENDS.get(file.metadata.get("general.architecture"))
+    ids += [index for index, token in enumerate(_tokens(file)) if token == turn]
+    return list(dict.fromkeys(ids))
 
 
 def _id(file: GgufFile, key: str) -> int:
@@ -135,8 +151,14 @@ def _check_tokens(file: GgufFile) -> None:
 def _added_tokens(file: GgufFile, special: bool) -> list[AddedToken]:
     """Tokens that are found in text before anything else: special ones, or the user's."""
     kinds = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+    greedy = (
+        file.metadata.get("general.architecture") == "phi3"
+        and file.need("tokenizer.ggml.model") == "llama"
+    )
     return [
-        AddedToken(token, special=special, normalized=False)
+        AddedToken(
+            token, special=special, normalized=False, rstrip=greedy and token not in PHI_PLAIN
+        )
         for token, kind in _typed_tokens(file)
         if kind in kinds
     ]
