@@ -74,8 +74,8 @@ def test_nothing_private_is_in_it(tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_that_cannot_branch_is_no_error(monkeypatch, tmp_path, capsys):
-    recurrent = build("mamba")
-    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (recurrent, Tokenizer()))
+    refused = build("deepseek_v41")
+    monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (refused, Tokenizer()))
     path = tmp_path / "report.json"
     assert command("--json", path) == 0
     out = capsys.readouterr().out

@@ -404,9 +404,9 @@ def test_a_bad_value_is_refused_with_its_flag(command, flag, value):
     [
         (["--speed", "9"], "--speed"),
         (["--max-token", "9"], "--max-token"),
-        (["--kv-bits", "4"], "--kv-bits cannot be honoured"),
+        (["--max-kv-size", "64"], "--max-kv-size cannot be honoured"),
         (["--draft-model", "x"], "--draft-model cannot be honoured"),
-        (["--kv-bits=4"], "leave it out"),
+        (["--max-kv-size=64"], "leave it out"),
         (["--drafter"], "--drafter"),
     ],
     ids=" ".join,

@@ -53,8 +53,22 @@ LAYERS = [
     ["pricing.policy"],
     ["pricing.calibration"],
     ["target.adapter"],
-    ["target.probe", "target.tape"],
-    ["target.cache", "target.rope"],
+    ["target.exchange", "target.hooks", "target.probe", "target.tape"],
+    ["target.layers"],
+    [
+        "target.layers.afm",
+        "target.layers.baichuan",
+        "target.layers.lightning",
+        "target.layers.llama4",
+        "target.layers.longcat",
+        "target.layers.mamba",
+        "target.layers.recurrent_gemma",
+        "target.layers.rwkv7",
+    ],
+    ["target.layers.positions"],
+    ["target.cache", "target.recurrence", "target.rope"],
+    ["target.state"],
+    ["target.lineage"],
     ["round"],
     ["sampling"],
     ["tree", "device"],
@@ -74,8 +88,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if not name.endswith("__init__"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if path.name != "__init__.py" or name in LEVEL:
             yield name, path
 
 
@@ -94,7 +108,9 @@ def imported(path):
             if module == "redrafter_mlx":
                 yield from (alias.name for alias in node.names)
             elif module.startswith("redrafter_mlx."):
-                yield module.removeprefix("redrafter_mlx.")
+                package = module.removeprefix("redrafter_mlx.")
+                names = [f"{package}.{alias.name}" for alias in node.names]
+                yield from (names if set(names) <= LEVEL.keys() else [package])
 
 
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda v: str(v).split("/")[-1])

@@ -11,8 +11,8 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 import redrafter_mlx
 from families import build
-from redrafter_mlx.generate import main
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.generate import main
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
 MODELS = ["llama", "gemma3_text", "llama4", "qwen3_5", "falcon_h1", "mamba2", "lfm2"]

@@ -125,7 +125,7 @@ def test_low_precision_targets_pass_the_probe(dtype, bits):
     assert len(ids(run)) == 24
 
 
-@pytest.mark.parametrize("name", ["mamba", "gpt2", "llama4", "talkie", "minicpm:tied"])
+@pytest.mark.parametrize("name", ["deepseek_v41", "minimax_m3_vl"])
 def test_models_that_cannot_branch_still_decode_plainly(name):
     model, prompt = build(name), tiny_prompt(10)
     theirs = [token for token, _ in generate_step(mx.array(prompt), build(name), max_tokens=12)]

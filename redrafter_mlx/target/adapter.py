@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
@@ -301,7 +302,8 @@ class Target:
 def _aligned(a: mx.array, b: mx.array) -> bool:
     """Whether two vectors point the same way."""
     a, b = a.astype(mx.float32).flatten(), b.astype(mx.float32).flatten()
-    return (a @ b / mx.maximum(mx.linalg.norm(a) * mx.linalg.norm(b), 1e-9)).item() > 0.999
+    (cosine,) = device.read(a @ b / mx.maximum(mx.linalg.norm(a) * mx.linalg.norm(b), 1e-9))
+    return bool(cosine > 0.999)
 
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:

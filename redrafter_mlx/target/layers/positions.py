@@ -11,7 +11,7 @@ class Counting:
     """A tree's cache for what counts rows from the first one; all else is the cache's own."""
 
     def __init__(self, cache):
-        self.cache, self.offset = cache, int(cache.offset[0].item())
+        self.cache, self.offset = cache, cache.length
 
     def __getattr__(self, name: str):
         return getattr(self.cache, name)
