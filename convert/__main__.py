@@ -24,7 +24,7 @@ examples:
 
 other commands:
   {PROG} inspect PATH            what a head is, its sizes, for which targets it fits
-  {PROG} gguf FILE.gguf OUTPUT   a Llama-architecture GGUF file as a model directory
+  {PROG} gguf FILE.gguf OUTPUT   a GGUF file as a model directory
   {PROG} target ...              a target model, by mlx-lm's own converter
 """
 
@@ -160,8 +160,8 @@ def run_inspect(flags: Namespace) -> int:
 def gguf_parser() -> cli.Parser:
     parser = cli.Parser(
         prog=f"{PROG} gguf",
-        description="Convert a Llama-architecture GGUF file (F32, F16, Q4_0, Q4_1, Q8_0; tokenizer "
-        "gpt2 or llama) to a model directory that mlx-lm loads. Nothing is quantised again.",
+        description="Convert a GGUF file (llama, qwen2, qwen3, gemma3, phi3; F32 to Q8_K) to a model "
+        "directory that mlx-lm loads. Q2_K and Q6_K become 8 bits, all else keeps its codes.",
     )
     parser.add_argument("file", help="the .gguf file")
     parser.add_argument("output", help="a new directory")
