@@ -24,6 +24,11 @@ def read(*arrays: mx.array) -> tuple[np.ndarray, ...]:
     return tuple(np.array(array, copy=False) for array in arrays)
 
 
+def finish(*arrays: mx.array) -> None:
+    """Compute `arrays` and wait for them."""
+    mx.eval(arrays)
+
+
 def chip() -> str:
     """Name of what computes; of a processor under Linux with its family and model.
 

@@ -45,6 +45,7 @@ from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
 from redrafter_mlx.places import TARGET_NAMES, expanded, local_directory, snapshot
 from redrafter_mlx.pricing.experience import read as read_experience
 from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
+from redrafter_mlx.target import parallel
 from redrafter_mlx.target.adapter import Target, adapt
 
 DEMO = "demo"
@@ -87,13 +88,14 @@ def load(
         UserError: no such model, or it cannot be loaded; the message says why.
     """
     directory = resolve_target(path_or_hf_repo, revision)
+    shared = parallel.group().size() > 1
     try:
         model, tokenizer, config = mlx_lm.load(
             str(directory),
             tokenizer_config=tokenizer_config,
             model_config=model_config,
             adapter_path=adapter_path,
-            lazy=lazy,
+            lazy=lazy or shared,
             return_config=True,
             trust_remote_code=trust_remote_code,
         )
@@ -105,8 +107,27 @@ def load(
     if mx.default_device() == mx.cpu:
         compute_in_float32(model)
         config.pop("quantization", None)
+    if shared:
+        _split(model, str(path_or_hf_repo))
     model._redrafter_name = str(path_or_hf_repo)
     return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def _split(model: nn.Module, name: str) -> None:
+    """Keep this process's part of the model; one that follows another ends with it."""
+    processes = parallel.group().size()
+    try:
+        model.shard(parallel.group())
+        mx.eval(model.parameters())
+        target = adapt(model) if parallel.is_follower() else None
+    except (AttributeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{name} cannot be split over {processes} processes: {one_line(error)}; the numbers of "
+            "its heads must be multiples of theirs, and mlx-lm must know how"
+        ) from error
+    if target is not None:
+        parallel.follow(target)
+        raise SystemExit(0)
 
 
 def load_drafter(

@@ -1,8 +1,10 @@
 """Kernels of our own where mlx's are slow on a CPU: the same values and gradients."""
 
+import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +12,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from families import build
 from redrafter_mlx import device
+from redrafter_mlx.config import DraftOptions
+from redrafter_mlx.storage import CACHE_VARIABLE
+from support import generation, random_drafter, tiny_prompt
 
 X = np.concatenate([np.linspace(-100, 100, 4001), [-1e30, -0.0, 0.0, 1e4]]).astype(np.float32)
 
@@ -73,3 +79,31 @@ def test_drafting_makes_no_kernels_on_a_cpu(tmp_path):
         made[name] = {path.name for path in scratch.rglob("*.so")}
     assert made["plain"], "MLX keeps its kernels somewhere else now"
     assert made["draft"] == made["plain"]
+
+
+def test_waiting_for_a_gpus_kernels_is_explained_after_a_while(monkeypatch):
+    """A GPU cannot be had here: what is there is told to be one."""
+    said = threading.Event()
+    monkeypatch.setattr(device, "PATIENCE", 0.01)
+    timer = device.patience(said.set)
+    assert not said.wait(0.1), "on a CPU kernels are ready"
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    timer = device.patience(said.set)
+    timer.cancel()
+    assert not said.wait(0.1), "what came in time needs no word"
+    timer = device.patience(said.set)
+    assert said.wait(2)
+    timer.cancel()
+
+
+def test_the_first_run_on_a_gpu_says_why_it_waits(monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    model = build("llama")
+    run = generation(model, tiny_prompt(6), random_drafter(model), 8, draft=DraftOptions())
+    with caplog.at_level(logging.INFO, "redrafter_mlx"):
+        run._say_first_use()
+        assert "compiled for this GPU" in caplog.text
+        list(run)
+        caplog.clear()
+        run._say_first_use()
+        assert caplog.text == "", "costs are known, so kernels are there"

@@ -53,7 +53,7 @@ LAYERS = [
     ["pricing.policy"],
     ["pricing.calibration"],
     ["target.adapter"],
-    ["target.exchange", "target.hooks", "target.probe", "target.tape"],
+    ["target.exchange", "target.hooks", "target.parallel", "target.probe", "target.tape"],
     ["target.layers"],
     [
         "target.layers.afm",

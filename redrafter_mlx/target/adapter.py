@@ -24,7 +24,7 @@ from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict
 from redrafter_mlx.sampling import Noise
-from redrafter_mlx.target import exchange, hooks
+from redrafter_mlx.target import exchange, hooks, parallel
 from redrafter_mlx.target.cache import Branches, CacheGroup, LayerCaches, Quantization, TreeCache
 from redrafter_mlx.target.probe import Parity, probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
@@ -45,7 +45,7 @@ class Target:
     model      any mlx-lm model whose layers all keep keys and values; its rope modules are
                changed to accept one position for each row, everything else is left alone
     branching  whether trees will be verified; without it any model works, one token at a time
-    parity     how exactly it does; None without branching
+    parity     how exactly it does; None without branching, and where another process leads
 
     Raises UserError with the reason when the model cannot verify a tree.
     """
@@ -65,7 +65,8 @@ class Target:
                 accept_row_offsets(module)
             accept_row_scales(model)
             hooks.install(model)
-            self.parity = probe_parity(self)
+            if not parallel.is_follower():
+                self.parity = probe_parity(self)
 
     def _find_ends(self) -> None:
         """Trace one token (nothing is evaluated) to learn which modules embed and make logits."""
@@ -132,12 +133,16 @@ class Target:
             for layer, cache in enumerate(caches):
                 refusal = f"{self.name} cannot verify a tree: layer {layer}"
                 caches[layer] = _tree_cache(cache, refusal, quantization, steps_back)
+        if parallel.leader():
+            return parallel.LedCaches(caches, quantization, steps_back)
         return LayerCaches(caches, quantization)
 
     def caches_after(
         self, prompt_cache: list, quantization: Quantization | None = None
     ) -> LayerCaches:
         """Caches that go on with what mlx-lm's hold; UserError if they are not of this model."""
+        if parallel.leader():
+            raise UserError("a prompt cache cannot be shared by several processes: leave it out")
         if not self.branching:
             caches = LayerCaches(prompt_cache, quantization)
             caches.begin_at(exchange.length_of(prompt_cache))
@@ -285,6 +290,8 @@ class Target:
         """
         heard = [self.model.layers[layer] for layer in self.taps]
         last = [] if self._last is None else [self._last]
+        if isinstance(caches, parallel.LedCaches):
+            ids = parallel.leader().forward(caches.number, ids)
         watched = [] if self._head is None else [self._head]
         with forward_pass(caches.lineage), recording(watched, [*heard, *last]) as tape:
             logits = self.model(ids, cache=caches.layers)
@@ -296,6 +303,8 @@ class Target:
             hidden = outputs.pop()
         if outputs:
             hidden = mx.concatenate([hidden, *outputs], axis=-1)
+        if isinstance(caches, parallel.LedCaches):
+            parallel.leader().ran(hidden)
         return Outcome(logits, hidden)
 
 
@@ -308,6 +317,7 @@ def _aligned(a: mx.array, b: mx.array) -> bool:
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:
     """The model's Target, made (and probed) once and kept with the model."""
+    branching = branching or parallel.leader() is not None  # which others can only follow
     target = getattr(model, "_redrafter_target", None)
     if target is None or (branching and not target.branching):
         target = model._redrafter_target = Target(model, branching)

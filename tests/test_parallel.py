@@ -1,0 +1,89 @@
+"""One model over several processes: the text of one, whoever started them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from test_generate_command import save_drafter, save_target
+
+LAUNCH = Path(sys.executable).parent / "mlx.launch"
+GREEDY, SAMPLED = [], ["--temp", "0.8", "--seed", "7"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("split")
+    save_drafter(path / "drafter", save_target(path / "plain"))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def words(tiny, *more) -> list[str]:
+    return [
+        "-m", "redrafter_mlx.generate", "--model", str(tiny / "plain"), "--prompt", "the end",
+        "--max-tokens", "40", "--json", *more,
+    ]  # fmt: skip
+
+
+def start(processes: int, given: list[str], **options) -> subprocess.Popen:
+    places = ["-n", str(processes), "--backend", "ring", "--starting-port", str(free_port())]
+    return subprocess.Popen(
+        [str(LAUNCH), *places, "--", sys.executable, *given],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, **options,
+    )  # fmt: skip
+
+
+def answer(done: str) -> dict:
+    found = [line[line.index("{") :] for line in done.splitlines() if '"tokens"' in line]
+    assert len(found) == 1, f"one process speaks: {done}"
+    return json.loads(found[0])
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("budget", ["8", "auto"])
+def test_two_processes_say_what_one_says(tiny, sampling, budget):
+    flags = ["--drafter", f"union:[max_gram,{tiny / 'drafter'}]", "--budget", budget, *sampling]
+    given = words(tiny, *flags)
+    alone = subprocess.run([sys.executable, *given], capture_output=True, text=True, check=True)
+    running = start(2, given)
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert answer(out)["tokens"] == answer(alone.stdout)["tokens"]
+
+
+def test_plain_decoding_is_split_too(tiny):
+    given = words(tiny, "--no-draft")
+    alone = subprocess.run([sys.executable, *given], capture_output=True, text=True, check=True)
+    out, err = start(2, given).communicate(timeout=120)
+    assert answer(out)["tokens"] == answer(alone.stdout)["tokens"], err
+
+
+def test_heads_that_cannot_be_split_are_told(tiny):
+    running = start(3, words(tiny))
+    out, err = running.communicate(timeout=120)
+    assert "cannot be split over 3 processes" in out + err
+
+
+def test_ctrl_c_ends_all(tiny):
+    given = words(tiny)
+    given[given.index("40")] = "100000"
+    running = start(2, given, start_new_session=True)
+    time.sleep(12)
+    os.killpg(running.pid, signal.SIGINT)
+    running.communicate(timeout=30)
+    assert running.returncode is not None
