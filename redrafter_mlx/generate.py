@@ -45,7 +45,11 @@ def make_parser() -> cli.Parser:
         description="Generate text: faster with a drafter, and with the same words as without.",
     )
     flag = parser.add_argument
-    flag("--model", default=DEMO, help="demo, gemma-demo, a model directory, .gguf file or Hugging Face repo")
+    flag(
+        "--model",
+        default=DEMO,
+        help="demo, gemma-demo, a model directory, .gguf file or Hugging Face repo",
+    )
     flag(
         "--drafter",
         help="a recurrent head (demo, a directory or Hugging Face repo, also as recurrent:NAME), "

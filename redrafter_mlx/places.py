@@ -22,7 +22,9 @@ from huggingface_hub.errors import (
 from redrafter_mlx.cli import NOT_WAITED_FOR
 from redrafter_mlx.errors import UserError
 
-TARGET_NAMES = "'demo', 'gemma-demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
+TARGET_NAMES = (
+    "'demo', 'gemma-demo', a model directory, a .gguf file or a Hugging Face repo as org/name"
+)
 
 
 def expanded(name: str) -> Path:

@@ -104,9 +104,7 @@ def _receive() -> list[list]:
 class LedCaches(LayerCaches):
     """The leader's caches: what is done to them is told to the others."""
 
-    def __init__(
-        self, layers: Sequence[Any], quantization: Quantization | None, steps_back: int
-    ):
+    def __init__(self, layers: Sequence[Any], quantization: Quantization | None, steps_back: int):
         super().__init__(layers, quantization)
         self.number = leader().new_caches(quantization, steps_back)
         weakref.finalize(self, leader().tell, "free", self.number)
