@@ -160,8 +160,8 @@ def run_inspect(flags: Namespace) -> int:
 def gguf_parser() -> cli.Parser:
     parser = cli.Parser(
         prog=f"{PROG} gguf",
-        description="Convert a GGUF file (llama, qwen2, qwen3, gemma3, phi3; F32 to Q8_K) to a model "
-        "directory that mlx-lm loads. Q2_K and Q6_K become 8 bits, all else keeps its codes.",
+        description="Convert a GGUF file (llama, qwen2, qwen3, gemma3, phi3; F32 to Q8_K) to a "
+        "model directory that mlx-lm loads. Q2_K and Q6_K become 8 bits, all else keeps its codes.",
     )
     parser.add_argument("file", help="the .gguf file")
     parser.add_argument("output", help="a new directory")
