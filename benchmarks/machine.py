@@ -54,7 +54,9 @@ class Bench:
         return drafter
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a message in the chat template."""
+        """Token ids of a message in the chat template, or as it is where there is none."""
+        if not self.tokenizer.has_chat_template:
+            return self.tokenizer.encode(text)
         messages = [{"role": "user", "content": text}]
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
