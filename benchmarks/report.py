@@ -142,6 +142,7 @@ def draw_speed(result: dict, path: Path) -> bool:
             ]
             place = np.arange(len(categories)) + (i + 0.5) / (len(methods) + 1)
             width = 1 / (len(methods) + 1)
+            spread = np.maximum(spread, 0.0)  # of one prompt, rounded
             axes.bar(place, middle, width, yerr=spread, label=method, capsize=2)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_xticks(np.arange(len(categories)) + 0.45, categories)
