@@ -23,12 +23,14 @@ def decode(
     is that the budget plans no draft for.
     """
     while True:
-        drafts = budget.plan(context.position) and target.takes_trees(context)
+        drafts = budget.plan(context.position)
         began = time.perf_counter()
         if drafts:
             context.transcript.tokens  # noqa: B018  a plain pass under way is no draft's time
         ready = time.perf_counter()
         tree = drafter.propose(context, budget) if drafts else TokenTree.root()
+        if not target.takes(context, tree):
+            tree = TokenTree.root()
         drafted = time.perf_counter()
         outcome = target.verify(context, tree)
         verdict = rule(tree, outcome, context)

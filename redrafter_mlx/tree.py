@@ -151,13 +151,6 @@ class TokenTree:
         """Whether every node has at most one child: rows then are plain consecutive positions."""
         return bool((self.parents == np.arange(-1, len(self) - 1)).all())
 
-    def mask(self) -> np.ndarray:
-        """(N, N) bool: row i may attend to row j: j is i itself or one of its ancestors."""
-        mask = np.eye(len(self), dtype=bool)
-        for i in range(1, len(self)):
-            mask[i] |= mask[self.parents[i]]
-        return mask
-
     def path(self, node: int) -> list[int]:
         """Rows from the root to `node`, both included."""
         rows = []

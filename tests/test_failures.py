@@ -122,7 +122,7 @@ def refusal(result: tuple[int, str, list[str]]) -> str:
 
 def test_no_network(machine):
     """With the pip that is installed: what it says of a closed port differs by version."""
-    pytest.importorskip("pip")
+    pytest.importorskip("pip", reason="an environment made by uv has no pip")
     machine.environment |= {
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",

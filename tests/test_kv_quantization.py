@@ -8,6 +8,7 @@ from mlx_lm.generate import generate_step
 
 from families import build
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.target.cache import LayerCaches
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
 WIDE = {"head_dim": 32, "hidden_size": 128}
@@ -23,6 +24,19 @@ def test_trees_leave_the_text(name, bits, start):
     run = generation(model, prompt, drafter, max_tokens=60, kv=options)
     assert ids(run) == plain
     assert run.stats.rounds < 60
+
+
+def test_no_tree_reaches_over_where_quantisation_begins(monkeypatch):
+    """However deep it is: Max-Gram's chains are as long as the budget."""
+    kv = {"kv_bits": 2, "kv_group_size": 32, "quantized_kv_start": 100}
+    model, prompt = build("llama", **WIDE), tiny_prompt(24)
+    plain = ids(generation(model, prompt, max_tokens=130, kv=kv))
+    drafter = ScriptedDrafter(prompt + plain, right=90)
+    run = generation(model, prompt, drafter, max_tokens=130, kv=kv)
+    assert ids(run) == plain
+    assert max(run.stats.sizes) > 16
+    monkeypatch.setattr(LayerCaches, "takes", lambda *_: True)
+    assert ids(generation(model, prompt, drafter, max_tokens=130, kv=kv)) != plain
 
 
 def test_it_is_mlx_lms():

@@ -12,6 +12,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Verdict
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.target.cache import BLOCK, Branches, TreeCache
+from redrafter_mlx.target.lineage import Lineage
 from redrafter_mlx.target.probe import tree_difference
 from redrafter_mlx.tree import TokenTree
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
@@ -105,7 +106,7 @@ def test_a_window_drops_rows_only_when_they_are_out_of_sight():
 def test_the_tree_mask_follows_depths_not_rows():
     mask = np.array(Branches(TREE, length=3).mask(0, None))
     assert mask[:, :3].all()
-    assert (mask[:, 3:] == TREE.mask()).all()
+    assert (mask[:, 3:] == Lineage(TREE.parents).mask).all()
     windowed = np.array(Branches(TREE, length=3).mask(0, 2))
     for row, depth in enumerate(TREE.depths):
         assert windowed[row, :3].tolist() == [3 + depth - column < 2 for column in range(3)]

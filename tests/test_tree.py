@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from redrafter_mlx.drafters.beam_search import collect
+from redrafter_mlx.target.lineage import Lineage
 from redrafter_mlx.tree import PENDING, Candidates, TokenTree
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden" / "tree_packing.safetensors"
@@ -93,7 +94,9 @@ def test_mask_and_depths_equal_the_reference_path_by_path(golden, case):
             assert tree.depths[row] == depths[place]
             attended = np.flatnonzero(golden[f"{case}.tree_mask"][place])
             from_root = attended[np.argsort(depths[attended])]
-            seen = np.flatnonzero(tree.mask()[row])  # parents come first: already from the root
+            seen = np.flatnonzero(
+                Lineage(tree.parents).mask[row]
+            )  # parents come first: already from the root
             assert tree.tokens[seen].tolist() == packed[from_root].tolist()
             compared.add(row)
     assert compared == set(range(len(tree)))
@@ -142,7 +145,7 @@ def test_mask_and_depths_equal_a_walk_to_the_root(nodes):
                 node, steps = tree.parents[node], steps + 1
             assert tree.depths[row] == steps
             assert tree.path(row) == np.flatnonzero(mask[row]).tolist()
-        np.testing.assert_array_equal(tree.mask(), mask)
+        np.testing.assert_array_equal(Lineage(tree.parents).mask, mask)
 
 
 def test_paths_end_in_every_leaf_once():
@@ -169,7 +172,7 @@ def test_children_are_found_by_their_token():
 def test_the_root_alone_is_a_tree():
     for tree in (TokenTree.root(5), TokenTree.from_beams([[5], [5]])):
         assert (tree.tokens.tolist(), tree.parents.tolist()) == ([5], [-1])
-        assert tree.mask().tolist() == [[True]]
+        assert Lineage(tree.parents).mask.tolist() == [[True]]
         assert list(tree.paths()) == [[0]]
         assert tree.is_chain
     assert TokenTree.root().tokens.tolist() == [PENDING]

@@ -32,9 +32,6 @@ from redrafter_mlx.target.state import StateCache, forward_pass
 from redrafter_mlx.target.tape import recording
 from redrafter_mlx.tree import TokenTree
 
-MOST_DEPTH = 64
-"""Of a tree: as deep as a chain of the most nodes that a pass is measured for."""
-
 STEPS_BACK = 4
 """Passes that a run may be ahead of the tokens it has handed on."""
 
@@ -214,9 +211,9 @@ class Target:
             mx.clear_cache()
         return hidden
 
-    def takes_trees(self, context: Context) -> bool:
-        """Whether any tree can be verified now as one row after the other would be."""
-        return context.caches.takes_trees(context.position, MOST_DEPTH)
+    def takes(self, context: Context, tree: TokenTree) -> bool:
+        """Whether the tree's rows would find the caches as one row after the other does."""
+        return context.caches.takes(context.position, int(tree.depths.max()))
 
     def verify(self, context: Context, tree: TokenTree) -> Outcome:
         """One forward pass over all N nodes, the root at the pending token's position."""

@@ -327,10 +327,10 @@ class LayerCaches:
         self.length = length
         return all(cache.rewind(length) for cache in self.branching)
 
-    def takes_trees(self, length: int, depth: int) -> bool:
-        """Whether all rows of a tree after `length` tokens would find the same as one by one.
+    def takes(self, length: int, depth: int) -> bool:
+        """Whether quantisation does not begin among the rows of a tree after `length` tokens.
 
-        depth  of the deepest tree; not while quantisation begins within it
+        depth  of the tree; one row after the other would find part of it quantised
         """
         how = self.quantization
         return how is None or not length < how.start <= length + depth
