@@ -26,6 +26,7 @@ from tokenizers import pre_tokenizers
 from redrafter_mlx import demo, hub, places, storage
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import import_gguf
+from redrafter_mlx.precision import compute_in_float32
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
@@ -421,7 +422,7 @@ def test_quantised_layers_become_float32_and_the_rest_stays(tmp_path):
     )
     ids, vectors = mx.array([3, 5]), mx.random.normal((2, 64))
     expected = [model.embedding(ids), *(layer(vectors) for layer in model.layers)]
-    assert hub.compute_in_float32(model) is model
+    assert compute_in_float32(model) is model
     assert [type(m) for m in (model.embedding, *model.layers)] == [
         nn.Embedding,
         nn.Linear,
@@ -447,7 +448,7 @@ def test_float32_never_holds_the_model_twice():
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    hub.compute_in_float32(model)
+    compute_in_float32(model)
     extra = mx.get_peak_memory() - before
     print(f"peak {extra / 2**20:.0f} MiB over {quantised / 2**20:.0f} quantised")
     assert extra < plain - quantised / 2

@@ -28,6 +28,7 @@ from redrafter_mlx.drafters.checkpoint import load_head, save_head
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.precision import compute_in_float32
 from redrafter_mlx.pricing.acceptance import experience_from
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.experience import FILE, as_text
@@ -132,7 +133,7 @@ class TrainingRun:
             self.head, d2t = self._new_head(head, seed)
         else:
             self.head, d2t = hub.load_head_of(target, start)
-            hub.compute_in_float32(self.head)
+            compute_in_float32(self.head)
         if head.lookback_heads and not self.head.config.lookback_heads:
             batch = next(self.shards.batches("fit", 64, 1))
             self.head = with_lookback(
