@@ -13,6 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+has_failed = False
+"""Whether something that was waited for could not be computed: a peer may have gone."""
+
 
 def read(*arrays: mx.array) -> tuple[np.ndarray, ...]:
     """Evaluate `arrays` together and hand them to numpy: one synchronisation, however many.
@@ -20,13 +23,18 @@ def read(*arrays: mx.array) -> tuple[np.ndarray, ...]:
     On unified memory nothing is copied: the result is a view that keeps its array alive.
     bfloat16 has no numpy type: cast before reading.
     """
-    mx.eval(arrays)
+    finish(arrays)
     return tuple(np.array(array, copy=False) for array in arrays)
 
 
-def finish(*arrays: mx.array) -> None:
-    """Compute `arrays` and wait for them."""
-    mx.eval(arrays)
+def finish(*arrays) -> None:
+    """Compute `arrays`, or trees of them, and wait for them."""
+    global has_failed
+    try:
+        mx.eval(arrays)
+    except RuntimeError:
+        has_failed = True
+        raise
 
 
 def chip() -> str:

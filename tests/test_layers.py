@@ -158,7 +158,6 @@ def test_only_one_place_waits_for_the_device():
     }
     assert waits == {
         "device",
-        "target.adapter",
         "drafters.checkpoint",
         "precision",
         "training.gradients",

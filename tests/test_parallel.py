@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,12 @@ def words(tiny, *more) -> list[str]:
     ]  # fmt: skip
 
 
-def start(processes: int, given: list[str], **options) -> subprocess.Popen:
+def start(processes: int, given: list[str]) -> subprocess.Popen:
     places = ["-n", str(processes), "--backend", "ring", "--starting-port", str(free_port())]
     return subprocess.Popen(
         [str(LAUNCH), *places, "--", sys.executable, *given],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}, **options,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -79,11 +78,59 @@ def test_heads_that_cannot_be_split_are_told(tiny):
     assert "cannot be split over 3 processes" in out + err
 
 
-def test_ctrl_c_ends_all(tiny):
-    given = words(tiny)
-    given[given.index("40")] = "100000"
-    running = start(2, given, start_new_session=True)
-    time.sleep(12)
-    os.killpg(running.pid, signal.SIGINT)
-    running.communicate(timeout=30)
-    assert running.returncode is not None
+@pytest.fixture
+def endless(tiny, tmp_path):
+    """Two processes, started without mlx.launch, that write a text without end."""
+    hosts = [[f"127.0.0.1:{free_port()}"] for _ in range(2)]
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    given = words(tiny, "--stop", "ZZZ")
+    given[given.index("40")] = "1000000"
+    given.remove("--json")
+    running = []
+    for rank in range(2):
+        places = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-u", *given],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **places},
+            )
+        )
+    assert running[0].stdout.read(1), running[0].stderr.read()  # it has begun to write
+    yield running
+    for each in running:
+        each.kill()
+        each.wait()
+
+
+def test_ctrl_c_ends_all(endless):
+    for each in endless:  # as a terminal does
+        each.send_signal(signal.SIGINT)
+    for each in endless:
+        each.communicate(timeout=60)
+
+
+TELLS_ITS_ID = """
+import os, runpy, sys
+with open(sys.argv[1] + os.environ["MLX_RANK"], "w") as file:
+    file.write(str(os.getpid()))
+del sys.argv[1]
+runpy.run_module("redrafter_mlx.generate", run_name="__main__")
+"""
+
+
+def test_one_that_is_killed_ends_all(tiny, tmp_path):
+    """The launcher sees to it: MLX itself may wait for a peer that has gone."""
+    given = words(tiny)[2:]
+    given[given.index("40")] = "1000000"
+    given.remove("--json")
+    running = start(2, ["-u", "-c", TELLS_ITS_ID, f"{tmp_path}/", *given])
+    assert running.stdout.read(1), "it writes"
+    leader, follower = (int((tmp_path / rank).read_text()) for rank in "01")
+    os.kill(follower, signal.SIGKILL)
+    said = "".join(running.communicate(timeout=60))
+    assert "exited with code -9" in said
+    for pid in (leader, follower):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -206,7 +206,7 @@ class Target:
             hidden = states[-1:]
             kept = [] if trail is None else trail.add(states)
             caches.commit(range(len(ids)))
-            mx.eval(hidden, caches.state, kept)
+            device.finish(hidden, caches.state, kept)
             progress(start + len(ids))
             mx.clear_cache()
         return hidden

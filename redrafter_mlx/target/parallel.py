@@ -71,8 +71,6 @@ class Leader:
 
     def forward(self, number: int, ids: mx.array) -> mx.array:
         """The token ids (B, N) of a pass that the others run too."""
-        if self._last is not None:
-            device.finish(self._last)  # its reductions come before those of the message
         self.tell("forward", number, list(ids.shape))
         self._send()
         return _share(ids.astype(mx.int32))
@@ -82,15 +80,16 @@ class Leader:
         self._last = hidden
 
     def end(self) -> None:
-        """No more passes: the others end."""
-        if self._last is not None:
-            device.finish(self._last)
-        self.tell("end")
-        self._send()
+        """No more passes: the others end. Where one has gone, waiting for it would never end."""
+        if not device.has_failed:
+            self.tell("end")
+            self._send()
 
     def _send(self) -> None:
         content = np.frombuffer(json.dumps(self._news).encode(), np.uint8).astype(np.int32)
         self._news = []
+        if self._last is not None:
+            device.finish(self._last)  # its reductions come before those of the message
         device.finish(_share(mx.array([len(content)], mx.int32)))
         device.finish(_share(mx.array(content)))
 
