@@ -76,14 +76,15 @@ def of_drafts(
         for is_compiled in (False, True):
             search = partial(drafter.search, width, length, coupled)
             noise = Noise(mx.array(np.array([1, 2], np.uint32)), mx.array(1.0))
+            begun, memory = drafter.begin(context)
             arrays = (mx.compile(search) if is_compiled else search)(
-                context.hidden,
+                begun,
                 context.pending,
                 mx.array([context.position], dtype=mx.uint32),
                 noise.key,
                 noise.temp,
-                *drafter.vocabulary_of(context.transcript),
-                drafter._memory_of(context),
+                *drafter.vocabulary.of(context.transcript),
+                memory,
             )
             words = ["draft", f"{width}x{length}", *["sampled"] * coupled]
             found[" ".join([*words, *["compiled"] * is_compiled])] = operations(*arrays)

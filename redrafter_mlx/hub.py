@@ -226,10 +226,9 @@ def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDr
     head, d2t = load_head_of(target, str(directory))
     if mx.default_device() == mx.cpu:
         compute_in_float32(head)
-    if head.config.fused_layers or head.config.lookback_heads:
-        target.tap(head.config.fused_layers, head.config.trail)
+    view = target.tap(head.config.fused_layers, whole_text=bool(head.config.lookback_heads))
     output = target.output_layer if head.config.tied_output else None
-    return RecurrentDrafter(head, d2t, target.embed, output, read_experience(directory))
+    return RecurrentDrafter(head, d2t, target.embed, output, view, read_experience(directory))
 
 
 def load_head_of(

@@ -1,6 +1,6 @@
 """What the parts of a round hand to each other: Context -> TokenTree -> Outcome -> Verdict -> Step.
 
-Shape letters: N nodes, V vocabulary, E hidden size.
+Shape letters: N nodes, V vocabulary, E hidden size, C columns captured of it: E or a multiple.
 """
 
 from __future__ import annotations
@@ -41,27 +41,64 @@ class Transcript:
         return self._tokens
 
 
-class Trail:
-    """Some columns C of the hidden states of all processed tokens, for drafters that look back."""
+@dataclass(frozen=True)
+class View:
+    """What one drafter reads of the captured hidden states: some of their parts, side by side.
 
-    def __init__(self, columns: slice):
-        self._columns = columns
+    parts  0 is the final norm's output, i the i-th tapped layer's
+    size   E of each part
+    """
+
+    parts: tuple[int, ...]
+    size: int
+
+    @property
+    def width(self) -> int:
+        """Columns of what is read."""
+        return len(self.parts) * self.size
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """(..., width) of all that was captured (..., C)."""
+        first, count = self.parts[0], len(self.parts)
+        if self.parts == tuple(range(first, first + count)):
+            return hidden[..., first * self.size : (first + count) * self.size]
+        pieces = [hidden[..., part * self.size : (part + 1) * self.size] for part in self.parts]
+        return mx.concatenate(pieces, axis=-1)
+
+
+class Trail:
+    """Captured hidden states C of all processed tokens, until every drafter that wants has read.
+
+    readers  how many drafters there are that read it
+    """
+
+    def __init__(self, readers: int = 1):
+        self._readers, self._read = readers, {}
         self._pieces: list[mx.array] = []
         self._length = 0
 
     def add(self, hidden: mx.array) -> mx.array:
-        """Take in those (T, E) of the tokens processed next; what is kept of them (T, C)."""
-        self._pieces.append(mx.contiguous(hidden[:, self._columns]))
+        """Take in those (T, C) of the tokens processed next; what is kept of them."""
+        self._pieces.append(mx.contiguous(hidden))
         self._length += len(hidden)
         return self._pieces[-1]
 
-    def since(self, first: int) -> mx.array | None:
-        """(T, C) from the `first` processed token on; None if there is none."""
+    def since(self, first: int, reader: object) -> mx.array | None:
+        """(T, C) from the `first` processed token on, which `reader` will not ask for again."""
         found, start = [], self._length
         while start > first:
+            assert len(found) < len(self._pieces), "what all have read is gone"
             found.append(self._pieces[-1 - len(found)])
             start -= len(found[-1])
+        self._read[id(reader)] = self._length
+        if len(self._read) >= self._readers:
+            self._forget(min(self._read.values()))
         return mx.concatenate(found[::-1])[first - start :] if found else None
+
+    def _forget(self, before: int) -> None:
+        start = self._length - sum(map(len, self._pieces))
+        while self._pieces and start + len(self._pieces[0]) <= before:
+            start += len(self._pieces.pop(0))
 
 
 @dataclass(frozen=True)
@@ -69,13 +106,13 @@ class Context:
     """What the target has verified: all that a drafter and a rule may build on.
 
     pending     (1,) the token the target has chosen but not yet processed
-    hidden      (1, E) the final norm's output at the last processed token: what the target's own
-                head reads; zeros before the first token
+    hidden      (1, C) what was captured at the last processed token: the final norm's output, which
+                the target's own head reads, then the tapped layers'; zeros before the first token
     position    of the pending token
     transcript  every token up to and including the pending one
     caches      the target's own memory of the text; nobody else's business
     noise       what sampling will add to the target's logits; None at temperature 0
-    trail       of the hidden states of all processed tokens; None if no drafter looks back
+    trail       of what was captured at all processed tokens; None if no drafter asked for it
     """
 
     pending: mx.array
@@ -89,7 +126,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One pass of the target over the rows of a tree: logits (N, V) and hidden states (N, E)."""
+    """One pass of the target over the rows of a tree: logits (N, V) and hidden states (N, C)."""
 
     logits: mx.array
     hidden: mx.array

@@ -80,10 +80,9 @@ def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
     mx.random.seed(seed)
     head = RecurrentHead(config)
     ids = mx.arange(draft_vocab_size, dtype=mx.int32) if d2t is None else mx.array(d2t)
-    if config.fused_layers or config.lookback_heads:
-        target.tap(config.fused_layers, config.trail)
+    view = target.tap(config.fused_layers, whole_text=bool(config.lookback_heads))
     output = target.output_layer if config.tied_output else None
-    return RecurrentDrafter(head, ids, target.embed, output)
+    return RecurrentDrafter(head, ids, target.embed, output, view)
 
 
 def generation(model, prompt, drafter=None, max_tokens=40, eos=(), draft=None, kv=None,

@@ -49,11 +49,11 @@ def likeliest(path: Path, states) -> np.ndarray:
     """The head's likeliest token ids, (P, DEPTHS), without looking back."""
     model, hidden, embeddings, _ = states
     drafter = hub.load_drafter(str(path), model)
-    d2t, rows = drafter.vocabulary_of(Transcript([0]))
+    d2t, rows = drafter.vocabulary.of(Transcript([0]))
     steps, state, found = drafter.head.steps(hidden), None, []
     for depth in range(DEPTHS):
         state = steps.advance(state, embeddings[:, depth])
-        found.append(d2t[mx.argmax(drafter.logits(steps, state, rows), axis=-1)])
+        found.append(d2t[mx.argmax(drafter.vocabulary.project(steps.logits(state), rows), axis=-1)])
     return np.array(mx.stack(found, axis=1))
 
 

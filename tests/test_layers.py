@@ -34,6 +34,7 @@ LAYERS = [
     ["verification"],
     ["drafters.cascade", "drafters.checkpoint", "drafters.union"],
     ["drafters.recurrent"],
+    ["drafters.beams"],
     ["drafters.text"],
     [
         "drafters.head",

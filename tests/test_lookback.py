@@ -8,10 +8,9 @@ from families import build
 from redrafter_mlx import device
 from redrafter_mlx.drafters.lookback import Lookback, Memory
 from redrafter_mlx.drafters.text import TextMemory
-from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
-from support import generation, ids, random_drafter, tiny_prompt
+from support import BUDGET, generation, ids, random_drafter, tiny_prompt
 
 HIDDEN, EXIT, HEADS, SIZE, PLACES = 4, 5, 2, 3, 7
 
@@ -89,9 +88,9 @@ def test_a_memory_that_grew_is_the_one_made_at_once(pieces):
     drafter = random_drafter(build("llama"), lookback_heads=2, lookback_size=4)
     tokens = tiny_prompt(12)
     hidden = mx.random.normal((11, drafter.head.config.context_size))
-    grown = TextMemory(drafter.head, drafter.embed)
+    grown = TextMemory(drafter.head, drafter.embed, drafter.view)
     grown.ROOM = 4
-    trail, transcript, done = Trail(slice(0, None)), Transcript(tokens[:1]), 0
+    trail, transcript, done = Trail(), Transcript(tokens[:1]), 0
     for count in pieces:
         trail.add(hidden[done : done + count])
         transcript.extend(tokens[done + 1 : done + count], tokens[done + count])
@@ -108,9 +107,9 @@ def test_a_memory_that_grew_is_the_one_made_at_once(pieces):
 
 def test_another_text_is_another_memory():
     drafter = random_drafter(build("llama"), lookback_heads=1, lookback_size=4)
-    memory = TextMemory(drafter.head, drafter.embed)
+    memory = TextMemory(drafter.head, drafter.embed, drafter.view)
     for length in (9, 3):
-        trail = Trail(slice(0, None))
+        trail = Trail()
         trail.add(mx.random.normal((length, drafter.head.config.context_size)))
         _, values, visible = memory.of(Transcript(tiny_prompt(length + 1, seed=length)), trail)
         assert visible.tolist() == [length]
@@ -149,12 +148,36 @@ def test_plain_rounds_leave_their_trail_too():
     np.testing.assert_array_equal(values, expected)
 
 
-def test_heads_that_look_back_at_different_layers_do_not_share_a_model():
+def test_heads_that_look_back_at_different_layers_share_a_model():
+    """Each reads its own columns of what is captured, and drafts as it does alone."""
+    shapes = {"lookback_heads": 1}, {"lookback_heads": 1, "fused_layers": (1, 0)}
+    prompt = tiny_prompt(9)
+    alone, together = [], []
+    for shape in shapes:
+        model = build("llama")
+        alone.append(random_drafter(model, **shape))
+        alone[-1].context = adapt(model).prefill(prompt, 512)
     model = build("llama")
-    random_drafter(model, lookback_heads=1)
-    random_drafter(model, seed=1, lookback_heads=2)
-    with pytest.raises(UserError, match="load the model anew"):
-        random_drafter(model, lookback_heads=1, fused_layers=(0,))
+    together = [random_drafter(model, **shape) for shape in shapes]
+    context = adapt(model).prefill(prompt, 512)
+    for one, other in zip(alone, together, strict=True):
+        assert one.propose(one.context, BUDGET).tokens.tolist() == (
+            other.propose(context, BUDGET).tokens.tolist()
+        )
+        for array, same in zip(one.begin(one.context)[1], other.begin(context)[1], strict=True):
+            assert mx.array_equal(array, same)
+
+
+def test_a_trail_keeps_what_a_reader_has_not_read():
+    trail, one, other = Trail(readers=2), object(), object()
+    for start in (0, 3):
+        trail.add(mx.arange(start, start + 3)[:, None])
+    assert trail.since(0, one).shape == (6, 1)
+    assert trail.since(2, other)[:, 0].tolist() == [2, 3, 4, 5]
+    assert not trail._pieces
+    trail.add(mx.array([[6]]))
+    assert trail.since(6, one).tolist() == trail.since(6, other).tolist() == [[6]]
+    assert trail.since(7, one) is None
 
 
 def test_sixteen_bits_stay_sixteen_bits():

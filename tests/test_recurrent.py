@@ -57,20 +57,20 @@ def test_a_tied_output_proposes_the_ids_of_the_text_too():
     model = build("llama")
     target = adapt(model)
     drafter = random_drafter(model, d2t=np.arange(10), tied_output=True)
-    drafter._vocabulary.SPARE = 16
+    drafter.vocabulary.SPARE = 16
     text = Transcript([3, 50, 60, 50])
-    ids, rows = drafter.vocabulary_of(text)
+    ids, rows = drafter.vocabulary.of(text)
     assert ids.tolist()[:12] == [*range(10), 50, 60]
     assert len(set(ids.tolist())) == ids.size == 16
     assert mx.array_equal(rows["weight"], target.output_layer(ids).weight)
-    again, _ = drafter.vocabulary_of(text)
+    again, _ = drafter.vocabulary.of(text)
     assert again is ids
     text.extend([70], 71)  # too few to be worth a change
-    assert drafter.vocabulary_of(text)[0] is ids
+    assert drafter.vocabulary.of(text)[0] is ids
     text.extend(range(20, 40), 41)
-    later, _ = drafter.vocabulary_of(text)
+    later, _ = drafter.vocabulary.of(text)
     assert {70, 71, 41, *range(20, 40)} <= set(later.tolist())
-    other, _ = drafter.vocabulary_of(Transcript([3, 90]))
+    other, _ = drafter.vocabulary.of(Transcript([3, 90]))
     assert 90 in other.tolist()
     assert 50 not in other.tolist()[:11]
 

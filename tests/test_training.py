@@ -92,7 +92,7 @@ def in_another_process(directory, options: TrainingOptions) -> Gradients:
 def trainer(grammar, options: TrainingOptions, tied=True) -> Trainer:
     model, _, directory = grammar
     gradients = gradients_of(model, directory, options, tied)
-    adapt(model).tap((), gradients.head.config.trail)
+    adapt(model).tap((), whole_text=True)
     return Trainer(gradients, options, Progress(options.steps))
 
 

@@ -52,11 +52,6 @@ class HeadConfig:
         return slice(first, first + self.hidden_size)
 
     @property
-    def trail(self) -> slice | None:
-        """What of the whole text's hidden states it needs."""
-        return self.lookback_columns if self.lookback_heads else None
-
-    @property
     def has_projection(self) -> bool:
         return self.exit_dim != self.context_size + self.hidden_size
 

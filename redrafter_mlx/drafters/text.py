@@ -1,6 +1,6 @@
-"""What a recurrent drafter keeps of a text: the ids it may propose, and places to look back at.
+"""What a drafter keeps of a text: the ids it may propose, and places to look back at.
 
-Shape letters: T tokens, R rows, h hidden size, D draft vocabulary.
+Shape letters: T tokens, R rows, h hidden size, C captured columns, D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.head import RecurrentHead
-from redrafter_mlx.round import Trail, Transcript
+from redrafter_mlx.round import Trail, Transcript, View
 
 
 class TextMemory:
@@ -24,8 +24,8 @@ class TextMemory:
 
     ROOM = 512
 
-    def __init__(self, head: RecurrentHead, embed: Callable[[mx.array], mx.array]):
-        self._head, self._embed = head, embed
+    def __init__(self, head: RecurrentHead, embed: Callable[[mx.array], mx.array], view: View):
+        self._head, self._embed, self._view = head, embed, view
         self._transcript: Transcript | None = None
 
     def of(self, transcript: Transcript, trail: Trail) -> list[mx.array]:
@@ -33,13 +33,13 @@ class TextMemory:
         if transcript is not self._transcript:
             self._transcript, self._places, self._before = transcript, 0, None
             self._keys, self._values = self._buffers(self.ROOM)
-        new = trail.since(self._places)
+        new = trail.since(self._places, self)
         if new is not None:
-            self._take_in(new)
+            self._take_in(self._view(new)[:, self._head.config.lookback_columns])
         return [self._keys, self._values, mx.array([self._places])]
 
     def _take_in(self, hidden: mx.array) -> None:
-        """Places of T tokens, whose next is known; hidden (T, h) is what the trail kept of them."""
+        """Places of T tokens, whose next is known; hidden (T, h) is what is looked back at."""
         first, end = self._places, self._places + len(hidden)
         tokens = mx.array(self._transcript.tokens[first : end + 1])
         last = mx.zeros_like(hidden[:1]) if self._before is None else self._before
@@ -63,6 +63,36 @@ class TextMemory:
             dtype = self._head.lookback.key_token.scales.dtype
         keys = mx.zeros((1, c.lookback_heads, c.lookback_size, room), dtype)
         return keys, mx.zeros((1, room, c.hidden_size), dtype)
+
+
+class OwnVocabulary:
+    """The ids (D,) of a head's own output layer, whatever the text."""
+
+    def __init__(self, ids: mx.array):
+        self._ids = ids
+
+    def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
+        """Token ids (D,); no rows are to be lent."""
+        return self._ids, {}
+
+    def project(self, logits: mx.array, rows: dict) -> mx.array:
+        """What the head's output layer gave is (R, D) logits already."""
+        return logits
+
+
+class WholeVocabulary(OwnVocabulary):
+    """All ids of the target, scored by the target's own head.
+
+    logits  (R, h) -> (R, V)
+    """
+
+    def __init__(self, vocab_size: int, logits: Callable[[mx.array], mx.array]):
+        super().__init__(mx.arange(vocab_size, dtype=mx.int32))
+        self._logits = logits
+
+    def project(self, features: mx.array, rows: dict) -> mx.array:
+        """Logits (R, V) of what the target's head would read (R, h)."""
+        return self._logits(features)
 
 
 class TextVocabulary:

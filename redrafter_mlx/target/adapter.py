@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 
 from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict
+from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict, View
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.target import exchange, hooks, parallel
 from redrafter_mlx.target.cache import Branches, CacheGroup, LayerCaches, Quantization, TreeCache
@@ -51,7 +51,7 @@ class Target:
         self.model = model
         self.branching = branching
         self.taps: tuple[int, ...] = ()
-        self.trail: slice | None = None
+        self.readers = 0  # drafters that read the hidden states of the whole text
         self.parity: Parity | None = None
         self._head: nn.Module | None = None
         self._last: nn.Module | None = None  # whose output the head reads, if it is no module
@@ -178,7 +178,7 @@ class Target:
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
         caches = self.empty_caches() if caches is None else caches
-        trail = Trail(self.trail) if self.trail else None
+        trail = Trail(self.readers) if self.readers else None
         last = len(tokens) - 1
         progress(0, len(tokens))
         told = lambda done: progress(done, len(tokens))
@@ -242,24 +242,21 @@ class Target:
             position=context.position + len(path),
         )
 
-    def tap(self, layers: Sequence[int], trail: slice | None = None) -> None:
-        """Hand the outputs of these layers to drafters too, beside the final hidden state.
+    def tap(self, layers: Sequence[int], final: bool = True, whole_text: bool = False) -> View:
+        """Capture the outputs of these layers, too; what a drafter then reads of all that is.
 
-        trail  columns of both that are to be kept for the whole text
+        final       whether it reads the final hidden state before them
+        whole_text  whether it reads them for every token, of a Trail
 
-        Raises UserError if there is no such layer, or another drafter listens to other layers.
+        Raises UserError if there is no such layer.
         """
-        layers = tuple(layers)
         count = len(self.model.layers)
         if any(not 0 <= layer < count for layer in layers):
-            raise UserError(f"fused_layers {list(layers)}: {self.name} has {count} layers")
-        if self.taps not in ((), layers) or (trail and self.trail not in (None, trail)):
-            raise UserError(
-                f"fused_layers {list(layers)}: another drafter of this model reads the layers "
-                f"{list(self.taps)}; load the model anew for this one"
-            )
-        self.taps = layers
-        self.trail = self.trail or trail
+            raise UserError(f"a drafter reads layers {list(layers)}: {self.name} has {count} layers")
+        self.taps += tuple(layer for layer in dict.fromkeys(layers) if layer not in self.taps)
+        self.readers += whole_text
+        parts = tuple(1 + self.taps.index(layer) for layer in layers)
+        return View((0, *parts) if final else parts, self.hidden_size)
 
     def output_layer(self, ids: mx.array) -> nn.Module:
         """The rows `ids` (D,) of the model's own head, quantised or not, as a linear layer.
@@ -279,6 +276,13 @@ class Target:
                 layer[name] = head[name][ids]
         return layer
 
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., V) of the model's own head, as `output_layer` has it, after (..., E)."""
+        head = self._head
+        if hasattr(head, "as_linear"):
+            return head.as_linear(hidden)
+        return head(hidden) if callable(head) else hidden @ head.weight.T
+
     def forward(self, ids: mx.array, caches: LayerCaches) -> Outcome:
         """The model's own forward pass over token ids (B, N), after what the caches hold.
 
@@ -292,14 +296,14 @@ class Target:
         watched = [] if self._head is None else [self._head]
         with forward_pass(caches.lineage), recording(watched, [*heard, *last]) as tape:
             logits = self.model(ids, cache=caches.layers)
-        outputs = [output for _, output in tape.layers]
+        outputs = {id(module): output for module, output in tape.layers}
         hidden = mx.zeros((*ids.shape, 0))
         if tape.linear:
             hidden = tape.linear[-1].given
         elif last:
-            hidden = outputs.pop()
-        if outputs:
-            hidden = mx.concatenate([hidden, *outputs], axis=-1)
+            hidden = outputs[id(self._last)]
+        if heard:
+            hidden = mx.concatenate([hidden, *(outputs[id(layer)] for layer in heard)], axis=-1)
         if isinstance(caches, parallel.LedCaches):
             parallel.leader().ran(hidden)
         return Outcome(logits, hidden)

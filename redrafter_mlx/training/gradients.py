@@ -72,7 +72,9 @@ class Gradients:
     def _arrays(self, step: int, part: int) -> tuple[mx.array, ...]:
         o = self._options
         windows = self._windows(step * o.accumulate + part)
-        batch = self.shards.batch(windows, self._objective.steps, self.head.config.trail)
+        config = self.head.config
+        past = config.lookback_columns if config.lookback_heads else None
+        batch = self.shards.batch(windows, self._objective.steps, past)
         chosen = candidates(batch, self._allowed, o.candidates, [self._seed, step, part])
         return (
             batch.hidden,

@@ -19,11 +19,9 @@ import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.beam_search import collect
-from redrafter_mlx.drafters.lookback import Memory
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.drafters.text import TextMemory
+from redrafter_mlx.drafters.beams import BeamDrafter
 from redrafter_mlx.pricing.acceptance import Draft
-from redrafter_mlx.round import Trail, Transcript
+from redrafter_mlx.round import Transcript
 from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard
 
@@ -104,7 +102,7 @@ def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
 
 
 def replay(
-    drafter: RecurrentDrafter,
+    drafter: BeamDrafter,
     answers: Iterable[Answer],
     width: int,
     length: int,
@@ -123,7 +121,7 @@ def replay(
 
 
 def drafts_of(
-    drafter: RecurrentDrafter, answers: Iterable[Answer], width: int, length: int
+    drafter: BeamDrafter, answers: Iterable[Answer], width: int, length: int
 ) -> Iterator[Draft]:
     """What a search scores at each token of the answers, and which of it came true."""
     search = _search(drafter, width, length)
@@ -134,52 +132,50 @@ def drafts_of(
                 yield Draft.of(found, piece.ahead[p])
 
 
-def _search(drafter: RecurrentDrafter, width: int, length: int) -> Callable:
+def _search(drafter: BeamDrafter, width: int, length: int) -> Callable:
     """The drafter's search with the weights that it has now."""
     return device.fused(
-        lambda hidden, root, d2t, rows, memory: drafter.search(
-            width, length, False, hidden, root, None, None, None, d2t, rows, memory
+        lambda begun, root, ids, rows, memory: drafter.search(
+            width, length, False, begun, root, None, None, None, ids, rows, memory
         )
     )
 
 
 def _drafts(
-    drafter: RecurrentDrafter, answer: Answer, length: int, search: Callable
+    drafter: BeamDrafter, answer: Answer, length: int, search: Callable
 ) -> Iterator[tuple[_Piece, tuple[np.ndarray, ...]]]:
     """The pieces of an answer, and what `beam_search` returns for the positions of each."""
-    vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
-    memory = _memory(drafter, answer)
-    for piece in _pieces(answer, length - 1):
-        roots = mx.array(piece.roots)
-        yield piece, device.read(*search(piece.hidden, roots, *vocabulary, piece.sees(memory)))
+    vocabulary = drafter.vocabulary.of(Transcript(answer.prompt))
+    for piece in _pieces(drafter, answer, length - 1):
+        found = search(piece.begun, mx.array(piece.roots), *vocabulary, piece.memory)
+        yield piece, device.read(*found)
 
 
-def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) -> np.ndarray:
+def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.ndarray:
     """(depths, len(RECALL)): how often the token at a depth is among the head's k likeliest,
     given that the head has read the target's own tokens up to it.
     """
     hits, total = np.zeros((depths, len(RECALL))), np.zeros((depths, 1))
 
     @device.fused
-    def ranks_of(hidden, tokens, d2t, rows, memory):
+    def ranks_of(begun, tokens, ids, rows, memory):
         """(depths, P) ranks; UNSCORED outside of the vocabulary."""
-        steps = drafter.head.steps(hidden, Memory(*memory) if memory else None)
+        steps = drafter.steps(begun, memory)
         state, ranks = None, []
         for depth in range(depths):
-            state = steps.advance(state, drafter.embed(tokens[:, depth]))
+            state = steps.advance(state, tokens[:, depth])
             logits = drafter.logits(steps, state, rows)
-            here = d2t[None] == tokens[:, depth + 1 : depth + 2]
+            here = ids[None] == tokens[:, depth + 1 : depth + 2]
             own = mx.where(here, logits, -mx.inf).max(axis=-1, keepdims=True)
             rank = (logits > own).sum(axis=-1)
             ranks.append(mx.where(here.any(axis=-1), rank, UNSCORED))
         return mx.stack(ranks)
 
     for answer in answers:
-        vocabulary = drafter.vocabulary_of(Transcript(answer.prompt))
-        memory = _memory(drafter, answer)
-        for piece in _pieces(answer, depths):
+        vocabulary = drafter.vocabulary.of(Transcript(answer.prompt))
+        for piece in _pieces(drafter, answer, depths):
             tokens = mx.array(np.concatenate([piece.roots[:, None], piece.ahead], axis=1))
-            (ranks,) = device.read(ranks_of(piece.hidden, tokens, *vocabulary, piece.sees(memory)))
+            (ranks,) = device.read(ranks_of(piece.begun, tokens, *vocabulary, piece.memory))
             known = (piece.ahead >= 0).T
             for depth, (rank, at) in enumerate(zip(ranks, known, strict=True)):
                 hits[depth] += [((rank < k) & at).sum() for k in RECALL]
@@ -187,51 +183,37 @@ def recall(drafter: RecurrentDrafter, answers: Iterable[Answer], depths: int) ->
     return hits / np.maximum(total, 1)
 
 
-def _memory(drafter: RecurrentDrafter, answer: Answer) -> list[mx.array]:
-    """Keys and values of all places of the prompt and the answer, if the head looks back."""
-    if not drafter.head.config.lookback_heads:
-        return []
-    trail = Trail(drafter.head.config.lookback_columns)
-    transcript = Transcript(np.concatenate([answer.prompt, answer.tokens]))
-    trail.add(answer.before.astype(mx.float32))
-    trail.add(answer.hidden.astype(mx.float32))
-    return TextMemory(drafter.head, drafter.embed).of(transcript, trail)[:2]
-
-
 @dataclass(frozen=True)
 class _Piece:
-    """`count` positions of an answer, filled up to AT_ONCE: hidden (P, c), roots (P,), and the
-    tokens after them, ahead (P, depths), -1 beyond the end.
-
-    first  place of the first root in the text
+    """`count` positions of an answer, filled up to AT_ONCE: begun (P, c), roots (P,), and the
+    tokens after them, ahead (P, depths), -1 beyond the end; memory as in a Begun.
     """
 
-    hidden: mx.array
+    begun: mx.array
+    memory: list[mx.array]
     roots: np.ndarray
     ahead: np.ndarray
     count: int
-    first: int
-
-    def sees(self, memory: list[mx.array]) -> list[mx.array]:
-        """The fields of a Memory in which each position sees the places before its root."""
-        return [*memory, self.first + mx.arange(AT_ONCE)] if memory else []
 
 
-def _pieces(answer: Answer, depths: int) -> Iterator[_Piece]:
+def _pieces(drafter: BeamDrafter, answer: Answer, depths: int) -> Iterator[_Piece]:
+    text = np.concatenate([answer.prompt, answer.tokens])
+    captured = mx.concatenate([answer.before, answer.hidden]).astype(mx.float32)
+    begun, memory = drafter.replayed(text, captured, len(answer.prompt))
     for at in range(0, len(answer.tokens), AT_ONCE):
-        roots = answer.tokens[at : at + AT_ONCE]
+        here = slice(at, at + AT_ONCE)
+        roots = answer.tokens[here]
         missing = AT_ONCE - len(roots)
-        hidden = mx.pad(answer.hidden[at : at + AT_ONCE], [(0, missing), (0, 0)])
         ahead = np.full((AT_ONCE, depths), -1)
         for depth in range(depths):
             following = answer.tokens[at + depth + 1 : at + depth + 1 + AT_ONCE]
             ahead[: len(following), depth] = following
         yield _Piece(
-            hidden.astype(mx.float32),
+            mx.pad(begun[here], [(0, missing), (0, 0)]),
+            [*memory[:-1], *(mx.pad(seen[here], (0, missing)) for seen in memory[-1:])],
             np.pad(roots, (0, missing)),
             ahead,
             len(roots),
-            len(answer.prompt) + at,
         )
 
 

@@ -1,0 +1,153 @@
+"""Drafters that search: beam search with a head that reads its own tokens one after the other.
+
+Shape letters: P positions, R rows (beams), h hidden size, c what a head reads of the target, D draft
+vocabulary, W beam width, L beam length.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from redrafter_mlx import device
+from redrafter_mlx.budget import Budget
+from redrafter_mlx.drafters.beam_search import beam_search, collect
+from redrafter_mlx.drafters.drawn import draw, drawn_tree
+from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.round import Context, Step, Transcript
+from redrafter_mlx.sampling import Noise, gumbel
+from redrafter_mlx.tree import TokenTree
+
+Begun = tuple[mx.array, list[mx.array]]
+"""What a head's steps begin from: (P, c) of each position, and its memory of the text before it:
+nothing, or arrays of the text and, last, (P,) how much of it each position sees."""
+
+
+class Steps(Protocol):
+    """A head that stands at P positions of a text and drafts on from there.
+
+    Its states have a length, the number of rows, and give those of `state[rows]`.
+    """
+
+    def advance(self, state: Any | None, tokens: mx.array) -> Any:
+        """After reading token ids (R,) on; the first are the pending ones, with no state before."""
+
+    def outputs(self, state: Any) -> mx.array:
+        """(R, ...) what the vocabulary makes logits of."""
+
+
+class BeamDrafter(ABC):
+    """Drafts by beam search.
+
+    vocabulary  the ids that can be proposed, and how they are scored
+    experience  what its drafts were worth elsewhere, by temperature
+    """
+
+    def __init__(
+        self,
+        vocabulary: OwnVocabulary | TextVocabulary,
+        experience: dict[float, Experience] | None = None,
+    ):
+        self.vocabulary, self.experience = vocabulary, experience or {}
+        self._searches: dict[tuple, Callable] = {}
+
+    @abstractmethod
+    def begin(self, context: Context) -> Begun:
+        """What the steps from a context begin from."""
+
+    @abstractmethod
+    def replayed(self, tokens: Sequence[int], hidden: mx.array, first: int) -> Begun:
+        """The same for the positions of the tokens from `first` on, of a text known to its end.
+
+        hidden  (T, C) captured before each of its T tokens but the first
+        """
+
+    @abstractmethod
+    def steps(self, begun: mx.array, memory: Sequence[mx.array]) -> Steps:
+        """The head at P positions, from the arrays of a Begun; a function that can be compiled."""
+
+    def propose(self, context: Context, budget: Budget) -> TokenTree:
+        drawn = context.noise is not None and not context.noise.coupled
+        noise = context.noise or Noise.silent()
+        shape = budget.width, budget.length, context.noise is not None, drawn
+        if shape not in self._searches:
+            search = partial(self.draw if drawn else self.search, *shape[: 2 if drawn else 3])
+            self._searches[shape] = device.ready(search)
+        begun, memory = self.begin(context)
+        ids, rows = self.vocabulary.of(context.transcript)
+        found = self._searches[shape](
+            begun,
+            context.pending,
+            mx.array([context.position], dtype=mx.uint32),
+            noise.key,
+            noise.temp,
+            ids,
+            rows,
+            memory,
+        )
+        if drawn:
+            root, ids, *found = device.read(context.pending, ids, *found)
+            return drawn_tree(int(root[0]), ids, *found, budget)
+        root, *found = device.read(context.pending, *found)
+        return budget.tree(collect(int(root[0]), *(array[0] for array in found)))
+
+    def observe(self, step: Step) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def logits(self, steps: Steps, state: Any, rows: dict) -> mx.array:
+        """(R, D) float32 of the vocabulary's tokens after R rows."""
+        return self.vocabulary.project(steps.outputs(state), rows).astype(mx.float32)
+
+    def search(
+        self, width: int, length: int, coupled: bool,
+        begun, root, position, key, temp, ids, rows, memory=(),
+    ):  # fmt: skip
+        """Beam search from each of P positions, as a function of arrays that can be compiled.
+
+        begun (P, c), root (P,) of each position; position (1,), key (2,), temp () of the noise
+        that is reckoned with if `coupled`; ids (D,) and rows, the vocabulary's; memory, the rest of
+        a Begun. Returns what `beam_search` does.
+
+        Coupled: the target will add known noise to its logits at each position; adding the same
+        noise to the head's logits ranks first what the target is likeliest to choose with it.
+        """
+        if coupled:
+            positions = position + mx.arange(1, length, dtype=mx.uint32)[:, None]
+            noise = temp * gumbel(key, positions, ids.astype(mx.uint32)[None], mx)
+        steps = self.steps(begun, memory)
+
+        def score(state: Any, depth: int) -> mx.array:
+            logits = self.logits(steps, state, rows)
+            if coupled:
+                logits = logits + noise[depth - 1]
+            return logits - device.softmax(logits)[0]
+
+        return beam_search(
+            advance=steps.advance,
+            score=score,
+            token_ids=lambda drafted: ids[drafted],
+            root=root,
+            width=min(width, ids.size),
+            length=length,
+        )
+
+    def draw(
+        self, width: int, length: int, begun, root, position, key, temp, ids, rows, memory=()
+    ):
+        """What `drawn.draw` returns, as a function of arrays that can be compiled."""
+        steps, state = self.steps(begun, memory), None
+
+        def logits(last: mx.array | None) -> mx.array:
+            nonlocal state
+            state = steps.advance(state, root if last is None else last)
+            return self.logits(steps, state, rows)
+
+        return draw(logits, ids, key, temp, position, min(width, ids.size), length)
