@@ -99,10 +99,13 @@ def read_head(source: Source, wanted: str | None = None) -> Head:
     expected = expected_tensors(config, packed, *widths)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     shown = {name: name_of(name) for name in expected.keys() | shapes.keys()}
-    check_names_and_shapes(source.path, expected, shapes, shown)
+    check_names_and_shapes(
+        source.path, {name: tensor.shape for name, tensor in expected.items()}, shapes, shown
+    )
     for name, tensor in expected.items():
         _check_kind(source.path, tensors[name], shown[name], tensor.packed)
-    ids = draft_ids(source.path, config, None if offsets is None else offsets.whole())
+    sizes = config.vocab_size, config.draft_vocab_size
+    ids = draft_ids(source.path, *sizes, None if offsets is None else offsets.whole())
     return Head(source, known.layout, config, tensors, ids, packing, notes)
 
 

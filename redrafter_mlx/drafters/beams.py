@@ -1,7 +1,7 @@
 """Drafters that search: beam search with a head that reads its own tokens one after the other.
 
-Shape letters: P positions, R rows (beams), h hidden size, c what a head reads of the target, D draft
-vocabulary, W beam width, L beam length.
+Shape letters: P positions, R rows (beams), h hidden size, c what a head reads of the target,
+D draft vocabulary, W beam width, L beam length.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from redrafter_mlx import device
 from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import beam_search, collect
 from redrafter_mlx.drafters.drawn import draw, drawn_tree
+from redrafter_mlx.drafters.protocol import Unheeding
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.round import Context, Step, Transcript
+from redrafter_mlx.round import Context
 from redrafter_mlx.sampling import Noise, gumbel
 from redrafter_mlx.tree import TokenTree
 
@@ -41,7 +42,7 @@ class Steps(Protocol):
         """(R, ...) what the vocabulary makes logits of."""
 
 
-class BeamDrafter(ABC):
+class BeamDrafter(Unheeding, ABC):
     """Drafts by beam search.
 
     vocabulary  the ids that can be proposed, and how they are scored
@@ -96,12 +97,6 @@ class BeamDrafter(ABC):
         root, *found = device.read(context.pending, *found)
         return budget.tree(collect(int(root[0]), *(array[0] for array in found)))
 
-    def observe(self, step: Step) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
-
     def logits(self, steps: Steps, state: Any, rows: dict) -> mx.array:
         """(R, D) float32 of the vocabulary's tokens after R rows."""
         return self.vocabulary.project(steps.outputs(state), rows).astype(mx.float32)
@@ -139,9 +134,7 @@ class BeamDrafter(ABC):
             length=length,
         )
 
-    def draw(
-        self, width: int, length: int, begun, root, position, key, temp, ids, rows, memory=()
-    ):
+    def draw(self, width: int, length: int, begun, root, position, key, temp, ids, rows, memory=()):
         """What `drawn.draw` returns, as a function of arrays that can be compiled."""
         steps, state = self.steps(begun, memory), None
 

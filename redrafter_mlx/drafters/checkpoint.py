@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     wrong and how.
     """
     settings = _read_config(path / "config.json")
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     for name in UNUSED.keys() & tensors.keys():
         _log.info("%s: %s is ignored: %s", path, name, UNUSED[name])
         del tensors[name]
@@ -61,7 +61,7 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     d2t = _draft_ids(path, config, tensors.pop("d2t", None))
     head = RecurrentHead(config)
     if "quantization" in settings:
-        _quantize_like(path, head, settings["quantization"], tensors)
+        quantize_like(path, head, settings["quantization"], tensors)
     _check_tensors(path, head, tensors, dtype)
     is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
     head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in tensors.items()])
@@ -128,8 +128,14 @@ def _read_config(path: Path) -> dict:
     return settings
 
 
-def _read_tensors(path: Path) -> dict[str, mx.array]:
-    files = sorted(path.glob("model*.safetensors"))
+def read_tensors(
+    path: Path, wanted: Callable[[Collection[str]], Collection[str]] | None = None
+) -> dict[str, mx.array]:
+    """The tensors of all safetensors files in a directory; UserError if one is damaged.
+
+    wanted  names in a file -> those to read, where it may hold more than a head
+    """
+    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
         hint = f"; {pickles[0]} is a PyTorch file: {_CONVERT.format(path)}" if pickles else ""
@@ -140,6 +146,8 @@ def _read_tensors(path: Path) -> dict[str, mx.array]:
             raise UserError(f"{file}: is a pickled PyTorch file: {_CONVERT.format(file)}")
         try:
             found = mx.load(str(file))
+            if wanted is not None:
+                found = {name: found[name] for name in wanted(found)}
             mx.eval(found)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -241,19 +249,22 @@ def lookback(where: object, settings: Mapping[str, Any]) -> dict[str, int]:
 
 def _draft_ids(path: Path, config: HeadConfig, offsets: mx.array | None) -> mx.array:
     found = None if offsets is None else device.read(offsets)[0]
-    return mx.array(draft_ids(path, config, found), dtype=mx.int32)
+    ids = draft_ids(path, config.vocab_size, config.draft_vocab_size, found)
+    return mx.array(ids, dtype=mx.int32)
 
 
-def draft_ids(where: object, config: HeadConfig, offsets: np.ndarray | None) -> np.ndarray:
+def draft_ids(
+    where: object, vocab_size: int, draft_vocab_size: int, offsets: np.ndarray | None
+) -> np.ndarray:
     """The target's token id of each draft id, (D,) int64.
 
     offsets  the tensor d2t (D,), or None if the checkpoint has none
 
     Raises UserError if it is missing, or does not map to distinct ids of the target.
     """
-    ids = np.arange(config.draft_vocab_size)
+    ids = np.arange(draft_vocab_size)
     if offsets is None:
-        if config.draft_vocab_size < config.vocab_size:
+        if draft_vocab_size < vocab_size:
             raise UserError(f"{where}: has a draft_vocab_size but no d2t to say which ids it holds")
         return ids
     if offsets.shape != ids.shape:
@@ -261,12 +272,13 @@ def draft_ids(where: object, config: HeadConfig, offsets: np.ndarray | None) -> 
     if not np.issubdtype(offsets.dtype, np.integer):
         raise UserError(f"{where}: d2t holds {offsets.dtype}, not whole numbers")
     ids = ids + offsets.astype(np.int64)
-    if ids.min() < 0 or ids.max() >= config.vocab_size or len(np.unique(ids)) < len(ids):
-        raise UserError(f"{where}: d2t does not map to distinct ids below {config.vocab_size}")
+    if ids.min() < 0 or ids.max() >= vocab_size or len(np.unique(ids)) < len(ids):
+        raise UserError(f"{where}: d2t does not map to distinct ids below {vocab_size}")
     return ids
 
 
-def _quantize_like(path: Path, head: RecurrentHead, settings: dict, tensors: dict) -> None:
+def quantize_like(path: Path, head: nn.Module, settings: dict, tensors: dict) -> None:
+    """Make quantised layers of those modules of a head whose tensors are."""
     try:
         group_size, bits = settings["group_size"], settings["bits"]
         if type(group_size) is not int or type(bits) is not int or group_size < 1:
@@ -329,7 +341,7 @@ def expected_tensors(
 
 def check_names_and_shapes(
     where: object,
-    expected: Mapping[str, Expected],
+    expected: Mapping[str, tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]],
     name_of: Mapping[str, str] | None = None,
 ) -> None:
@@ -342,11 +354,9 @@ def check_names_and_shapes(
         raise UserError(f"{where}: lacks the tensors {shown(missing)}")
     if extra := sorted(shapes.keys() - expected.keys()):
         raise UserError(f"{where}: holds tensors that no part of the head uses: {shown(extra)}")
-    for name, tensor in expected.items():
-        if shapes[name] != tensor.shape:
-            raise UserError(
-                f"{where}: {shown([name])} has shape {shapes[name]}, expected {tensor.shape}"
-            )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise UserError(f"{where}: {shown([name])} has shape {shapes[name]}, expected {shape}")
 
 
 def _check_tensors(
@@ -356,7 +366,8 @@ def _check_tensors(
     layers = {n: m for n, m in head.named_modules() if isinstance(m, nn.QuantizedLinear)}
     packing = [(layer.group_size, layer.bits) for layer in layers.values()][:1]
     expected = expected_tensors(head.config, layers, *(packing[0] if packing else ()))
-    check_names_and_shapes(path, expected, {name: x.shape for name, x in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    check_names_and_shapes(path, shapes, {name: x.shape for name, x in tensors.items()})
     for name, tensor in expected.items():
         found = tensors[name].dtype
         if found != mx.uint32 if tensor.packed else not mx.issubdtype(found, mx.floating):

@@ -25,17 +25,23 @@ class Drafter(Protocol):
         """Told before each prompt: forget the text so far."""
 
 
-class NoDrafter:
-    """Proposes nothing: plain decoding."""
-
-    def propose(self, context: Context, budget: Budget) -> TokenTree:
-        return TokenTree.root()
+class Unheeding:
+    """Of drafters that learn nothing from what becomes of their drafts, and keep nothing of a text
+    that its transcript would not tell them.
+    """
 
     def observe(self, step: Step) -> None:
         pass
 
     def reset(self) -> None:
         pass
+
+
+class NoDrafter(Unheeding):
+    """Proposes nothing: plain decoding."""
+
+    def propose(self, context: Context, budget: Budget) -> TokenTree:
+        return TokenTree.root()
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,9 @@ class Target:
         """
         count = len(self.model.layers)
         if any(not 0 <= layer < count for layer in layers):
-            raise UserError(f"a drafter reads layers {list(layers)}: {self.name} has {count} layers")
+            raise UserError(
+                f"a drafter reads layers {list(layers)}: {self.name} has {count} layers"
+            )
         self.taps += tuple(layer for layer in dict.fromkeys(layers) if layer not in self.taps)
         self.readers += whole_text
         parts = tuple(1 + self.taps.index(layer) for layer in layers)

@@ -1,0 +1,223 @@
+"""Heads with attention layers of their own, and the keys and values that these keep of a text.
+
+Such a head reads a token together with a hidden state: in the text the target's, before the token;
+in a draft its own. Place m of its cache is what it made of the token m + 1 and the target's state at the
+token m. Only tokens that the target has processed enter, never drafted ones, so whatever was
+accepted, the cache is that of a fresh start on the same text.
+
+Shape letters: T tokens, P positions drafted from, R rows of a step, S places of the buffers, F rows
+drafted before, h hidden size, C captured columns.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from redrafter_mlx import device
+from redrafter_mlx.drafters.beams import BeamDrafter, Begun
+from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.round import Context, Trail, Transcript, View
+
+CHUNK = 512
+"""Tokens of a text that are read in one pass, and places that the buffers begin with."""
+
+
+class AttentionHead(nn.Module):
+    """A head whose layers attend to the text and to what it drafted itself.
+
+    caches  how many layers keep keys and values
+    """
+
+    caches: int
+
+    @abstractmethod
+    def read(self, captured: mx.array) -> mx.array:
+        """(T, h) in place of its own hidden states, of what was captured of the target (T, c)."""
+
+    @abstractmethod
+    def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
+        """Hidden states (1, T, h) after token embeddings (1, T, h) and the states before them.
+
+        mask    "causal", None, or bool, (T, places)
+        caches  one for each layer, which are used as mlx-lm's KVCache is
+        """
+
+    @abstractmethod
+    def outputs(self, hidden: mx.array) -> mx.array:
+        """(R, ...) what the vocabulary makes logits of, after hidden states (R, h)."""
+
+
+class TextKeys:
+    """Keys and values of one layer for a text, in buffers that double. Used as mlx-lm's KVCache."""
+
+    def __init__(self):
+        self.offset = 0
+        self.keys = self.values = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        first, end = self.offset, self.offset + keys.shape[2]
+        self.keys = _with_room(self.keys, keys, first, end)
+        self.values = _with_room(self.values, values, first, end)
+        self.keys[..., first:end, :] = keys
+        self.values[..., first:end, :] = values
+        self.offset = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+
+def _with_room(buffer: mx.array | None, like: mx.array, used: int, end: int) -> mx.array:
+    room = CHUNK if buffer is None else buffer.shape[2]
+    if buffer is not None and end <= room:
+        return buffer
+    while room < end:
+        room *= 2
+    grown = mx.zeros((*like.shape[:2], room, like.shape[3]), like.dtype)
+    if buffer is not None:
+        grown[..., :used, :] = buffer[..., :used, :]
+    return grown
+
+
+class DraftKeys:
+    """Keys and values of one layer for rows of drafts beside those of a text, which they follow."""
+
+    def __init__(self, keys: mx.array, values: mx.array):
+        self.offset = mx.zeros(1, mx.int32)
+        self.keys, self.values = keys, values
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys = mx.concatenate([self.keys, keys], axis=2)
+        self.values = mx.concatenate([self.values, values], axis=2)
+        return self.keys, self.values
+
+
+class TextCache:
+    """What a head keeps of one text: keys and values of its layers, and its last hidden state."""
+
+    def __init__(self, head: AttentionHead, embed: Callable[[mx.array], mx.array], view: View):
+        self._head, self._embed, self._view = head, embed, view
+        self._transcript: Transcript | None = None
+
+    def of(self, transcript: Transcript, trail: Trail) -> Begun:
+        """After all processed tokens and the pending one: (1, h), and the memory of the text."""
+        if transcript is not self._transcript:
+            self._transcript = transcript
+            self._restart()
+        first = self._layers[0].offset
+        captured = trail.since(first, self)
+        if captured is not None:
+            tokens = transcript.tokens[first + 1 : first + 1 + len(captured)]
+            self._last = self.take_in(tokens, captured)[-1:]
+        return self._last, self._memory(mx.array([self._layers[0].offset]))
+
+    def of_whole(self, tokens: Sequence[int], captured: mx.array, first: int) -> Begun:
+        """At each of P tokens from the `first` on, of a text whose states (T - 1, C) are known."""
+        self._restart()
+        hidden = self.take_in(tokens[1:], captured)
+        return hidden[first - 1 :], self._memory(mx.arange(first, len(tokens)))
+
+    def take_in(self, tokens: Sequence[int], captured: mx.array) -> mx.array:
+        """(T, h) after T further tokens; captured (T, C) before each of them."""
+        found = []
+        for start in range(0, len(tokens), CHUNK):
+            ids = mx.array(tokens[start : start + CHUNK])
+            read = self._head.read(self._view(captured[start : start + CHUNK]))
+            mask = "causal" if len(ids) > 1 else None
+            found.append(self._head(self._embed(ids)[None], read[None], mask, self._layers)[0])
+            device.finish(found[-1], [(layer.keys, layer.values) for layer in self._layers])
+        return mx.concatenate(found)
+
+    def _restart(self) -> None:
+        """Empty buffers; nothing is evaluated to learn their shapes."""
+        self._layers = [TextKeys() for _ in range(self._head.caches)]
+        captured = mx.zeros((1, 1 + max(self._view.parts), self._view.size)).reshape(1, -1)
+        embedded = self._embed(mx.array([0]))
+        read = self._head.read(self._view(captured.astype(embedded.dtype)))
+        self._last = mx.zeros_like(self._head(embedded[None], read[None], None, self._layers)[0])
+        for layer in self._layers:
+            layer.keys, layer.values = mx.zeros_like(layer.keys), mx.zeros_like(layer.values)
+            layer.offset = 0
+
+    def _memory(self, visible: mx.array) -> list[mx.array]:
+        return [x for layer in self._layers for x in (layer.keys, layer.values)] + [visible]
+
+
+@dataclass(frozen=True)
+class State:
+    """R rows of a draft: hidden (R, h), seen (R, F) the drafted rows before each, and itself."""
+
+    hidden: mx.array
+    seen: mx.array
+    depth: int
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __getitem__(self, rows: mx.array) -> State:
+        return State(self.hidden[rows], self.seen[rows], self.depth)
+
+
+class AttentionSteps:
+    """A head's steps from P positions of a text; memory as of a TextCache."""
+
+    def __init__(
+        self,
+        head: AttentionHead,
+        embed: Callable[[mx.array], mx.array],
+        begun: mx.array,
+        memory: Sequence[mx.array],
+    ):
+        self._head, self._embed, self._begun = head, embed, begun
+        *arrays, self._visible = memory
+        self._layers = [DraftKeys(*pair) for pair in zip(arrays[::2], arrays[1::2], strict=True)]
+        self._places = mx.arange(arrays[0].shape[2])
+
+    def advance(self, state: State | None, tokens: mx.array) -> State:
+        """The pending tokens are read already: they belong to the text."""
+        if state is None:
+            return State(self._begun, mx.zeros((len(self._begun), 0), mx.bool_), 0)
+        rows = len(state)
+        visible = mx.repeat(self._visible, rows // len(self._visible))
+        seen = mx.concatenate([state.seen, mx.eye(rows, dtype=mx.bool_)], axis=1)
+        mask = mx.concatenate([self._places < visible[:, None], seen], axis=1)
+        for layer in self._layers:
+            layer.offset = visible + state.depth
+        embedded = self._embed(tokens)[None]
+        hidden = self._head(embedded, state.hidden[None], mask, self._layers)[0]
+        return State(hidden, seen, state.depth + 1)
+
+    def outputs(self, state: State) -> mx.array:
+        return self._head.outputs(state.hidden)
+
+
+class AttentionDrafter(BeamDrafter):
+    """Drafts by beam search with an AttentionHead.
+
+    embed  token ids (R,) -> (R, h)
+    view   what the head reads of what is captured of the target
+    """
+
+    def __init__(
+        self,
+        head: AttentionHead,
+        vocabulary: OwnVocabulary | TextVocabulary,
+        embed: Callable[[mx.array], mx.array],
+        view: View,
+        experience: dict[float, Experience] | None = None,
+    ):
+        super().__init__(vocabulary, experience)
+        self.head, self.embed, self.view = head, embed, view
+        self._text = TextCache(head, embed, view)
+
+    def begin(self, context: Context) -> Begun:
+        return self._text.of(context.transcript, context.trail)
+
+    def replayed(self, tokens: Sequence[int], hidden: mx.array, first: int) -> Begun:
+        return TextCache(self.head, self.embed, self.view).of_whole(tokens, hidden, first)
+
+    def steps(self, begun: mx.array, memory: Sequence[mx.array]) -> AttentionSteps:
+        return AttentionSteps(self.head, self.embed, begun, memory)

@@ -1,0 +1,16 @@
+"""Every kind of published head, by name. A new one is a file beside this one and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from redrafter_mlx.drafters import eagle3, medusa
+from redrafter_mlx.drafters.published import Kind
+
+KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (eagle3, medusa)}
+
+
+def recognised(settings: Mapping[str, Any], names: Collection[str]) -> Kind | None:
+    """The kind of head that a checkpoint holds, by its config.json and its tensors' names."""
+    return next((kind for kind in KINDS.values() if kind.recognises(settings, names)), None)

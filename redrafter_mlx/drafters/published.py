@@ -1,0 +1,205 @@
+"""Heads as others publish them: what a kind of head is, and how one is read from a directory.
+
+A kind says by which tensors and settings it is recognised, what its shape is, and which of its
+parameters each tensor is. Everything else, the checks above all, is the same for all and is here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from redrafter_mlx import device
+from redrafter_mlx.drafters.checkpoint import (
+    check_names_and_shapes,
+    draft_ids,
+    quantize_like,
+    read_json,
+    read_tensors,
+)
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.target.adapter import Target
+
+Shapes = Mapping[str, tuple[int, ...]]
+Experiences = dict[float, Experience]
+WRAPPERS = ("", "module.", "model.", "draft_model.", "_orig_mod.")
+"""What a training script may have put before every name."""
+_log = logging.getLogger("redrafter_mlx")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of head.
+
+    name, about  for messages and --help
+    recognises   (settings, names of the tensors) -> whether a checkpoint is one
+    ours         names -> those of the head's tensors, each with the name of our parameter; the ids
+                 of a reduced vocabulary are `d2t`
+    config       (where, settings, shapes by our names) -> the head's shape; raises UserError
+    head         shape -> the module, with parameters still to be loaded
+    drafter      (target, module, draft ids (D,), experience) -> the drafter; raises UserError if
+                 the head is another target's
+    vocabulary   shape -> (V, D) sizes of the target's and of the draft vocabulary
+    unused       our names of tensors that are dropped, and why
+    inside       whether it lies among the tensors of the target, which are left alone
+    ready        (module, weights) -> weights, where the names of a layer's tensors are the target's
+                 own to change
+    """
+
+    name: str
+    about: str
+    recognises: Callable[[Mapping[str, Any], Collection[str]], bool]
+    ours: Callable[[Collection[str]], dict[str, str]]
+    config: Callable[[object, Mapping[str, Any], Shapes], Any]
+    head: Callable[[Any], nn.Module]
+    drafter: Callable[[Target, nn.Module, np.ndarray, Experiences], Drafter]
+    vocabulary: Callable[[Any], tuple[int, int]]
+    unused: Mapping[str, str] = field(default_factory=lambda: {"t2d": "d2t says the same"})
+    inside: bool = False
+    ready: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]] = lambda head, weights: (
+        weights
+    )
+
+
+def unwrapped(names: Collection[str], known: Callable[[str], bool]) -> dict[str, str]:
+    """Names to what they are without a wrapper's prefix: the one under which most are `known`."""
+    without = lambda prefix: {
+        name: name.removeprefix(prefix) for name in names if name.startswith(prefix)
+    }
+    found = [without(prefix) for prefix in WRAPPERS]
+    return max(found, key=lambda each: sum(map(known, each.values())))
+
+
+def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, np.ndarray]:
+    """The head in a directory, and the target's token id of each of its draft ids (D,).
+
+    Weights are cast to `dtype`, the target's. Raises UserError that says what is wrong and where.
+    """
+    settings = read_json(path / "config.json")
+    tensors = read_tensors(path, kind.ours if kind.inside else None)
+    names = kind.ours(tensors)
+    refuse_strangers(kind, path, tensors, names)
+    weights = {ours: tensors[theirs] for theirs, ours in names.items()}
+    for name in kind.unused.keys() & weights.keys():
+        del weights[name]
+    offsets = weights.pop("d2t", None)
+    packed = {name: x.shape for name, x in weights.items()}
+    config = kind.config(path, settings, unpacked_shapes(path, settings, packed))
+    head = kind.head(config)
+    weights = kind.ready(head, weights)
+    if "quantization" in settings:
+        quantize_like(path, head, settings["quantization"], weights)
+    check_weights(path, head, weights, dtype)
+    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
+    head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in weights.items()])
+    device.finish(head.parameters())
+    read = None if offsets is None else device.read(offsets)[0]
+    vocab_size, draft_vocab_size = kind.vocabulary(config)
+    return head, draft_ids(path, vocab_size, draft_vocab_size, read)
+
+
+def refuse_strangers(
+    kind: Kind, where: object, names: Collection[str], known: Mapping[str, str]
+) -> None:
+    """UserError for tensors that a kind does not know, and for one that is there twice."""
+    if strangers := sorted(set(names) - known.keys()):
+        shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
+        raise UserError(f"{where}: holds tensors that no part of a {kind.name} head uses: {shown}")
+    twice = [theirs for theirs, ours in known.items() if list(known.values()).count(ours) > 1]
+    if twice:
+        raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
+
+
+def unpacked_shapes(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Shapes:
+    """The shapes that quantised weights have unpacked; scales and biases left out."""
+    packed = [name.removesuffix(".scales") for name in shapes if name.endswith(".scales")]
+    if not packed:
+        return shapes
+    bits = settings.get("quantization", {}).get("bits")
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise UserError(
+            f"{where}: holds packed weights, but config.json has no usable quantization"
+        )
+    found = {}
+    for name, shape in shapes.items():
+        module, _, parameter = name.rpartition(".")
+        if module in packed and parameter == "weight" and len(shape) == 2:
+            found[name] = (shape[0], shape[1] * 32 // bits)
+        elif module not in packed or parameter == "bias":
+            found[name] = shape
+    return found
+
+
+def check_weights(
+    where: object, head: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype
+) -> None:
+    """Exactly the head's parameters, each of its shape and kind, and finite as `dtype`."""
+    expected = dict(tree_flatten(head.parameters()))
+    shapes = {name: x.shape for name, x in weights.items()}
+    check_names_and_shapes(where, {n: x.shape for n, x in expected.items()}, shapes)
+    is_packed = lambda x: x.dtype == mx.uint32
+    for name, like in expected.items():
+        found = weights[name]
+        if is_packed(found) != is_packed(like) or (
+            not is_packed(found) and not mx.issubdtype(found.dtype, mx.floating)
+        ):
+            kind = "packed integers" if is_packed(like) else "floating-point numbers"
+            raise UserError(f"{where}: {name} holds {found.dtype}, not {kind}")
+    finite = device.read(*(mx.isfinite(weights[n].astype(dtype)).all() for n in expected))
+    if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
+        raise UserError(f"{where}: {', '.join(bad)} holds NaN or infinite values as {dtype}")
+
+
+def setting(where: object, settings: Mapping[str, Any], key: str, default: Any = None) -> int:
+    """A size of at least 1 in a config.json; UserError if it is missing or none."""
+    value = settings.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 1 <= value <= 2**30:
+        raise UserError(f"{where}: {key} is {value!r}, not a positive number")
+    return value
+
+
+def agree(where: object, what: str, given: Any, found: int) -> None:
+    """UserError if config.json gives a size that the tensors contradict."""
+    if given is not None and given != found:
+        raise UserError(f"{where}: {what} is {given!r} in config.json and {found} by the tensors")
+
+
+def matrix(where: object, shapes: Shapes, name: str) -> tuple[int, int]:
+    """Rows and columns of a weight that must be there."""
+    shape = shapes.get(name)
+    if shape is None:
+        raise UserError(f"{where}: lacks the tensors {name}")
+    if len(shape) != 2 or math.prod(shape) == 0:
+        raise UserError(f"{where}: {name} has shape {tuple(shape)}")
+    return shape
+
+
+def belongs_to(where: object, target: Target, hidden_size: int, vocab_size: int) -> None:
+    """UserError if a head was made for a target of other sizes."""
+    for name, found, needed in (
+        ("hidden_size", hidden_size, target.hidden_size),
+        ("vocab_size", vocab_size, target.vocab_size),
+    ):
+        if found != needed:
+            raise UserError(
+                f"{where} was made for another target: its {name} is {found}, that of "
+                f"{target.name} is {needed}; give a drafter trained for this model"
+            )
+
+
+def as_json(settings: Any) -> str:
+    """For messages."""
+    return json.dumps(settings, ensure_ascii=False)
