@@ -1,8 +1,8 @@
 """Heads with attention layers of their own, and the keys and values that these keep of a text.
 
 Such a head reads a token together with a hidden state: in the text the target's, before the token;
-in a draft its own. Place m of its cache is what it made of the token m + 1 and the target's state at the
-token m. Only tokens that the target has processed enter, never drafted ones, so whatever was
+in a draft its own. Place m of its cache is what it made of the token m + 1 and the target's state
+at the token m. Only tokens that the target has processed enter, never drafted ones, so whatever was
 accepted, the cache is that of a fresh start on the same text.
 
 Shape letters: T tokens, P positions drafted from, R rows of a step, S places of the buffers, F rows
