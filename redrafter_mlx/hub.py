@@ -20,15 +20,19 @@ from redrafter_mlx import device
 from redrafter_mlx.config import DrafterOptions, parse_keywords
 from redrafter_mlx.demo import DEMOS, demo_target
 from redrafter_mlx.drafters.cascade import CascadeDrafter
-from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.drafters.checkpoint import load_head, read_json, tensor_names
 from redrafter_mlx.drafters.head import RecurrentHead
+from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
 from redrafter_mlx.drafters.model import ModelDrafter, check_tokenizers, warn_if_larger
 from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.spec import (
     AUTO,
     CASCADE,
+    HEAD,
+    HEADS,
     MAX_GRAM,
     MODEL,
     POSSIBLE,
@@ -41,6 +45,7 @@ from redrafter_mlx.drafters.spec import (
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
+from redrafter_mlx.known_heads import own_head
 from redrafter_mlx.places import TARGET_NAMES, expanded, local_directory, snapshot
 from redrafter_mlx.precision import compute_in_float32
 from redrafter_mlx.pricing.experience import read as read_experience
@@ -109,7 +114,7 @@ def load(
         config.pop("quantization", None)
     if shared:
         _split(model, str(path_or_hf_repo))
-    model._redrafter_name = str(path_or_hf_repo)
+    model._redrafter_name, model._redrafter_directory = str(path_or_hf_repo), directory
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
@@ -140,11 +145,12 @@ def load_drafter(
     """Load a drafter for a target model.
 
     Args:
-        name_or_path: `demo`, a drafter directory, or a Hugging Face repo `org/name`, also as
-            `recurrent:NAME`: a recurrent head. `max_gram`: what followed earlier in the text.
-            `model:NAME`: a smaller language model. `union:[A,B]`: the candidates of several.
-            `cascade:[A,B]`: drafters that draft for each other. `auto`: Max-Gram, united with the
-            target's own head if one is known.
+        name_or_path: `demo`, a directory, or a Hugging Face repo `org/name`: a trained head of any
+            kind of `spec.HEADS`, in the layout in which it was published; also as `KIND:NAME`.
+            `max_gram`: what followed earlier in the text. `model:NAME`: a smaller language model.
+            `union:[A,B]`: the candidates of several. `cascade:[A,B]`: drafters that draft for each
+            other. `auto`: Max-Gram, united with the target's own head if there is one: inside the
+            model or beside it (MODEL/drafter), or a known one that was downloaded before.
         model: the target, as `load` returns it. It is probed here, once, for whether it can
             verify a tree.
         revision: branch, tag or commit; for a name that is one Hugging Face repo.
@@ -161,7 +167,7 @@ def load_drafter(
     """
     (chosen,) = parse_keywords(options, DrafterOptions)
     spec = parse(str(name_or_path), chosen)
-    if revision is not None and spec.kind not in (RECURRENT, MODEL):
+    if revision is not None and spec.kind not in (HEAD, *HEADS, MODEL):
         raise UserError(f"revision {revision!r} is for one Hugging Face repo, not for {spec}")
     return _Loader(model, tokenizer, chosen, revision).load(spec)
 
@@ -188,13 +194,47 @@ class _Loader:
             return self._max_gram()
         if spec.kind == MODEL:
             return self._model(spec.name)
-        return _recurrent(spec.name, self.model, self.revision)
+        return self._head(spec)
 
     def _auto(self) -> Drafter:
-        max_gram = Spec(MAX_GRAM)
-        if getattr(self.model, "_redrafter_name", None) != DEMO:
-            return self.load(max_gram)
-        return self.load(Spec(UNION, members=(Spec(RECURRENT, DEMO), max_gram)))
+        max_gram = self._max_gram()
+        name = getattr(self.model, "_redrafter_name", None)
+        head = (
+            DEMO
+            if name == DEMO
+            else own_head(name, getattr(self.model, "_redrafter_directory", None))
+        )
+        if head is None:
+            return max_gram
+        try:
+            return UnionDrafter([self._head(Spec(HEAD, str(head))), max_gram])
+        except UserError as error:
+            if name == DEMO:
+                raise
+            logger.warning("drafting without %s: %s", head, error)
+            return max_gram
+
+    def _head(self, spec: Spec) -> Drafter:
+        """A trained head of the kind that its files hold."""
+        directory = resolve_drafter(spec.name, self.revision)
+        settings = read_json(directory / "config.json")
+        kind = recognised(settings, tensor_names(directory))
+        found = RECURRENT if kind is None else kind.name
+        if spec.kind not in (HEAD, found):
+            raise UserError(
+                f"{directory} is no {spec.kind} head"
+                + (f" but {found}: give {found}:{spec.name}" if kind else "")
+            )
+        if kind is None:
+            return _recurrent(directory, self.model)
+        target = adapt(self.model)
+        head, ids = load_published(kind, directory, target.dtype)
+        if mx.default_device() == mx.cpu:
+            compute_in_float32(head)
+        try:
+            return kind.drafter(target, head, ids, read_experience(directory))
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from error
 
     def _max_gram(self) -> MaxGramDrafter:
         o, vocab_size = self.options, adapt(self.model).vocab_size
@@ -220,9 +260,8 @@ class _Loader:
         return self.tokenizer
 
 
-def _recurrent(name: str, model: nn.Module, revision: str | None) -> RecurrentDrafter:
+def _recurrent(directory: Path, model: nn.Module) -> RecurrentDrafter:
     target = adapt(model)
-    directory = resolve_drafter(name, revision)
     head, d2t = load_head_of(target, str(directory))
     if mx.default_device() == mx.cpu:
         compute_in_float32(head)

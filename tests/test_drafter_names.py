@@ -16,18 +16,19 @@ NONE = DrafterOptions()
 @pytest.mark.parametrize(
     ("text", "spec"),
     [
-        ("demo", Spec("recurrent", "demo")),
-        ("org/name", Spec("recurrent", "org/name")),
-        ("./a dir/head", Spec("recurrent", "./a dir/head")),
-        ("~/head", Spec("recurrent", "~/head")),
-        ("C:/head", Spec("recurrent", "C:/head")),
-        ("./max_gram", Spec("recurrent", "./max_gram")),
+        ("demo", Spec("head", "demo")),
+        ("org/name", Spec("head", "org/name")),
+        ("./a dir/head", Spec("head", "./a dir/head")),
+        ("~/head", Spec("head", "~/head")),
+        ("C:/head", Spec("head", "C:/head")),
+        ("./max_gram", Spec("head", "./max_gram")),
         ("recurrent:org/name", Spec("recurrent", "org/name")),
+        ("eagle3:org/name", Spec("eagle3", "org/name")),
         ("recurrent:./with:colon", Spec("recurrent", "./with:colon")),
         ("max_gram", Spec("max_gram")),
         ("auto", Spec("auto")),
         ("model:org/small", Spec("model", "org/small")),
-        ("union:[demo,max_gram]", Spec("union", "", (Spec("recurrent", "demo"), Spec("max_gram")))),
+        ("union:[demo,max_gram]", Spec("union", "", (Spec("head", "demo"), Spec("max_gram")))),
         (
             " cascade:[ model:org/a , max_gram ] ",
             Spec("cascade", "", (Spec("model", "org/a"), Spec("max_gram"))),
@@ -38,7 +39,7 @@ NONE = DrafterOptions()
                 "union",
                 "",
                 (
-                    Spec("recurrent", "demo"),
+                    Spec("head", "demo"),
                     Spec("cascade", "", (Spec("model", "a/b"), Spec("max_gram"))),
                 ),
             ),
@@ -83,11 +84,12 @@ def test_what_is_no_drafter_is_refused_with_the_list_of_what_is(text, named):
     [
         ("union:[max_gram,max_gram]", ["max_gram twice"]),
         ("union:[demo,recurrent:demo]", ["recurrent:demo twice"]),
+        ("union:[org/a,eagle3:org/a]", ["eagle3:org/a twice"]),
         ("union:[demo,auto]", ["auto cannot stand in a union"]),
         ("union:[demo,union:[max_gram,model:a/b]]", ["union cannot stand in a union"]),
         ("cascade:[max_gram,union:[demo,model:a/b]]", ["union cannot stand in a cascade"]),
         ("cascade:[model:a/b,cascade:[demo,max_gram]]", ["cascade cannot stand in a cascade"]),
-        ("cascade:[max_gram,demo]", ["recurrent:demo reads the target's state", "put it first"]),
+        ("cascade:[max_gram,demo]", ["demo reads the target's state", "put it first"]),
     ],
 )
 def test_impossible_combinations(text, named):
@@ -167,7 +169,7 @@ def test_default_matrices_are_allowed_ones(cascade, k):
         (TWO, [[5, True], [0, 10]], ["row 1 has True"]),
         (TWO, [[5, 10], [3, 10]], ["row 2, column 1 must be 0"]),
         (TWO, [[0, 0], [0, 10]], ["first row drafts nothing"]),
-        (HEAD, [[4, 10], [0, 10]], ["recurrent:demo", "only a model can review"]),
+        (HEAD, [[4, 10], [0, 10]], ["gives demo tokens", "only a model can review"]),
     ],
 )
 def test_matrices_that_do_not_fit_are_refused(cascade, k, named):

@@ -21,7 +21,7 @@ LAYERS = [
     ["pricing.acceptance", "pricing.measure", "pricing.profile"],
     ["decoding", "stats"],
     ["hub"],
-    ["demo", "places"],
+    ["demo", "known_heads", "places"],
     ["gguf.importer", "training.data"],
     ["training.manifest"],
     ["training.estimate"],

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,15 @@ def read_tensors(
             raise UserError(f"{file}: holds {', '.join(twice)} again; one file has it already")
         tensors.update(found)
     return tensors
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Names of all tensors in a directory's safetensors files, which are not read."""
+    found: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with suppress(RuntimeError, ValueError):  # damaged: told when it is read
+            found |= mx.load(str(file)).keys()
+    return found
 
 
 def looks_pickled(start: bytes) -> bool:

@@ -265,7 +265,7 @@ def _drafter(
     target: Target, head: Eagle3Head, ids: np.ndarray, experience: Experiences
 ) -> AttentionDrafter:
     config = head.config
-    belongs_to("the EAGLE-3 head", target, config.target_hidden_size, config.vocab_size)
+    belongs_to(target, config.target_hidden_size, config.vocab_size)
     reads = config.reads or reads_by_default(len(target.model.layers))
     view = target.tap(reads, final=False, whole_text=True)
     embed = target.embed

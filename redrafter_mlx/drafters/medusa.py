@@ -124,9 +124,7 @@ def _drafter(
     target: Target, head: MedusaHead, ids: np.ndarray, experience: Experiences
 ) -> MedusaDrafter:
     config = head.config
-    belongs_to(
-        "the Medusa head", target, config.hidden_size, config.vocab_size or target.vocab_size
-    )
+    belongs_to(target, config.hidden_size, config.vocab_size or target.vocab_size)
     d2t = mx.array(ids.astype(np.int32))
     if not config.shared:
         vocabulary = OwnVocabulary(d2t)

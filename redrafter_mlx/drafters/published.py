@@ -116,7 +116,9 @@ def refuse_strangers(
     """UserError for tensors that a kind does not know, and for one that is there twice."""
     if strangers := sorted(set(names) - known.keys()):
         shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
-        raise UserError(f"{where}: holds tensors that no part of a {kind.name} head uses: {shown}")
+        raise UserError(
+            f"{where}: holds tensors that no part of the head uses ({kind.name}): {shown}"
+        )
     twice = [theirs for theirs, ours in known.items() if list(known.values()).count(ours) > 1]
     if twice:
         raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
@@ -187,7 +189,7 @@ def matrix(where: object, shapes: Shapes, name: str) -> tuple[int, int]:
     return shape
 
 
-def belongs_to(where: object, target: Target, hidden_size: int, vocab_size: int) -> None:
+def belongs_to(target: Target, hidden_size: int, vocab_size: int) -> None:
     """UserError if a head was made for a target of other sizes."""
     for name, found, needed in (
         ("hidden_size", hidden_size, target.hidden_size),
@@ -195,8 +197,8 @@ def belongs_to(where: object, target: Target, hidden_size: int, vocab_size: int)
     ):
         if found != needed:
             raise UserError(
-                f"{where} was made for another target: its {name} is {found}, that of "
-                f"{target.name} is {needed}; give a drafter trained for this model"
+                f"it was made for another target: its {name} is {found}, that of {target.name} is "
+                f"{needed}; give a drafter trained for this model"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a drafter is called: `recurrent:PATH`, `max_gram`, `union:[...]`, and so on."""
+"""What a drafter is called: `org/name`, `eagle3:PATH`, `max_gram`, `union:[...]`, and so on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from typing import Any
 from redrafter_mlx.config import DrafterOptions
 from redrafter_mlx.errors import UserError
 
-RECURRENT, MAX_GRAM, MODEL, CASCADE, UNION, AUTO = (
-    "recurrent", "max_gram", "model", "cascade", "union", "auto",
+HEAD, RECURRENT, MAX_GRAM, MODEL, CASCADE, UNION, AUTO = (
+    "head", "recurrent", "max_gram", "model", "cascade", "union", "auto",
 )  # fmt: skip
 
+HEADS = (RECURRENT, "medusa", "eagle3", "mtp", "dflash")
+"""Kinds of trained draft heads. Which one a bare name means, its files tell."""
+
 POSSIBLE = (
-    "possible: recurrent:PATH (or just PATH, org/name or demo), max_gram, model:PATH-OR-REPO, "
-    "cascade:[A,B,...], union:[A,B,...], auto"
+    f"possible: a trained head as PATH, org/name or demo ({', '.join(HEADS)}; also KIND:PATH), "
+    "max_gram, model:PATH-OR-REPO, cascade:[A,B,...], union:[A,B,...], auto"
 )
 """For messages."""
 
@@ -26,7 +29,8 @@ POSSIBLE = (
 class Spec:
     """A drafter that was asked for.
 
-    name     where its weights are: of a recurrent head or a model
+    kind     one of HEADS, or HEAD for whichever of them the files hold, or another
+    name     where its weights are: of a head or a model
     members  of a union; the levels of a cascade
     """
 
@@ -36,7 +40,16 @@ class Spec:
 
     def __str__(self) -> str:
         inside = f"[{','.join(map(str, self.members))}]" if self.members else self.name
+        if self.kind == HEAD:
+            return inside
         return f"{self.kind}:{inside}" if inside else self.kind
+
+    def is_same(self, other: Spec) -> bool:
+        """Whether both ask for the same; two heads do if they lie in the same place."""
+        heads = (HEAD, *HEADS)
+        return self == other or (
+            self.kind in heads and other.kind in heads and self.name == other.name
+        )
 
     def all(self, kind: str) -> list[Spec]:
         """The parts of this kind, itself included."""
@@ -78,13 +91,13 @@ def _parse(text: str) -> Spec:
         return Spec(text)
     if kind in (CASCADE, UNION):
         return _combined(kind, rest, text)
-    if kind in (RECURRENT, MODEL) and colon:
+    if kind in (*HEADS, MODEL) and colon:
         if not rest:
             raise UserError(f"{text} names no weights; {POSSIBLE}")
         return Spec(kind, rest)
-    if text in (RECURRENT, MODEL) or (colon and re.fullmatch(r"\w+", kind) and len(kind) > 1):
+    if text in (*HEADS, MODEL) or (colon and re.fullmatch(r"\w+", kind) and len(kind) > 1):
         raise UserError(f"{text!r} is no drafter; {POSSIBLE}")
-    return Spec(RECURRENT, text)
+    return Spec(HEAD, text)
 
 
 def _combined(kind: str, rest: str, text: str) -> Spec:
@@ -94,14 +107,14 @@ def _combined(kind: str, rest: str, text: str) -> Spec:
     if len(members) < 2:
         raise UserError(f"{text} combines {len(members)} drafters: give two or more; {POSSIBLE}")
     for i, member in enumerate(members):
-        if member in members[:i]:
+        if any(member.is_same(other) for other in members[:i]):
             raise UserError(f"{text} has {member} twice: leave one out")
         if member.kind in (AUTO, UNION) or (member.kind == kind == CASCADE):
             raise UserError(
-                f"{text}: {member.kind} cannot stand in a {kind}; possible there: recurrent:PATH, "
-                f"max_gram, model:REPO{', cascade:[...]' if kind == UNION else ''}"
+                f"{text}: {member.kind} cannot stand in a {kind}; possible there: a trained "
+                f"head, max_gram, model:REPO{', cascade:[...]' if kind == UNION else ''}"
             )
-        if kind == CASCADE and member.kind == RECURRENT and i > 0:
+        if kind == CASCADE and member.kind in (HEAD, *HEADS) and i > 0:
             raise UserError(
                 f"{text}: {member} reads the target's state at the last verified token, so it "
                 "cannot write after other levels; put it first"
