@@ -382,6 +382,11 @@ def table(found: Report) -> str:
     """The report as Markdown."""
     from redrafter_mlx.training.replay import RECALL
 
+    if not found.tokens:
+        return (
+            "No greedy answer was kept from training, so there is nothing to measure on: more "
+            "--data-tokens or --data-minutes would give some."
+        )
     lines = [
         f"On {found.tokens:,} held-out tokens of greedy answers:",
         "",

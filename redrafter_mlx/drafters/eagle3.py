@@ -144,8 +144,12 @@ class Eagle3Head(AttentionHead):
             hidden = layer(hidden, mask, cache)
         return self.norm(hidden) if self.config.norm_fed_back else hidden
 
+    def normed(self, hidden: mx.array) -> mx.array:
+        """What the output layer reads (..., h)."""
+        return hidden if self.config.norm_fed_back else self.norm(hidden)
+
     def outputs(self, hidden: mx.array) -> mx.array:
-        normed = hidden if self.config.norm_fed_back else self.norm(hidden)
+        normed = self.normed(hidden)
         return self.lm_head(normed) if self.config.own_output else normed
 
 

@@ -16,14 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from redrafter_mlx.drafters.head import RecurrentHead
-from redrafter_mlx.drafters.lookback import Memory
 from redrafter_mlx.training.loss import Loss
 from redrafter_mlx.training.windows import Batch
 
 BEAMS = 4
 """Likeliest tokens of a step that beams of the usual width can go on from."""
-Output = Callable[[mx.array, mx.array, RecurrentHead], mx.array]
+Features = Callable[..., mx.array]
+"""(head, hidden (B, L, E), tokens (B, L + n), fields of a Past) -> (n·B·L, e): what the head's output
+layer reads for the tokens after each position, step after step."""
+Output = Callable[[mx.array, mx.array, nn.Module], mx.array]
 """(features (R, e), token ids (C,), head) -> logits (R, C)"""
 
 
@@ -94,19 +95,19 @@ class Objective:
     steps   n predicted from each position
     decay   a step weighs this much of the one before: it is reached only if that was accepted
     lost    a step after a token that the head's own beams would not have kept weighs this much
-    embed   the target's embedding
+    features  of a batch, by the kind of head
     output  the output layer
     """
 
     loss: Loss
     steps: int
     decay: float
-    embed: Callable[[mx.array], mx.array]
+    features: Features
     output: Output
     lost: float = 1.0
 
     def __call__(
-        self, head: RecurrentHead, hidden, tokens, ids, bias, teacher, columns, weights, *past
+        self, head: nn.Module, hidden, tokens, ids, bias, teacher, columns, weights, *past
     ) -> mx.array:
         """The weighted mean loss ().
 
@@ -139,32 +140,19 @@ class Objective:
         before = mx.concatenate([mx.ones_like(kept[:1]), kept[:-1]])
         return mx.where(before.flatten() > 0, 1.0, self.lost)
 
-    def features(self, head: RecurrentHead, hidden, tokens, *past) -> mx.array:
-        """(n·B·L, e): what the head's output layer reads, step after step; arguments as above."""
-        B, L = hidden.shape[:2]
-        embedded = self.embed(tokens[:, : L + self.steps - 1])
-        memory = self._memory(head, *past) if past else None
-        steps = head.steps(hidden.reshape(B * L, -1).astype(mx.float32), memory)
-        state, features = None, []
-        for i in range(self.steps):
-            state = steps.advance(state, embedded[:, i : i + L].reshape(B * L, -1))
-            features.append(steps.features(state))
-        return mx.concatenate(features)
-
-    def _memory(self, head: RecurrentHead, hidden, tokens, visible) -> Memory:
-        embedded = self.embed(tokens)
-        context = head.looked_at(hidden.astype(mx.float32))
-        keys = head.lookback.keys(context, embedded[:, :-1])
-        return Memory(keys, embedded[:, 1:], visible.flatten())
-
 
 def tied_output(layer_of: Callable[[mx.array], nn.Module]) -> Output:
     """Logits by rows of the target's own head; `layer_of` makes a layer of token ids (C,)."""
     return lambda features, ids, head: layer_of(ids)(features)
 
 
-def trained_output(d2t: mx.array, vocab_size: int) -> Output:
-    """Logits by rows of the head's own output layer, which has one for each of `d2t` (D,)."""
+def trained_output(
+    d2t: mx.array, vocab_size: int, layer_of: Callable[[nn.Module], nn.Module]
+) -> Output:
+    """Logits by rows of the head's own output layer, which has one for each of `d2t` (D,).
+
+    layer_of  head -> that layer
+    """
     draft_id = mx.zeros(vocab_size, mx.int32)
     draft_id[d2t] = mx.arange(d2t.size, dtype=mx.int32)
-    return lambda features, ids, head: features @ head.lm_head[-1].weight[draft_id[ids]].T
+    return lambda features, ids, head: features @ layer_of(head).weight[draft_id[ids]].T

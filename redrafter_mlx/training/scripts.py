@@ -208,11 +208,14 @@ def _words(tokenizer: TokenizerWrapper) -> list[str]:
 
 
 def own_texts(tokenizer: TokenizerWrapper, seed: str, limit: int) -> Iterator[Script]:
-    """Plain texts without end, for a target that has no chat template; arguments as above."""
+    """Plain texts without end, for a target that has no chat template; arguments as above.
+
+    The beginning counts as given, since it was written at another temperature than the rest.
+    """
     draw = random.Random(seed)
     stops = frozenset(tokenizer.eos_token_ids)
     opening = Part(Role.TEMPLATE, text_opening(tokenizer))
-    warm_up = Part(Role.ASSISTANT, (), WARM_UP, 1.0, stops, goes_on=True)
+    warm_up = Part(Role.USER, (), WARM_UP, 1.0, stops, goes_on=True)
     while True:
         temp = draw.choice(ANSWER_TEMPS)
         yield [opening, warm_up, Part(Role.ASSISTANT, (), limit, temp, stops)]

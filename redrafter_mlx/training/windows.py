@@ -1,8 +1,9 @@
-"""Batches for training: short windows from random places of the shards.
+"""Batches for training: short windows from random places of the shards, or whole conversations.
 
-Random windows rather than whole conversations: neighbouring positions teach much the same, and
+Random windows, where a head can be taught by them: neighbouring positions teach much the same, and
 batches of many places made a prototype learn several times faster. Within a window the positions
-share what is dear, the target's distributions.
+share what is dear, the target's distributions. A head that attends to the text with layers of its
+own needs all of it before a position, so it is taught whole conversations.
 
 Shape letters: B windows, L positions of a window, n steps predicted at each, K likeliest tokens.
 """
@@ -23,7 +24,7 @@ from redrafter_mlx.training.shards import as_mlx, map_shard
 
 LENGTH = 16
 PAST = 128
-"""Pasts are as long as a multiple of this: few shapes to compile for."""
+"""Pasts and whole conversations are as long as a multiple of this: few shapes to compile for."""
 Window = tuple[int, int, int, int]
 """Shard, beginning of the conversation, first token, end of the conversation."""
 
@@ -63,9 +64,13 @@ class Past:
 
 
 class Shards:
-    """The shards of a directory, mapped into memory: only what is asked for is read."""
+    """The shards of a directory, mapped into memory: only what is asked for is read.
 
-    def __init__(self, paths: Sequence[Path]):
+    whole  whether a window is a conversation from its beginning to its end
+    """
+
+    def __init__(self, paths: Sequence[Path], whole: bool = False):
+        self._whole = whole
         self._files = [map_shard(path) for path in paths]
         if not self._files:
             raise UserError("there is no training data yet")
@@ -78,13 +83,16 @@ class Shards:
     def windows(self, seed: str) -> list[Window]:
         """Every window, shuffled by the seed.
 
-        Windows tile each conversation from a random phase on.
+        Short windows tile each conversation from a random phase on.
         """
         draw = np.random.default_rng(list(seed.encode()))
         found = []
         for f, file in enumerate(self._files):
             starts = [*file["starts"].tolist(), len(file["tokens"])]
             for start, end in itertools.pairwise(starts):
+                if self._whole:
+                    found.append((f, start, start, end))
+                    continue
                 phase = int(draw.integers(LENGTH))
                 for first in range(start - phase, end - 2, LENGTH):
                     if _speaks(file["roles"][max(first + 2, start) : first + 2 + LENGTH]):
@@ -96,12 +104,16 @@ class Shards:
 
         past  columns of hidden states to cut out of the conversations before them, too
         """
-        reach = LENGTH + steps + 1
+        length = LENGTH
+        if self._whole:
+            longest = max(end - start for _, start, _, end in windows)
+            length = -(-longest // PAST) * PAST
+        reach = length + steps + 1
         spans = [(self._files[f], np.arange(a, a + reach), end) for f, _, a, end in windows]
         cut = lambda name, first, last: np.stack(
             [file[name][np.minimum(at[first:last], end - 1)] for file, at, end in spans]
         )
-        hidden = cut("hidden", 0, LENGTH)
+        hidden = cut("hidden", 0, length)
         roles = cut("roles", 2, None)
         inside = np.stack([at[2:] < end for _, at, end in spans])
         top_logits = cut("top_logits", 1, -1)
