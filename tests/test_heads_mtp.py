@@ -335,6 +335,14 @@ def test_the_routers_bias_stays_in_full_precision(tmp_path):
     assert head.layer.mlp.gate.weight.dtype == mx.bfloat16
 
 
+def test_ernies_layer_is_dense_whichever_of_the_targets_are(tmp_path):
+    parts = random_parts(0)
+    given = config("ernie4_5_moe") | {"moe_layer_start_index": 0}
+    write(tmp_path, published("ernie4_5_moe", build("ernie4_5_moe"), parts), given)
+    head, _ = load_published(KIND, tmp_path, mx.float32)
+    assert "switch_mlp" not in head.layer.mlp
+
+
 def test_of_several_heads_the_first_is_read(tmp_path):
     model = build("deepseek_v3")
     parts, other = random_parts(0), random_parts(1)

@@ -62,14 +62,16 @@ class Family:
     dropped: tuple[str, ...] = ()
 
 
-PARTS = ("fc", "norm_embedding", "norm_hidden", "norm")
 FAMILIES = (
     Family(
         model_types=("qwen3_next", "qwen3_5", "qwen3_5_moe"),
         place=r"(.+\.)?mtp\.|",  # nothing: as mlx-vlm takes it out
-        parts=dict(
-            zip(PARTS, ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"), strict=True)
-        ),
+        parts={
+            "fc": "fc",
+            "norm_embedding": "pre_fc_norm_embedding",
+            "norm_hidden": "pre_fc_norm_hidden",
+            "norm": "norm",
+        },
         layer="layers.0.",
         settings={"full_attention_interval": 1, "mlp_only_layers": [], "decoder_sparse_step": 1},
         centred=True,
@@ -77,20 +79,24 @@ FAMILIES = (
     Family(
         model_types=("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
         place=r"(.+\.)?layers\.\d+\.",
-        parts=dict(zip(PARTS, ("eh_proj", "enorm", "hnorm", "shared_head.norm"), strict=True)),
+        parts={
+            "fc": "eh_proj",
+            "norm_embedding": "enorm",
+            "norm_hidden": "hnorm",
+            "norm": "shared_head.norm",
+        },
         settings={"first_k_dense_replace": 0},
         dropped=("embed_tokens.", "shared_head.head."),
     ),
     Family(
         model_types=("mimo",),
         place=r"(.+\.)?mtp_layers\.0\.",
-        parts=dict(
-            zip(
-                PARTS,
-                ("input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm"),
-                strict=True,
-            )
-        ),
+        parts={
+            "fc": "input_proj",
+            "norm_embedding": "token_layernorm",
+            "norm_hidden": "hidden_layernorm",
+            "norm": "final_layernorm",
+        },
         hidden_first=True,
     ),
     Family(
@@ -123,7 +129,7 @@ class MTPConfig:
     caches: int
     vocab_size: int
     draft_vocab_size: int
-    block: tuple[int, int] = BLOCK
+    block: tuple[int, int]
 
     @property
     def layer(self) -> nn.Module:
