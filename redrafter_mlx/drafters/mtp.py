@@ -330,9 +330,11 @@ def _stacked(where: object, weights: Mapping[str, mx.array]) -> dict[str, mx.arr
         else:
             found[name] = x
     for name, each in experts.items():
-        if missing := sorted(set(range(max(each))) - each.keys()):
-            raise UserError(f"{where}: lacks {name} of expert {missing[0]}")
-        found[name] = mx.stack([each[i] for i in sorted(each)])
+        numbers = sorted(each)
+        if numbers[-1] >= len(numbers):
+            missing = next(i for i, number in enumerate(numbers) if i != number)
+            raise UserError(f"{where}: lacks {name} of expert {missing}")
+        found[name] = mx.stack([each[number] for number in numbers])
     return found
 
 
