@@ -134,25 +134,25 @@ def read_tensors(
 ) -> dict[str, mx.array]:
     """The tensors of all safetensors files in a directory; UserError if one is damaged.
 
-    wanted  names in a file -> those to read, where it may hold more than a head
+    wanted  names in all files -> those to read, where they may hold more than a head
     """
-    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors"))
+    if wanted is None:
+        files = sorted(path.glob("model*.safetensors")) or files
     if not files:
         pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
         hint = f"; {pickles[0]} is a PyTorch file: {_CONVERT.format(path)}" if pickles else ""
         raise UserError(f"{path}: holds no model*.safetensors{hint}")
+    opened = {file: _opened(file) for file in files}
+    names = {name for found in opened.values() for name in found}
+    names = names if wanted is None else set(wanted(names))
     tensors: dict[str, mx.array] = {}
-    for file in files:
-        if looks_pickled(_first_bytes(file)):
-            raise UserError(f"{file}: is a pickled PyTorch file: {_CONVERT.format(file)}")
+    for file, found in opened.items():
+        found = {name: x for name, x in found.items() if name in names}
         try:
-            found = mx.load(str(file))
-            if wanted is not None:
-                found = {name: found[name] for name in wanted(found)}
             mx.eval(found)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file}: is not a complete safetensors file: {reason}") from error
+            raise _incomplete(file, error) from error
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{file}: holds {', '.join(twice)} again; one file has it already")
         tensors.update(found)
@@ -166,6 +166,20 @@ def tensor_names(path: Path) -> set[str]:
         with suppress(RuntimeError, ValueError):  # damaged: told when it is read
             found |= mx.load(str(file)).keys()
     return found
+
+
+def _opened(file: Path) -> dict[str, mx.array]:
+    """The tensors of one file, none of them read yet."""
+    if looks_pickled(_first_bytes(file)):
+        raise UserError(f"{file}: is a pickled PyTorch file: {_CONVERT.format(file)}")
+    try:
+        return mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        raise _incomplete(file, error) from error
+
+
+def _incomplete(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: is not a complete safetensors file: {str(error).splitlines()[0]}")
 
 
 def looks_pickled(start: bytes) -> bool:
@@ -288,21 +302,30 @@ def draft_ids(
 
 
 def quantize_like(path: Path, head: nn.Module, settings: dict, tensors: dict) -> None:
-    """Make quantised layers of those modules of a head whose tensors are."""
+    """Make quantised layers of those modules of a head whose tensors are.
+
+    settings  group_size and bits, and under a module's name those of one that differs
+    """
+    packed = lambda name: f"{name}.scales" in tensors
     try:
-        group_size, bits = settings["group_size"], settings["bits"]
-        if type(group_size) is not int or type(bits) is not int or group_size < 1:
-            raise ValueError("group_size and bits must be positive whole numbers")
         nn.quantize(
             head,
-            group_size=group_size,
-            bits=bits,
-            class_predicate=lambda name, module: f"{name}.scales" in tensors,
+            **_packing(settings),
+            class_predicate=lambda name, module: (
+                packed(name) and (name not in settings or _packing(settings[name]))
+            ),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path / 'config.json'}: quantization {settings} is unusable: {error}"
         ) from error
+
+
+def _packing(settings: dict) -> dict[str, int]:
+    found = {key: settings[key] for key in ("group_size", "bits")}
+    if any(type(value) is not int for value in found.values()) or found["group_size"] < 1:
+        raise ValueError("group_size and bits must be positive whole numbers")
+    return found
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Kind:
     inside       whether it lies among the tensors of the target, which are left alone
     ready        (module, weights) -> weights, where the names of a layer's tensors are the target's
                  own to change
+    alone        config.json of the target -> that of the head by itself, where it lies inside
     """
 
     name: str
@@ -71,6 +72,20 @@ class Kind:
     ready: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]] = lambda head, weights: (
         weights
     )
+    alone: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+
+
+def shards_of(kind: Kind, weight_map: Mapping[str, str]) -> dict[str, list[str]]:
+    """The files in which a head's tensors lie, each with those that it holds.
+
+    weight_map  of a model.safetensors.index.json: name of a tensor -> file
+
+    Together with `kind.alone`'s config.json these tensors, under the same names, are the head.
+    """
+    files: dict[str, list[str]] = {}
+    for name in sorted(kind.ours(weight_map)):
+        files.setdefault(weight_map[name], []).append(name)
+    return files
 
 
 def unwrapped(names: Collection[str], known: Callable[[str], bool]) -> dict[str, str]:
@@ -85,7 +100,8 @@ def unwrapped(names: Collection[str], known: Callable[[str], bool]) -> dict[str,
 def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, np.ndarray]:
     """The head in a directory, and the target's token id of each of its draft ids (D,).
 
-    Weights are cast to `dtype`, the target's. Raises UserError that says what is wrong and where.
+    Weights are cast to `dtype`, the target's, but for those that the head `casts` not. Raises
+    UserError that says what is wrong and where.
     """
     settings = read_json(path / "config.json")
     tensors = read_tensors(path, kind.ours if kind.inside else None)
@@ -100,14 +116,24 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
     head = kind.head(config)
     weights = kind.ready(head, weights)
     if "quantization" in settings:
-        quantize_like(path, head, settings["quantization"], weights)
+        quantize_like(path, head, _by_our_names(settings["quantization"], names), weights)
     check_weights(path, head, weights, dtype)
-    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
-    head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in weights.items()])
+    casts = getattr(head, "casts", lambda name: True)
+    is_cast = lambda name, x: mx.issubdtype(x.dtype, mx.floating) and casts(name)
+    head.load_weights([(n, x.astype(dtype) if is_cast(n, x) else x) for n, x in weights.items()])
     device.finish(head.parameters())
     read = None if offsets is None else device.read(offsets)[0]
     vocab_size, draft_vocab_size = kind.vocabulary(config)
     return head, draft_ids(path, vocab_size, draft_vocab_size, read)
+
+
+def _by_our_names(quantization: Any, names: Mapping[str, str]) -> Any:
+    """What config.json says of single modules, under our names of them."""
+    if not isinstance(quantization, dict):
+        return quantization
+    module = lambda name: name.rpartition(".")[0]
+    ours = {module(theirs): module(name) for theirs, name in names.items()}
+    return {ours.get(key, key): value for key, value in quantization.items()}
 
 
 def refuse_strangers(
