@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from redrafter_mlx.drafters import eagle3, medusa
+from redrafter_mlx.drafters import dflash, eagle3, medusa
 from redrafter_mlx.drafters.published import Kind
 
-KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (eagle3, medusa)}
+KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (dflash, eagle3, medusa)}
 
 
 def recognised(settings: Mapping[str, Any], names: Collection[str]) -> Kind | None:
