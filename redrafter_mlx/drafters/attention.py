@@ -82,6 +82,11 @@ def _with_room(buffer: mx.array | None, like: mx.array, used: int, end: int) -> 
     return grown
 
 
+def memory_of(layers: Sequence[TextKeys], visible: mx.array) -> list[mx.array]:
+    """A Begun's memory: the buffers of all layers, and (P,) how much each position sees."""
+    return [x for layer in layers for x in (layer.keys, layer.values)] + [visible]
+
+
 class DraftKeys:
     """Keys and values of one layer for rows of drafts beside those of a text, which they follow."""
 
@@ -112,13 +117,13 @@ class TextCache:
         if captured is not None:
             tokens = transcript.tokens[first + 1 : first + 1 + len(captured)]
             self._last = self.take_in(tokens, captured)[-1:]
-        return self._last, self._memory(mx.array([self._layers[0].offset]))
+        return self._last, memory_of(self._layers, mx.array([self._layers[0].offset]))
 
     def of_whole(self, tokens: Sequence[int], captured: mx.array, first: int) -> Begun:
         """At each of P tokens from the `first` on, of a text whose states (T - 1, C) are known."""
         self._restart()
         hidden = self.take_in(tokens[1:], captured)
-        return hidden[first - 1 :], self._memory(mx.arange(first, len(tokens)))
+        return hidden[first - 1 :], memory_of(self._layers, mx.arange(first, len(tokens)))
 
     def take_in(self, tokens: Sequence[int], captured: mx.array) -> mx.array:
         """(T, h) after T further tokens; captured (T, C) before each of them."""
@@ -141,9 +146,6 @@ class TextCache:
         for layer in self._layers:
             layer.keys, layer.values = mx.zeros_like(layer.keys), mx.zeros_like(layer.values)
             layer.offset = 0
-
-    def _memory(self, visible: mx.array) -> list[mx.array]:
-        return [x for layer in self._layers for x in (layer.keys, layer.values)] + [visible]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ D draft vocabulary, W beam width, L beam length.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.budget import Budget
@@ -22,7 +24,7 @@ from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.round import Context
 from redrafter_mlx.sampling import Noise, gumbel
-from redrafter_mlx.tree import TokenTree
+from redrafter_mlx.tree import Candidates, TokenTree
 
 Begun = tuple[mx.array, list[mx.array]]
 """What a head's steps begin from: (P, c) of each position, and its memory of the text before it:
@@ -47,7 +49,12 @@ class BeamDrafter(Unheeding, ABC):
 
     vocabulary  the ids that can be proposed, and how they are scored
     experience  what its drafts were worth elsewhere, by temperature
+    depths      how many tokens in a row it can predict
+    choices     how many different tokens it can score at each place
     """
+
+    depths: float = math.inf
+    choices: float = math.inf
 
     def __init__(
         self,
@@ -77,7 +84,7 @@ class BeamDrafter(Unheeding, ABC):
         noise = context.noise or Noise.silent()
         shape = budget.width, budget.length, context.noise is not None, drawn
         if shape not in self._searches:
-            search = partial(self.draw if drawn else self.search, *shape[: 2 if drawn else 3])
+            search = partial(self.draw if drawn else self.likeliest, *shape[: 2 if drawn else 3])
             self._searches[shape] = device.ready(search)
         begun, memory = self.begin(context)
         ids, rows = self.vocabulary.of(context.transcript)
@@ -95,11 +102,23 @@ class BeamDrafter(Unheeding, ABC):
             root, ids, *found = device.read(context.pending, ids, *found)
             return drawn_tree(int(root[0]), ids, *found, budget)
         root, *found = device.read(context.pending, *found)
-        return budget.tree(collect(int(root[0]), *(array[0] for array in found)))
+        return budget.tree(self.candidates(int(root[0]), *found))
+
+    def likeliest(self, width: int, length: int, coupled: bool, *arrays):
+        """What `candidates` takes, of what `search` takes for one position."""
+        return self.search(width, length, coupled, *arrays)
+
+    def candidates(self, root: int, *found: np.ndarray) -> Candidates:
+        """All that was scored after the token `root`, from what `likeliest` found."""
+        return collect(root, *(array[0] for array in found))
 
     def logits(self, steps: Steps, state: Any, rows: dict) -> mx.array:
         """(R, D) float32 of the vocabulary's tokens after R rows."""
-        return self.vocabulary.project(steps.outputs(state), rows).astype(mx.float32)
+        return self.project(steps.outputs(state), rows)
+
+    def project(self, outputs: mx.array, rows: dict) -> mx.array:
+        """(R, D) float32 logits of what a head gives (R, ...)."""
+        return self.vocabulary.project(outputs, rows).astype(mx.float32)
 
     def search(
         self, width: int, length: int, coupled: bool,
@@ -114,9 +133,9 @@ class BeamDrafter(Unheeding, ABC):
         Coupled: the target will add known noise to its logits at each position; adding the same
         noise to the head's logits ranks first what the target is likeliest to choose with it.
         """
+        length = min(length, 1 + self.depths)
         if coupled:
-            positions = position + mx.arange(1, length, dtype=mx.uint32)[:, None]
-            noise = temp * gumbel(key, positions, ids.astype(mx.uint32)[None], mx)
+            noise = known_noise(ids, key, temp, position, length)
         steps = self.steps(begun, memory)
 
         def score(state: Any, depth: int) -> mx.array:
@@ -130,7 +149,7 @@ class BeamDrafter(Unheeding, ABC):
             score=score,
             token_ids=lambda drafted: ids[drafted],
             root=root,
-            width=min(width, ids.size),
+            width=min(width, ids.size, self.choices),
             length=length,
         )
 
@@ -143,4 +162,13 @@ class BeamDrafter(Unheeding, ABC):
             state = steps.advance(state, root if last is None else last)
             return self.logits(steps, state, rows)
 
-        return draw(logits, ids, key, temp, position, min(width, ids.size), length)
+        width, length = min(width, ids.size, self.choices), min(length, 1 + self.depths)
+        return draw(logits, ids, key, temp, position, width, length)
+
+
+def known_noise(
+    ids: mx.array, key: mx.array, temp: mx.array, position: mx.array, length: int
+) -> mx.array:
+    """(L-1, D) what the target will add to its logits of `ids` (D,) after `position` (1,)."""
+    positions = position + mx.arange(1, length, dtype=mx.uint32)[:, None]
+    return temp * gumbel(key, positions, ids.astype(mx.uint32)[None], mx)

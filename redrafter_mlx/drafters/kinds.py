@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from redrafter_mlx.drafters import eagle3, medusa, mtp
+from redrafter_mlx.drafters import dflash, eagle3, medusa, mtp
 from redrafter_mlx.drafters.published import Kind
 
-KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (eagle3, medusa, mtp)}
+KINDS: dict[str, Kind] = {
+    module.KIND.name: module.KIND for module in (dflash, eagle3, medusa, mtp)
+}
 
 
 def recognised(settings: Mapping[str, Any], names: Collection[str]) -> Kind | None:

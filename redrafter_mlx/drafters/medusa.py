@@ -6,7 +6,7 @@ Shape letters: K heads, n residual blocks of each, h hidden size, D draft vocabu
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from redrafter_mlx.drafters.beams import Begun
 from redrafter_mlx.drafters.head import ResidualBlock
 from redrafter_mlx.drafters.parallel import ParallelDrafter
 from redrafter_mlx.drafters.published import (
@@ -74,8 +75,16 @@ class MedusaDrafter(ParallelDrafter):
         super().__init__(vocabulary, head.config.heads, experience)
         self.head, self.view = head, view
 
-    def outputs(self, context: Context, depths: int) -> mx.array:
-        return self.head(self.view(context.hidden), depths)[:, 0]
+    def begin(self, context: Context) -> Begun:
+        return self.view(context.hidden), []
+
+    def replayed(self, tokens: Sequence[int], hidden: mx.array, first: int) -> Begun:
+        return self.view(hidden[first - 1 :]), []
+
+    def predict(
+        self, begun: mx.array, memory: Sequence[mx.array], pending: mx.array, depths: int
+    ) -> mx.array:
+        return self.head(begun, depths)
 
 
 def _ours(names: Collection[str]) -> dict[str, str]:

@@ -367,7 +367,7 @@ def _drafter(
     target: Target, head: MTPHead, ids: np.ndarray, experience: Experiences
 ) -> AttentionDrafter:
     config = head.config
-    belongs_to("the MTP head", target, config.hidden_size, config.vocab_size)
+    belongs_to(target, config.hidden_size, config.vocab_size)
     if len(ids) == target.vocab_size:
         vocabulary = WholeVocabulary(target.vocab_size, target.logits)
     else:

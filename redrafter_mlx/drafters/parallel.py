@@ -1,34 +1,81 @@
 """Drafters that predict all depths at once, each without knowing the tokens of those before it.
 
-Shape letters: W beam width, L beam length (the root included), D draft vocabulary, M candidates.
+Shape letters: P positions, R rows, W beam width, L beam length (the root included), D draft
+vocabulary.
 """
 
 from __future__ import annotations
 
 import heapq
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx import device
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import top_k
-from redrafter_mlx.drafters.drawn import draw, drawn_tree
-from redrafter_mlx.drafters.protocol import Unheeding
+from redrafter_mlx.drafters.beams import BeamDrafter, known_noise
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.round import Context
-from redrafter_mlx.sampling import gumbel
-from redrafter_mlx.tree import Candidates, TokenTree, Trie
+from redrafter_mlx.tree import Candidates, Trie
 
 
-class ParallelDrafter(Unheeding, ABC):
+@dataclass(frozen=True)
+class Place:
+    """R rows of drafts, all of `depth` tokens; origins (R,): from which of P positions each is."""
+
+    origins: mx.array
+    depth: int
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def __getitem__(self, rows: mx.array) -> Place:
+        return Place(self.origins[rows], self.depth)
+
+
+class ParallelSteps:
+    """Steps through what was predicted at once, whatever tokens are read on the way.
+
+    predict  pending tokens (P,) -> (depths, P, ...) what the vocabulary makes logits of
+    """
+
+    def __init__(self, predict: Callable[[mx.array], mx.array]):
+        self._predict, self._logits = predict, None
+
+    def advance(self, state: Place | None, tokens: mx.array) -> Place:
+        if state is None:
+            self._predicted = self._predict(tokens)
+            return Place(mx.arange(len(tokens)), 0)
+        return Place(state.origins, state.depth + 1)
+
+    def outputs(self, state: Place) -> mx.array:
+        return self._predicted[state.depth][state.origins]
+
+    def logits(self, depth: int, project: Callable[[mx.array], mx.array]) -> mx.array:
+        """(P, D) what `project` makes of the outputs at a depth.
+
+        For one position those of all depths are made at once: each product with a large output
+        layer takes about as long. For many that would be no faster, and take much memory.
+        """
+        if self._predicted.shape[1] > 1:
+            return project(self._predicted[depth])
+        if self._logits is None:
+            self._logits = project(self._predicted[:, 0])
+        return self._logits[depth : depth + 1]
+
+
+class ParallelDrafter(BeamDrafter):
     """Drafts the likeliest products of tokens at each depth.
 
     vocabulary  the ids that can be proposed, and how they are scored
     depths      how many tokens it can predict
     experience  what its drafts were worth elsewhere, by temperature
+
+    A beam search finds the same but for what its beams have no room for.
     """
 
     def __init__(
@@ -37,34 +84,36 @@ class ParallelDrafter(Unheeding, ABC):
         depths: int,
         experience: dict[float, Experience] | None = None,
     ):
-        self.vocabulary, self.depths, self.experience = vocabulary, depths, experience or {}
+        super().__init__(vocabulary, experience)
+        self.depths = depths
 
     @abstractmethod
-    def outputs(self, context: Context, depths: int) -> mx.array:
-        """(depths, ...) what the vocabulary makes logits of, for what follows the pending token."""
+    def predict(
+        self, begun: mx.array, memory: Sequence[mx.array], pending: mx.array, depths: int
+    ) -> mx.array:
+        """(depths, P, ...) what the vocabulary makes logits of, for what follows `pending` (P,)."""
 
-    def propose(self, context: Context, budget: Budget) -> TokenTree:
-        ids, rows = self.vocabulary.of(context.transcript)
-        depths, width = min(budget.length - 1, self.depths), min(budget.width, ids.size)
-        outputs = self.outputs(context, depths)
-        logits = self.vocabulary.project(outputs, rows).astype(mx.float32)
-        position = mx.array([context.position], dtype=mx.uint32)
-        noise = context.noise
-        if noise is not None and not noise.coupled:
-            each = iter(logits)
-            found = draw(
-                lambda last: next(each)[None], ids, noise.key, noise.temp, position, width,
-                depths + 1,
-            )  # fmt: skip
-            root, ids, *found = device.read(context.pending, ids, *found)
-            return drawn_tree(int(root[0]), ids, *found, budget)
-        if noise is not None:
-            positions = position + mx.arange(1, depths + 1, dtype=mx.uint32)[:, None]
-            known = gumbel(noise.key, positions, ids.astype(mx.uint32)[None], mx)
-            logits = logits + noise.temp * known
-        likeliest, own = top_k(logits - device.softmax(logits)[0], width)
-        root, tokens, logprobs = device.read(context.pending, ids[likeliest], own)
-        return budget.tree(product(int(root[0]), tokens, logprobs))
+    def steps(self, begun: mx.array, memory: Sequence[mx.array]) -> ParallelSteps:
+        return ParallelSteps(partial(self.predict, begun, memory, depths=self.depths))
+
+    def logits(self, steps: ParallelSteps, state: Place, rows: dict) -> mx.array:
+        each = steps.logits(state.depth, lambda outputs: self.project(outputs, rows))
+        return each[state.origins]
+
+    def likeliest(
+        self, width: int, length: int, coupled: bool,
+        begun, root, position, key, temp, ids, rows, memory=(),
+    ):  # fmt: skip
+        """Tokens (L-1, W) and log-probabilities (L-1, W) of each depth."""
+        depths = min(length - 1, self.depths)
+        logits = self.project(self.predict(begun, memory, root, depths)[:, 0], rows)
+        if coupled:
+            logits = logits + known_noise(ids, key, temp, position, depths + 1)
+        found, own = top_k(logits - device.softmax(logits)[0], min(width, ids.size))
+        return ids[found], own
+
+    def candidates(self, root: int, *found: np.ndarray) -> Candidates:
+        return product(root, *found)
 
 
 def product(root: int, tokens: np.ndarray, logprobs: np.ndarray) -> Candidates:

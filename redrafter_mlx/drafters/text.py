@@ -80,19 +80,29 @@ class OwnVocabulary:
         return logits
 
 
-class WholeVocabulary(OwnVocabulary):
+class SharedVocabulary(OwnVocabulary):
+    """The same ids (D,) whatever the text, scored by the target's own head.
+
+    logits  (R, h) -> (R, D)
+    """
+
+    def __init__(self, ids: mx.array, logits: Callable[[mx.array], mx.array]):
+        super().__init__(ids)
+        self._logits = logits
+
+    def project(self, features: mx.array, rows: dict) -> mx.array:
+        """Logits (R, D) of what the target's head would read (R, h)."""
+        return self._logits(features)
+
+
+class WholeVocabulary(SharedVocabulary):
     """All ids of the target, scored by the target's own head.
 
     logits  (R, h) -> (R, V)
     """
 
     def __init__(self, vocab_size: int, logits: Callable[[mx.array], mx.array]):
-        super().__init__(mx.arange(vocab_size, dtype=mx.int32))
-        self._logits = logits
-
-    def project(self, features: mx.array, rows: dict) -> mx.array:
-        """Logits (R, V) of what the target's head would read (R, h)."""
-        return self._logits(features)
+        super().__init__(mx.arange(vocab_size, dtype=mx.int32), logits)
 
 
 class TextVocabulary:

@@ -155,6 +155,7 @@ def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.n
     """(depths, len(RECALL)): how often the token at a depth is among the head's k likeliest,
     given that the head has read the target's own tokens up to it.
     """
+    depths = min(depths, drafter.depths)
     hits, total = np.zeros((depths, len(RECALL))), np.zeros((depths, 1))
 
     @device.fused
