@@ -27,9 +27,9 @@ from redrafter_mlx import blas, hub
 from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.gradients import Crew
-from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
-from redrafter_mlx.training.run import frequent_ids, gradients_of, head_config, make_gradients
+from redrafter_mlx.training.recipes import frequent_ids, recipe_for
+from redrafter_mlx.training.run import gradients_of, make_gradients
 from redrafter_mlx.training.shards import parts, training_shards
 from redrafter_mlx.training.windows import LENGTH, PAST, Shards
 
@@ -51,15 +51,12 @@ def main() -> None:
     shards = Shards(training_shards(parts(flags.data)))
     head_options = HeadOptions(fused_layers=tuple(flags.fused_layers))
     ids = frequent_ids(shards, head_options.draft_vocab, target.vocab_size)
-    config = head_config(target, head_options, len(ids))
+    recipe = recipe_for(target, head_options)
+    config = recipe.config(len(ids), options.ahead)
     d2t = mx.array(ids.astype(np.int32))
-    fit = shards.batches("fit", 8, 2 * options.ahead)
-    head = initial_head(
-        config, target.embed, target.output_layer, d2t, [next(fit)], options.ahead,
-        mx.random.key(0),
-    )  # fmt: skip
-    own = gradients_of(target, head, d2t, shards, options, 0)
-    make = partial(make_gradients, load, flags.data, config, ids, options, 0)
+    head = recipe.new(config, d2t, shards, options.ahead, mx.random.key(0))
+    own = gradients_of(recipe, head, d2t, shards, options, 0)
+    make = partial(make_gradients, load, flags.data, head_options, config, ids, options, 0)
     shapes = products(config, options, places(shards, options))
     operands = [
         (mx.random.normal((many, rows, inner)), mx.random.normal((many, inner, columns)))

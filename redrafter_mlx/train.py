@@ -14,7 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from redrafter_mlx import cli
-from redrafter_mlx.config import add_flags, from_flags
+from redrafter_mlx.config import add_flags, flag_name, from_flags
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before t
     from redrafter_mlx.training.data import Progress, Written
     from redrafter_mlx.training.estimate import Estimate
     from redrafter_mlx.training.loop import Progress as TrainingProgress
+    from redrafter_mlx.training.recipes import Recipe
     from redrafter_mlx.training.run import Report, TrainingRun
 
 DATA_SHARE = 0.4
@@ -101,7 +102,8 @@ def _main(flags: Namespace) -> int:
     _check_output(flags)
     from redrafter_mlx import hub
     from redrafter_mlx.storage import in_use
-    from redrafter_mlx.training.run import head_config, shape_of
+    from redrafter_mlx.training.recipes import recipe_for
+    from redrafter_mlx.training.run import shape_of
 
     if flags.start_from:
         options[1] = shape_of(flags.start_from, options[1])
@@ -110,18 +112,29 @@ def _main(flags: Namespace) -> int:
         flags.revision,
         flags.adapter_path,
         flags.trust_remote_code,
-        options[1].fused_layers,
+        options[1],
     )
     target = source.target()
     if flags.start_from:
         hub.load_head_of(target, flags.start_from)
-    head_config(target, options[1], options[1].draft_vocab)  # refuses what cannot be, before hours
+    recipe = recipe_for(target, options[1])
+    _refuse_unused(flags, options[1], recipe)
+    recipe.config(options[1].draft_vocab, options[2].ahead)  # refuses what cannot be, before hours
     if flags.dry_run:
         return _foretell(source, options)
     if flags.evaluate:
         return _evaluate(flags, target.model)
     with in_use(flags.output / "training"):
         return _train(flags, source, options)
+
+
+def _refuse_unused(flags: Namespace, options: HeadOptions, recipe: Recipe) -> None:
+    """UserError for an option of another kind of head, and for a start that is none of this."""
+    for f in fields(HeadOptions):
+        if f.name not in ("head", *recipe.takes) and getattr(options, f.name) != f.default:
+            raise UserError(f"{flag_name(f)} has no use for --head {recipe.name}: leave it out")
+    if flags.start_from and recipe.name != "recurrent":
+        raise UserError(f"--start-from is for --head recurrent, not {recipe.name}")
 
 
 def _check_output(flags: Namespace) -> None:
@@ -138,13 +151,13 @@ def _check_output(flags: Namespace) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the target comes from; `layers` of it are kept with the data."""
+    """Where the target comes from; what the `head` reads of it is kept with the data."""
 
     name: str
     revision: str | None
     adapter_path: str | None
     trust_remote_code: bool
-    layers: tuple[int, ...]
+    head: HeadOptions
 
     def load(self) -> tuple[Target, TokenizerWrapper]:
         """The target and its tokenizer, loaded once in each process."""
@@ -159,6 +172,7 @@ class Source:
 def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
     from redrafter_mlx import hub
     from redrafter_mlx.target.adapter import adapt
+    from redrafter_mlx.training.recipes import RECIPES
 
     model, tokenizer = hub.load(
         source.name,
@@ -167,8 +181,8 @@ def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
         tokenizer_config={"trust_remote_code": source.trust_remote_code},
     )[:2]
     target = adapt(model)
-    if source.layers:
-        target.tap(source.layers)
+    layers = RECIPES[source.head.head].reads(len(model.layers), source.head)
+    target.tap(layers)
     return target, tokenizer
 
 
@@ -266,12 +280,12 @@ def _write_part(
 
 def _introduce(run: TrainingRun) -> None:
     config, vocabulary, progress = run.config, run.vocabulary, run.progress
-    output = "rows of the target's own head" if config.tied_output else "rows of its own"
+    output = "rows of the target's own head" if run.recipe.tied else "rows of its own"
     _say(
-        f"head: {run.parameters / 1e6:.2f} M parameters; output: {output}\n"
+        f"head: {run.recipe.name}, {run.parameters / 1e6:.2f} M parameters; output: {output}\n"
         f"draft vocabulary: {len(vocabulary.ids):,} of {config.vocab_size:,} ids hold "
         f"{vocabulary.coverage:.1%} of the held-out answers"
-        + (f", with the ids of the prompt {vocabulary.with_prompt:.1%}" * config.tied_output)
+        + (f", with the ids of the prompt {vocabulary.with_prompt:.1%}" * run.recipe.tied)
         + f"\ntraining: {progress.steps:,} steps of {run.positions_per_step:,} positions, "
         f"{run.positions_per_step * progress.steps / run.shards.tokens:.1f} passes over "
         f"{run.shards.tokens:,} tokens" + (f", from step {progress.step:,}" * bool(progress.step))
@@ -315,20 +329,22 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 def _foretell(source: Source, options) -> int:
     from redrafter_mlx.training.estimate import choose_jobs
     from redrafter_mlx.training.jobs import side_by_side
-    from redrafter_mlx.training.run import head_config, training_bytes
+    from redrafter_mlx.training.recipes import recipe_for
+    from redrafter_mlx.training.run import training_bytes
 
     data, head, training = options
     target = source.target()
     jobs = choose_jobs(target, data)
     expected = side_by_side(jobs, partial(_estimate_part, source, data, jobs), lambda *told: None)
-    config = head_config(target, head, head.draft_vocab)
+    recipe = recipe_for(target, head)
+    config = recipe.config(head.draft_vocab, training.ahead)
     total = lambda name: sum(getattr(part, name) for part in expected)
     print(
         f"data: {jobs} jobs, {total('batches')} batches of {expected[0].rows} x "
         f"{expected[0].columns} tokens, about {total('tokens_per_second'):.0f} tokens of answers "
         f"per second: {max(part.seconds for part in expected) / 60:.0f} minutes, "
         f"{total('disk') / 1e9:.2f} GB on disk, {total('memory') / 1e9:.2f} GB of memory\n"
-        f"training: {training_bytes(target, config, training, data.columns) / 1e9:.2f} GB of "
+        f"training: {training_bytes(recipe, config, training, data.columns) / 1e9:.2f} GB of "
         "memory; its time is measured and told when the data is there"
     )
     return 0

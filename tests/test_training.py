@@ -16,7 +16,9 @@ from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.round import View
 from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.training import features
 from redrafter_mlx.training.gradients import Crew, Gradients
 from redrafter_mlx.training.initial import initial_head
 from redrafter_mlx.training.lockstep import Part, Role, play
@@ -75,8 +77,13 @@ def untrained(model, shards: Shards, tied: bool, loss: str, steps: int = STEPS):
     head = initial_head(
         config, target.embed, target.output_layer, d2t, batches, steps, mx.random.key(0)
     )
-    output = tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size)
-    return head, Objective(LOSSES[loss], steps, 0.8, target.embed, output)
+    rows = lambda head: head.lm_head[-1]
+    output = (
+        tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size, rows)
+    )
+    learns = features.recurrent(target.embed, View((0,), target.hidden_size), steps)
+    past = slice(0, target.hidden_size) if tied else None
+    return head, Objective(LOSSES[loss], steps, 0.8, learns, output, past)
 
 
 def gradients_of(model, directory, options: TrainingOptions, tied=True) -> Gradients:
@@ -220,7 +227,7 @@ def test_the_normaliser_has_the_value_and_gradient_of_logsumexp():
 
 
 def test_what_follows_a_token_the_beams_lost_weighs_less():
-    objective = Objective(LOSSES["kl"], 3, 1.0, None, None, lost=0.25)
+    objective = Objective(LOSSES["kl"], 3, 1.0, None, None, None, lost=0.25)
     logits = mx.array(np.tile(-np.arange(8.0), (6, 1)))  # 3 steps of 2 rows; column 0 is likeliest
     columns = mx.array([0, 5, -1, 3, 0, 0])
     weights = objective._reached(logits, columns)

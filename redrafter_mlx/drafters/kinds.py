@@ -8,9 +8,7 @@ from typing import Any
 from redrafter_mlx.drafters import dflash, eagle3, medusa, mtp
 from redrafter_mlx.drafters.published import Kind
 
-KINDS: dict[str, Kind] = {
-    module.KIND.name: module.KIND for module in (dflash, eagle3, medusa, mtp)
-}
+KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (dflash, eagle3, medusa, mtp)}
 
 
 def recognised(settings: Mapping[str, Any], names: Collection[str]) -> Kind | None:

@@ -59,11 +59,19 @@ class MedusaHead(nn.Module):
 
     def __call__(self, hidden: mx.array, heads: int) -> mx.array:
         """(heads, P, D) logits after P hidden states (P, h); of a shared head (heads, P, h)."""
+        found = self.features(hidden, heads)
+        if self.config.shared:
+            return found
+        outputs = (layers[-1] for layers in self.heads)
+        return mx.stack([output(y) for output, y in zip(outputs, found, strict=False)])
+
+    def features(self, hidden: mx.array, heads: int) -> mx.array:
+        """(heads, P, h): what the output layers read."""
         found = []
         for layers in self.heads[:heads]:
             y = hidden
-            for layer in layers:
-                y = layer(y)
+            for block in layers[: self.config.blocks]:
+                y = block(y)
             found.append(y)
         return mx.stack(found)
 

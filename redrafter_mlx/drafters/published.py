@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,3 +232,27 @@ def belongs_to(target: Target, hidden_size: int, vocab_size: int) -> None:
 def as_json(settings: Any) -> str:
     """For messages."""
     return json.dumps(settings, ensure_ascii=False)
+
+
+def save_published(
+    path: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, mx.array],
+    ids: mx.array,
+    vocab_size: int,
+    dtype: mx.Dtype,
+) -> None:
+    """Write config.json and model.safetensors of a head into a directory.
+
+    tensors  by the names of its published layout; floating-point ones are written as `dtype`
+    ids      (D,) the target's token id of each draft id; d2t is left out where these are all
+    """
+    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
+    kept = {name: x.astype(dtype) if is_float(x) else x for name, x in tensors.items()}
+    offsets = ids.astype(mx.int64) - mx.arange(ids.size, dtype=mx.int64)
+    if ids.size < vocab_size or device.read(mx.abs(offsets).max())[0]:
+        kept["d2t"] = offsets
+    partial = path / ".model.partial.safetensors"
+    mx.save_safetensors(str(partial), kept, {"format": "mlx"})
+    os.replace(partial, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

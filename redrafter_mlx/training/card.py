@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from redrafter_mlx.training.recipes import config_summary
 from redrafter_mlx.training.shards import parts
 
 if TYPE_CHECKING:
@@ -24,19 +25,18 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
     output = (
         "rows of the target's own head: nothing is stored for it, and the ids of each prompt are "
         "proposed too"
-        if c.tied_output
+        if run.recipe.tied
         else "rows of its own"
     )
     base = [f"base_model: {model}"] if "/" in model and not model.startswith((".", "/")) else []
     lines = [
         "---", "library_name: mlx", "pipeline_tag: text-generation", *base, "tags:", "- mlx",
-        "- redrafter", "- speculative-decoding", "- recurrent-drafter", "---", "",
+        "- redrafter", "- speculative-decoding", f"- {run.recipe.name}", "---", "",
         f"# Draft head for {model}", "",
-        "A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919)): it proposes "
-        "tokens that its target then checks. It drafts well only for the target it was trained "
-        "with, at that quantisation.", "",
-        f"- Head: {run.parameters / 1e6:.2f} M parameters; hidden size {c.hidden_size:,}, exit "
-        f"size {c.exit_dim:,}, {c.num_blocks} residual blocks; output: {output}.",
+        f"{run.recipe.about}: it proposes tokens that its target then checks. It drafts well only "
+        "for the target it was trained with, at that quantisation.", "",
+        f"- Head: {run.parameters / 1e6:.2f} M parameters; output: {output}. Its shape: "
+        f"`{config_summary(c)}`.",
         f"- Draft vocabulary: {c.draft_vocab_size:,} of {c.vocab_size:,} ids, "
         f"{run.vocabulary.coverage:.1%} of held-out answers (with the prompt's ids "
         f"{run.vocabulary.with_prompt:.1%}).",

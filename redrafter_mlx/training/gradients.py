@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from redrafter_mlx import blas, device
-from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.training.jobs import blas_threads
 from redrafter_mlx.training.objective import Objective, candidates
 from redrafter_mlx.training.options import TrainingOptions
@@ -43,7 +43,7 @@ class Gradients:
 
     def __init__(
         self,
-        head: RecurrentHead,
+        head: nn.Module,
         objective: Objective,
         shards: Shards,
         allowed: np.ndarray,
@@ -72,9 +72,7 @@ class Gradients:
     def _arrays(self, step: int, part: int) -> tuple[mx.array, ...]:
         o = self._options
         windows = self._windows(step * o.accumulate + part)
-        config = self.head.config
-        past = config.lookback_columns if config.lookback_heads else None
-        batch = self.shards.batch(windows, self._objective.steps, past)
+        batch = self.shards.batch(windows, self._objective.steps, self._objective.past)
         chosen = candidates(batch, self._allowed, o.candidates, [self._seed, step, part])
         return (
             batch.hidden,
@@ -90,7 +88,9 @@ class Gradients:
     def _windows(self, index: int) -> list[Window]:
         """The windows of a batch; asked for in order, it costs nothing to go on."""
         if index < self._next or self._next < 0:
-            self._batches = self.shards.draws(f"{self._seed}", self._options.windows, index)
+            self._batches = self.shards.draws(
+                f"{self._seed}", self.shards.at_once(self._options.windows), index
+            )
             self._next = index
         while self._next <= index:
             windows = next(self._batches)

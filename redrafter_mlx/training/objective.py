@@ -22,8 +22,8 @@ from redrafter_mlx.training.windows import Batch
 BEAMS = 4
 """Likeliest tokens of a step that beams of the usual width can go on from."""
 Features = Callable[..., mx.array]
-"""(head, hidden (B, L, E), tokens (B, L + n), fields of a Past) -> (n·B·L, e): what the head's output
-layer reads for the tokens after each position, step after step."""
+"""(head, hidden (B, L, E), tokens (B, L + n), fields of a Past) -> (n·B·L, e): what the head's
+output layer reads for the tokens after each position, step after step."""
 Output = Callable[[mx.array, mx.array, nn.Module], mx.array]
 """(features (R, e), token ids (C,), head) -> logits (R, C)"""
 
@@ -97,6 +97,7 @@ class Objective:
     lost    a step after a token that the head's own beams would not have kept weighs this much
     features  of a batch, by the kind of head
     output  the output layer
+    past    columns of the conversations before short windows that the features need
     """
 
     loss: Loss
@@ -104,6 +105,7 @@ class Objective:
     decay: float
     features: Features
     output: Output
+    past: slice | None = None
     lost: float = 1.0
 
     def __call__(

@@ -54,11 +54,23 @@ class DataOptions(Options):
 class HeadOptions(Options):
     """Shape of the draft head to train."""
 
+    head: str = option(
+        "recurrent",
+        "kind: recurrent (ReDrafter), medusa, eagle3 or dflash",
+        type=str,
+        choices=["recurrent", "medusa", "eagle3", "dflash"],
+    )
     exit_dim: int | None = option(
         None, "width before the output layer (default: the target's hidden size)", low=8, type=int
     )
     blocks: int = option(2, "residual blocks before the output layer", low=0, high=64)
-    draft_vocab: int = option(4096, "token ids it can propose whatever the prompt", low=16)
+    no_rnn: bool = option(False, "a recurrent head's state only adds up the tokens' embeddings")
+    layers: int | None = option(
+        None, "decoder layers of a dflash head (default: 2)", low=1, high=16, type=int
+    )
+    draft_vocab: int = option(
+        4096, "token ids it can propose whatever the prompt; 0: all of the target's", low=0
+    )
     output_layer: str = option(
         "tied",
         "tied (rows of the target's own head; also proposes the prompt's ids) or "
@@ -67,8 +79,8 @@ class HeadOptions(Options):
         choices=["tied", "trained"],
     )
     fused_layers: tuple[int, ...] = option(
-        (), "layers of the target to read beside its last hidden state", type=int, nargs="*",
-        metavar="LAYER",
+        (), "layers of the target to read: beside its last hidden state, or, by an eagle3 or "
+        "dflash head, instead of it (default there: three)", type=int, nargs="*", metavar="LAYER",
     )  # fmt: skip
     lookback_heads: int | None = option(
         None, "attention heads that look back at the text so far; 0: none, as in the paper "

@@ -15,18 +15,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import device, hub
 from redrafter_mlx.config import flag_name
-from redrafter_mlx.drafters.checkpoint import load_head, save_head
-from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
-from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.drafters.beams import BeamDrafter
+from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.precision import compute_in_float32
 from redrafter_mlx.pricing.acceptance import experience_from
@@ -35,20 +35,18 @@ from redrafter_mlx.pricing.experience import FILE, as_text
 from redrafter_mlx.storage import write_whole
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.gradients import Crew, Gradients
-from redrafter_mlx.training.initial import initial_head, with_lookback
+from redrafter_mlx.training.initial import with_lookback
 from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
-from redrafter_mlx.training.objective import Objective, tied_output, trained_output
+from redrafter_mlx.training.objective import Objective
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
+from redrafter_mlx.training.recipes import Recipe, frequent_ids, recipe_for
 from redrafter_mlx.training.replay import Answer, drafts_of, greedy_answers, recall, replay
 from redrafter_mlx.training.shards import held_out_shards, parts, training_shards
 from redrafter_mlx.training.windows import LENGTH, Shards
 
 PASSES = 10
 """Times that training goes through the data when neither time nor steps are given."""
-FIT_BATCHES = 24
-LOOKBACK_HEADS = 2
-"""Of a new head, if nothing else is asked for."""
 WIDTH, BEAM_LENGTH, BUDGET = 4, 5, 16
 """How drafts are made where progress is measured: the defaults of generation."""
 MEASURE_SECONDS, SAVE_SECONDS, TELL_SECONDS = 300.0, 120.0, 20.0
@@ -127,14 +125,15 @@ class TrainingRun:
     ):
         self.target, self.places, self._options = load(), places, training
         target = self.target
-        self.shards = Shards(training_shards(parts(places.data)))
+        self.recipe = recipe_for(target, head)
+        self.shards = Shards(training_shards(parts(places.data)), self.recipe.whole)
         self.answers = held_out_answers(places.data)
         if start is None:
             self.head, d2t = self._new_head(head, seed)
         else:
             self.head, d2t = hub.load_head_of(target, start)
             compute_in_float32(self.head)
-        if head.lookback_heads and not self.head.config.lookback_heads:
+        if start and head.lookback_heads and not self.head.config.lookback_heads:
             batch = next(self.shards.batches("fit", 64, 1))
             self.head = with_lookback(
                 self.head, head.lookback_heads, target.embed, target.output_layer, batch,
@@ -143,33 +142,35 @@ class TrainingRun:
         self.config = self.head.config
         self._began_as = self._worth_keeping(new=start is None)
         self.vocabulary = Vocabulary.measured(np.array(d2t), self.answers, target.vocab_size)
-        gradients = gradients_of(target, self.head, d2t, self.shards, training, seed)
+        gradients = gradients_of(self.recipe, self.head, d2t, self.shards, training, seed)
         self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
         make = partial(
-            make_gradients, load, places.data, self.config, self.vocabulary.ids, training, seed
+            make_gradients,
+            load,
+            places.data,
+            head,
+            self.config,
+            self.vocabulary.ids,
+            training,
+            seed,
         )
         self._crew = Crew(gradients, make, jobs, training.accumulate)
         depends_on = {**asdict(head), **asdict(training), "seed": seed}
         depends_on["data_tokens"] = self.shards.tokens
         depends_on["start_from"] = start and fingerprint(self.head)
         self.settings = json.loads(json.dumps(depends_on))  # as they will be read back
-        self.drafter = RecurrentDrafter(
-            self.head, d2t, target.embed, target.output_layer if self.config.tied_output else None
-        )
+        self.ids = d2t
+        self.drafter = self.recipe.drafter(self.head, d2t)
         self.log: list[dict] = []
         self._minutes = minutes
 
-    def _new_head(self, options: HeadOptions, seed: int) -> tuple[RecurrentHead, mx.array]:
+    def _new_head(self, options: HeadOptions, seed: int) -> tuple[nn.Module, mx.array]:
         """An untrained head and the token ids (D,) that it can propose."""
-        target, ahead = self.target, self._options.ahead
-        ids = frequent_ids(self.shards, options.draft_vocab, target.vocab_size)
+        ids = frequent_ids(self.shards, options.draft_vocab, self.target.vocab_size)
         d2t = mx.array(ids.astype(np.int32))
-        fit = islice(self.shards.batches("fit", 64, 2 * ahead), FIT_BATCHES)
-        head = initial_head(
-            head_config(target, options, len(ids)), target.embed, target.output_layer, d2t, fit,
-            ahead, mx.random.key(seed),
-        )  # fmt: skip
-        return head, d2t
+        ahead = self._options.ahead
+        config = self.recipe.config(len(ids), ahead)
+        return self.recipe.new(config, d2t, self.shards, ahead, mx.random.key(seed)), d2t
 
     def __enter__(self) -> TrainingRun:
         with ExitStack() as stack:
@@ -288,72 +289,46 @@ class TrainingRun:
 
     def save(self, dtype: str) -> None:
         """Write the drafter's config.json and model.safetensors."""
-        save_head(self.places.output, self.head, self.drafter.d2t, getattr(mx, dtype))
+        self.recipe.save(self.places.output, self.head, self.ids, getattr(mx, dtype))
 
 
 def gradients_of(
-    target: Target,
-    head: RecurrentHead,
+    recipe: Recipe,
+    head: nn.Module,
     d2t: mx.array,
     shards: Shards,
     training: TrainingOptions,
     seed: int,
 ) -> Gradients:
     """What training a head minimises, and its gradients."""
-    tied = head.config.tied_output
-    output = tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size)
     objective = Objective(
-        LOSSES[training.loss], training.ahead, training.step_decay, target.embed, output,
+        LOSSES[training.loss], training.ahead, training.step_decay,
+        recipe.features(training.ahead), recipe.output(head, d2t), recipe.past(head),
         training.lost,
     )  # fmt: skip
-    allowed = np.arange(target.vocab_size) if tied else np.sort(np.array(d2t))
+    allowed = np.arange(recipe.target.vocab_size) if recipe.tied else np.sort(np.array(d2t))
     return Gradients(head, objective, shards, allowed, training, seed)
 
 
 def make_gradients(
     load: Callable[[], Target],
     data: Path,
-    config: HeadConfig,
+    options: HeadOptions,
+    config: Any,
     ids: np.ndarray,
     training: TrainingOptions,
     seed: int,
 ) -> Gradients:
     """The same in another process: `ids` (D,) of the draft vocabulary."""
+    recipe = recipe_for(load(), options)
     d2t = mx.array(ids.astype(np.int32))
-    shards = Shards(training_shards(parts(data)))
-    return gradients_of(load(), RecurrentHead(config), d2t, shards, training, seed)
-
-
-def frequent_ids(shards: Shards, most: int, vocab_size: int) -> np.ndarray:
-    """The `most` token ids that were written most often, most frequent first."""
-    return np.argsort(-shards.counts(vocab_size), kind="stable")[:most]
+    shards = Shards(training_shards(parts(data)), recipe.whole)
+    return gradients_of(recipe, recipe.empty(config), d2t, shards, training, seed)
 
 
 def held_out_answers(directory: Path) -> list[Answer]:
     """The greedy answers of the conversations that are kept from training."""
     return list(greedy_answers(held_out_shards(parts(directory))))
-
-
-def head_config(target: Target, options: HeadOptions, draft_vocab_size: int) -> HeadConfig:
-    """The shape that the options mean for a target; UserError if they do not fit together."""
-    exit_dim = options.exit_dim or target.hidden_size
-    tied = options.output_layer == "tied"
-    if tied and exit_dim != target.hidden_size:
-        raise UserError(
-            f"--exit-dim {exit_dim}: a tied output needs the target's hidden size "
-            f"{target.hidden_size}; leave it out or give --output-layer trained"
-        )
-    return HeadConfig(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        exit_dim=exit_dim,
-        num_blocks=options.blocks,
-        rnn=True,
-        draft_vocab_size=draft_vocab_size,
-        tied_output=tied,
-        fused_layers=tuple(options.fused_layers),
-        lookback_heads=LOOKBACK_HEADS if options.lookback_heads is None else options.lookback_heads,
-    )
 
 
 def shape_of(name: str, given: HeadOptions) -> HeadOptions:
@@ -362,8 +337,9 @@ def shape_of(name: str, given: HeadOptions) -> HeadOptions:
     output_layer = "tied" if c.tied_output else "trained"
     lookback_heads = c.lookback_heads or given.lookback_heads or 0  # it can learn to look back
     shape = HeadOptions(
-        c.exit_dim, c.num_blocks, c.draft_vocab_size, output_layer, c.fused_layers, lookback_heads
-    )
+        exit_dim=c.exit_dim, blocks=c.num_blocks, no_rnn=not c.rnn, draft_vocab=c.draft_vocab_size,
+        output_layer=output_layer, fused_layers=c.fused_layers, lookback_heads=lookback_heads,
+    )  # fmt: skip
     for f in fields(HeadOptions):
         wanted, found = getattr(given, f.name), getattr(shape, f.name)
         if wanted not in (f.default, found):
@@ -374,7 +350,7 @@ def shape_of(name: str, given: HeadOptions) -> HeadOptions:
     return shape
 
 
-def fingerprint(head: RecurrentHead) -> str:
+def fingerprint(head: nn.Module) -> str:
     """16 hex digits of a head's weights."""
     digest = hashlib.sha256()
     for name, weights in tree_flatten(head.parameters()):
@@ -410,7 +386,7 @@ class Report:
 SHAPES = ((1, 5), (2, 5), (4, 3), (4, 5), (4, 7), (8, 5))
 
 
-def report(drafter: RecurrentDrafter, answers: Sequence[Answer], tokens: int) -> Report:
+def report(drafter: BeamDrafter, answers: Sequence[Answer], tokens: int) -> Report:
     """Replay about so many held-out tokens with beams of all SHAPES."""
     answers = first_tokens(answers, tokens)
     return Report(
@@ -420,7 +396,7 @@ def report(drafter: RecurrentDrafter, answers: Sequence[Answer], tokens: int) ->
     )
 
 
-def write_experience(directory: Path, drafter: RecurrentDrafter, answers: Sequence[Answer]) -> None:
+def write_experience(directory: Path, drafter: BeamDrafter, answers: Sequence[Answer]) -> None:
     """Leave beside a head what its drafts were worth in held-out greedy answers."""
     answers = first_tokens(answers, ALL_TOKENS)
     drafts = list(drafts_of(drafter, answers, WIDTH, BEAM_LENGTH))
@@ -429,19 +405,18 @@ def write_experience(directory: Path, drafter: RecurrentDrafter, answers: Sequen
         write_whole(directory / FILE, as_text({0.0: found}))
 
 
-def training_bytes(
-    target: Target, config: HeadConfig, options: TrainingOptions, columns: int
-) -> int:
+def training_bytes(recipe: Recipe, config: Any, options: TrainingOptions, columns: int) -> int:
     """Memory of training, roughly: the target, the head with its optimiser, one batch.
 
     columns  tokens of the longest conversation
     """
-    model = sum(x.nbytes for _, x in tree_flatten(target.model.parameters()))
-    head = 4 * sum(x.size for _, x in tree_flatten(RecurrentHead(config).parameters()))
-    rows = options.windows * LENGTH * options.ahead
-    widths = config.context_size + config.hidden_size + (3 + config.num_blocks) * config.exit_dim
-    numbers = rows * (2 * widths + 4 * options.candidates)
-    if heads := config.lookback_heads:
-        place = 4 * config.hidden_size + 2 * heads * config.lookback_size
-        numbers += options.windows * columns * place + 6 * rows * heads * columns
+    size = lambda module: sum(x.size for _, x in tree_flatten(module.parameters()))
+    model = sum(x.nbytes for _, x in tree_flatten(recipe.target.model.parameters()))
+    head = 4 * size(recipe.empty(config))
+    h = recipe.target.hidden_size
+    positions = columns if recipe.whole else options.windows * LENGTH
+    rows = positions * options.ahead
+    numbers = rows * (2 * (recipe.view.width + 6 * h) + 4 * options.candidates)
+    looks = 9 if recipe.whole else getattr(config, "lookback_heads", 0)
+    numbers += 6 * rows * looks * columns
     return model + 4 * head + 4 * numbers

@@ -99,6 +99,13 @@ class Shards:
                         found.append((f, start, max(first, start), end))
         return [found[i] for i in draw.permutation(len(found))]
 
+    def at_once(self, windows: int) -> int:
+        """How many windows have about as many positions as so many short ones."""
+        if not self._whole:
+            return windows
+        conversations = sum(len(file["starts"]) for file in self._files)
+        return max(1, round(windows * LENGTH * conversations / self.tokens))
+
     def batch(self, windows: Sequence[Window], steps: int, past: slice | None = None) -> Batch:
         """Cut the windows out; what lies beyond a conversation's end weighs nothing.
 
