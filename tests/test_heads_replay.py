@@ -1,0 +1,79 @@
+"""Heads that predict all depths at once are replayed as those that step are."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from families import build
+from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.drafters.medusa import MedusaConfig, MedusaDrafter, MedusaHead
+from redrafter_mlx.drafters.text import WholeVocabulary
+from redrafter_mlx.round import Context, Trail, Transcript
+from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.training import replay
+from support import tiny_prompt
+from test_heads_dflash import VARIANTS, drafter_for, written
+
+
+def medusa_for(model) -> MedusaDrafter:
+    target, config = (
+        adapt(model),
+        MedusaConfig(97, 64, heads=4, blocks=1, draft_vocab_size=97, shared=True),
+    )
+    mx.random.seed(0)
+    vocabulary = WholeVocabulary(97, target.logits)
+    return MedusaDrafter(MedusaHead(config), vocabulary, target.tap(()), {})
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "medusa"])
+def test_a_replay_drafts_what_generation_does(variant):
+    """At each position of an answer, many at once, as one context after the other."""
+    model, prompt = build("llama"), tiny_prompt()
+    drafter = medusa_for(model) if variant == "medusa" else drafter_for(model, variant)
+    answer, captured = written(model, prompt, 200)
+    search = replay._search(drafter, 1, 5)
+    found = list(replay._drafts(drafter, answer, 5, search))
+    assert [piece.count for piece, _ in found] == [200]
+    tokens = found[0][1][0]
+    text = [*prompt, *answer.tokens.tolist()]
+    for at in (0, 1, 7, 101, 102, 103, 199):
+        position, trail = len(prompt) + at, Trail()
+        trail.add(captured[:position])
+        context = Context(
+            mx.array(text[position : position + 1]), captured[position - 1 : position], position,
+            Transcript(text[: position + 1]), None, None, trail,
+        )  # fmt: skip
+        tree = drafter.propose(context, FixedBudget(width=1, length=5, nodes=5))
+        assert tokens[at].tolist() == tree.tokens[1:].tolist()
+
+
+@pytest.mark.parametrize("variant", ["dflash", "dflash2", "vanilla", "medusa"])
+def test_recall_and_tokens_per_round_can_be_measured(variant):
+    """A head asked for more than its block holds answers for as much as it does."""
+    model = build("llama")
+    drafter = medusa_for(model) if variant == "medusa" else drafter_for(model, variant)
+    answer, _ = written(model, tiny_prompt(), 30)
+    depths = drafter.depths
+    hits = replay.recall(drafter, [answer], 9)
+    assert hits.shape == (depths, len(replay.RECALL))
+    assert (np.diff(hits, axis=1) >= 0).all()
+    found = replay.replay(drafter, [answer], 3, 9)
+    assert found.tokens == 30
+    assert found.tokens_per_round[64] >= found.tokens_per_round[1] == 1
+
+
+def test_a_head_that_knows_the_answer_is_found_to(monkeypatch):
+    """Its recall is 1 and so are its tokens per round all that a block can give."""
+    model = build("llama")
+    drafter = drafter_for(model, "dflash")
+    answer, _ = written(model, tiny_prompt(), 40)
+    text = np.concatenate([answer.tokens, np.zeros(300, int)])
+
+    def predict(begun, memory, pending, depths):
+        places = memory[-1][None] - len(answer.prompt) + 1 + mx.arange(depths)[:, None]
+        return mx.array(text)[mx.maximum(places, 0)][..., None] == mx.arange(97)
+
+    monkeypatch.setattr(drafter, "predict", predict)
+    monkeypatch.setattr(drafter, "project", lambda outputs, rows: 9 * outputs.astype(mx.float32))
+    assert (replay.recall(drafter, [answer], 4) == 1).all()
+    assert replay.replay(drafter, [answer], 2, 5).tokens_per_round[64] == 5
