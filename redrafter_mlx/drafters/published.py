@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.checkpoint import (
+    check_draft_size,
     check_names_and_shapes,
     draft_ids,
     quantize_like,
@@ -30,6 +32,7 @@ from redrafter_mlx.drafters.checkpoint import (
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.adapter import Target
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -56,6 +59,11 @@ class Kind:
     inside       whether it lies among the tensors of the target, which are left alone
     ready        (module, weights) -> weights, where the names of a layer's tensors are the target's
                  own to change
+    outputs      shape -> our modules whose rows are the draft ids, none where the target's output
+                 layer is read; None: its vocabulary cannot be reduced
+    settings     shape -> keys of config.json that the tensors tell and that a reader may look for
+
+    A shape has `hidden_size`, and `target_hidden_size` if what the head reads is of another size.
     """
 
     name: str
@@ -71,6 +79,8 @@ class Kind:
     ready: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]] = lambda head, weights: (
         weights
     )
+    outputs: Callable[[Any], tuple[str, ...] | None] = lambda config: None
+    settings: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
 def unwrapped(names: Collection[str], known: Callable[[str], bool]) -> dict[str, str]:
@@ -96,8 +106,7 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
         del weights[name]
     offsets = weights.pop("d2t", None)
     packed = {name: x.shape for name, x in weights.items()}
-    config = kind.config(path, settings, unpacked_shapes(path, settings, packed))
-    head = kind.head(config)
+    config, head = built(kind, path, settings, packed)
     weights = kind.ready(head, weights)
     if "quantization" in settings:
         quantize_like(path, head, settings["quantization"], weights)
@@ -106,8 +115,45 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
     head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in weights.items()])
     device.finish(head.parameters())
     read = None if offsets is None else device.read(offsets)[0]
+    return head, ids_of(kind, path, config, read)
+
+
+def built(
+    kind: Kind, where: object, settings: Mapping[str, Any], shapes: Shapes
+) -> tuple[Any, nn.Module]:
+    """The shape of a head, and its module with parameters still to be loaded.
+
+    shapes  by our names, of packed weights as they are packed; d2t and unused ones left out
+
+    Raises UserError, whatever the settings and the shapes are.
+    """
+    check_numbers(where, shapes)
+    try:
+        config = kind.config(where, settings, unpacked_shapes(where, settings, shapes))
+        return config, kind.head(config)
+    except UserError:
+        raise
+    except Exception as error:  # from a wrong type to what mlx-lm makes of odd rope settings
+        raise UserError(
+            f"{where}: config.json and tensors make no {kind.name} head: {one_line(error)}"
+        ) from error
+
+
+def check_numbers(where: object, names: Collection[str]) -> None:
+    """UserError for a numbered module that lies beyond any count: as many would be made of it."""
+    for name in names:
+        for part in name.split(".")[:-1]:
+            if part.isdecimal() and (len(part) > 6 or int(part) >= len(names)):
+                raise UserError(
+                    f"{where}: {name[:80]} has a number beyond the {len(names)} tensors there are"
+                )
+
+
+def ids_of(kind: Kind, where: object, config: Any, offsets: np.ndarray | None) -> np.ndarray:
+    """The target's token id of each draft id (D,), from d2t if there is one."""
     vocab_size, draft_vocab_size = kind.vocabulary(config)
-    return head, draft_ids(path, vocab_size, draft_vocab_size, read)
+    check_draft_size(where, draft_vocab_size, vocab_size)
+    return draft_ids(where, vocab_size, draft_vocab_size, offsets)
 
 
 def refuse_strangers(
@@ -117,7 +163,8 @@ def refuse_strangers(
     if strangers := sorted(set(names) - known.keys()):
         shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
         raise UserError(f"{where}: holds tensors that no part of a {kind.name} head uses: {shown}")
-    twice = [theirs for theirs, ours in known.items() if list(known.values()).count(ours) > 1]
+    counts = Counter(known.values())
+    twice = [theirs for theirs, ours in known.items() if counts[ours] > 1]
     if twice:
         raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
 
