@@ -14,8 +14,9 @@ from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.errors import UserError
 
-from .head import Head, read_head
+from .head import Head
 from .pickles import import_torch
+from .reading import read_head
 from .sources import open_source
 from .weights import Recipe, as_mlx, as_numpy
 
@@ -122,7 +123,7 @@ def _logits_in_torch(
             y = linear("input_proj", y)
         for i in range(head.config.num_blocks):
             y = y + silu(linear(f"lm_head.{i}.linear", y))
-        found.append(y if head.config.tied_output else linear(head.output, y))
+        found.append(y if head.config.tied_output else linear(head.outputs[0], y))
     logits = torch.cat(found).numpy()
     return logits if kept is None or head.config.tied_output else logits[:, kept]
 
@@ -162,7 +163,7 @@ def _torch_floats(torch: Any, array: np.ndarray, dtype: str) -> Any:
 
 def _logits_in_mlx(directory: Path, context: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
     written = read_head(open_source(str(directory)))
-    if written.layout.name in ("apple", "mlx"):
+    if written.layout in ("apple", "mlx"):
         head, _, _ = load_head(directory, mx.float32)  # what generate will do
     else:
         head = _assembled(written)
