@@ -22,6 +22,7 @@ from .reading import read_head
 from .safetensors import Entry, Writer
 from .sources import Source, open_source
 from .target import Target
+from .torch_heads import formula_of
 from .vocabulary import Choice, choose, count_ids
 from .weights import DTYPES, Job, Recipe, fits, jobs
 
@@ -68,6 +69,8 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
     storage.check_destination(order.destination, order.force, source.path)
     head = _read(order, source)
     form = head.form(order.layout)
+    if check:
+        formula_of(head)
     recipe, notes = _recipe(order, head, form)
     notes = [*head.notes, *notes]
     for note in notes:
@@ -126,14 +129,16 @@ def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
         kept = order_of_ids[places]
         notes.append(_vocabulary_note(order, head, choice))
     ids = head.draft_ids if kept is None else head.draft_ids[kept]
+    if order.keep_d2t and head.kind != "recurrent":
+        raise UserError("--keep-d2t is for recurrent heads; others keep it anyway: leave it out")
     if not form.reduced and _offsets(ids, head.vocab_size) is not None:
-        if not order.keep_d2t:
+        if not order.keep_d2t and not form.loaded:
             raise UserError(
                 f"--to {form.layout}: its readers know no reduced vocabulary, and this head "
                 f"proposes {len(ids)} of {head.vocab_size} ids; start from the full head, "
                 "or add --keep-d2t if yours reads d2t"
             )
-        notes.append("d2t is written although readers of this layout do not know it")
+        notes.append("d2t is written although other readers of this layout do not know it")
     dtype = DTYPES[order.dtype] if order.dtype else None
     return Recipe(dtype, order.packing, unpack, kept), notes
 

@@ -154,3 +154,12 @@ def check_type(where: Path, tensor: Tensor, name: str, packed: bool) -> None:
         raise UserError(f"{where}: {name} holds {tensor.dtype}, not packed integers (U32)")
     if not packed and tensor.dtype not in FLOATS:
         raise UserError(f"{where}: {name} holds {tensor.dtype}, not {', '.join(FLOATS)}")
+
+
+def offsets_in(where: Path, d2t: Tensor | None) -> np.ndarray | None:
+    """The numbers of d2t; UserError if they are not whole ones."""
+    if d2t is None:
+        return None
+    if d2t.dtype[0] not in "IU":
+        raise UserError(f"{where}: {d2t.name} holds {d2t.dtype}, not whole numbers")
+    return d2t.whole()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from redrafter_mlx.drafters.published import Kind, built, ids_of, refuse_strange
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 
-from .head import Form, Head, Packing, Words, check_type, packing_of
+from .head import Form, Head, Packing, Words, check_type, offsets_in, packing_of
 from .kinds import bare, beside, layout_of
 from .safetensors import Tensor
 from .sources import Source
@@ -54,11 +55,15 @@ class Published(Head):
 
     @property
     def words(self) -> Words:
-        told = ", ".join(f"{key.replace('_', ' ')} {_word(x)}" for key, x in self._shape().items())
-        tags = (self.kind, "speculative-decoding")
-        title = f"Draft head ({self.layout})"
-        about = f"A draft head of the kind {self.kind}: {self.about.about}."
-        return Words(title, about, told, tags)
+        told = [
+            _told(key.replace("_", " "), x) for key, x in self._shape().items() if x is not False
+        ]
+        return Words(
+            title=f"{self.kind} draft head",
+            about=f"A draft head of the kind {self.kind}: {self.about.about}.",
+            shape=", ".join(told),
+            tags=(self.kind, "speculative-decoding"),
+        )
 
     @property
     def files(self) -> list[Path]:
@@ -74,13 +79,14 @@ class Published(Head):
                 f"--to {to} is for recurrent heads; {self.source.path} is a head of the kind "
                 f"{self.kind}, which keeps its layout: leave --to out"
             )
+        told = self.about.settings(self.config)
         return Form(
             layout=self.layout,
             file="model.safetensors",
             theirs=self._theirs,
             settings=self._settings,
             packed=True,
-            reduced=True,
+            reduced="draft_vocab_size" in {**self.source.settings, **told},
             loaded=True,
         )
 
@@ -124,10 +130,10 @@ class Published(Head):
         return {k: x for k, x in found.items() if isinstance(x, plain) and k not in left_out}
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _told(key: str, value: Any) -> str:
+    if value is True:
+        return key
+    return f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def read_published(source: Source, kind: Kind) -> Published:
@@ -156,7 +162,7 @@ def read_published(source: Source, kind: Kind) -> Published:
     parameters = sum(x.size for _, x in tree_flatten(module.parameters()))
     modules = dict(module.named_modules())
     _check(source, kind, module, tensors, packing)
-    ids = ids_of(kind, where, config, None if offsets is None else offsets.whole())
+    ids = ids_of(kind, where, config, offsets_in(where, offsets))
     return Published(
         source=source,
         layout=layout_of(kind, source.settings),
@@ -180,7 +186,6 @@ def _check(
 ) -> None:  # fmt: skip
     """Exactly the tensors that the module needs, each of its shape. Nothing is computed."""
     type_of = lambda tensor: mx.uint32 if tensor.dtype == "U32" else mx.float32
-    shown = {name: tensor.name for name, tensor in tensors.items()}
     try:
         empty = {name: mx.zeros(x.shape, type_of(x)) for name, x in tensors.items()}
         ready = kind.ready(module, empty)
@@ -194,4 +199,21 @@ def _check(
         raise UserError(
             f"{source.path}: its tensors make no {kind.name} head: {one_line(error)}"
         ) from error
+    shown = {name: _shown(name, tensors) for name in expected.keys() | found.keys()}
     check_names_and_shapes(source.path, expected, found, shown)
+
+
+def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """What the file calls a tensor, or would, going by the others, if it is not there.
+
+    Example: layers.0.mlp.up_proj.weight where layers.0.input_layernorm.weight is called
+    midlayer.input_layernorm.weight -> midlayer.mlp.up_proj.weight
+    """
+    if name in tensors:
+        return tensors[name].name
+    starts = {}
+    for ours, tensor in tensors.items():
+        same = len(commonprefix([ours[::-1], tensor.name[::-1]]))
+        starts[ours[: len(ours) - same]] = tensor.name[: len(tensor.name) - same]
+    start = max(filter(name.startswith, starts), key=len, default="")
+    return starts.get(start, "") + name[len(start) :]

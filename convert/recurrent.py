@@ -28,7 +28,7 @@ from redrafter_mlx.drafters.checkpoint import (
 from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 
-from .head import Form, Head, Packing, Words, check_type, packing_of
+from .head import Form, Head, Packing, Words, check_type, offsets_in, packing_of
 from .layouts import LAYOUTS, MLX, Layout, Recognised, recognise, setting, settings_of
 from .safetensors import Tensor
 from .sources import Source
@@ -172,7 +172,7 @@ def read_recurrent(source: Source, wanted: str | None = None) -> Recurrent:
     for name, tensor in expected.items():
         check_type(source.path, tensors[name], shown[name], tensor.packed)
     sizes = config.vocab_size, config.draft_vocab_size
-    ids = draft_ids(source.path, *sizes, None if offsets is None else offsets.whole())
+    ids = draft_ids(source.path, *sizes, offsets_in(source.path, offsets))
     return Recurrent(
         source=source,
         layout=known.layout.name,

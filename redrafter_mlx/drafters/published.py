@@ -162,7 +162,9 @@ def refuse_strangers(
     """UserError for tensors that a kind does not know, and for one that is there twice."""
     if strangers := sorted(set(names) - known.keys()):
         shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
-        raise UserError(f"{where}: holds tensors that no part of a {kind.name} head uses: {shown}")
+        raise UserError(
+            f"{where}: holds tensors that no part of the head uses (kind {kind.name}): {shown}"
+        )
     counts = Counter(known.values())
     twice = [theirs for theirs, ours in known.items() if counts[ours] > 1]
     if twice:
