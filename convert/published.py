@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,8 @@ def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
         return tensors[name].name
     starts = {}
     for ours, tensor in tensors.items():
-        same = len(commonprefix([ours[::-1], tensor.name[::-1]]))
+        pairs = zip(reversed(ours), reversed(tensor.name), strict=False)
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         starts[ours[: len(ours) - same]] = tensor.name[: len(tensor.name) - same]
     start = max(filter(name.startswith, starts), key=len, default="")
     return starts.get(start, "") + name[len(start) :]

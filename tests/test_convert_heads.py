@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_heads import HEADS, reference
 
+from convert.kinds import NAMES
 from convert_heads import apple_config, apple_tensors, convert, read, run, settings, write, write_in
-from redrafter_mlx.drafters.eagle3 import KIND as EAGLE3
 from redrafter_mlx.drafters.kinds import KINDS, recognised
 from redrafter_mlx.drafters.medusa import KIND as MEDUSA
 from redrafter_mlx.drafters.published import load_published
@@ -499,7 +499,8 @@ HOSTILE = {
     ),
     "medusa: unknown": (
         "medusa", of(**{"1.0.attention.weight": mx.zeros(2), "x": mx.zeros(2)}),
-        "{head}: holds tensors that no part of the head uses (kind medusa): 1.0.attention.weight, x",
+        "{head}: holds tensors that no part of the head uses (kind medusa): 1.0.attention.weight, "
+        "x",
     ),
     "medusa: twice": (
         "medusa", of(**{"medusa_heads.1.1.weight": mx.zeros((96, 32))}),
@@ -637,7 +638,26 @@ def test_code_in_a_pickle_is_not_run(file, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_eagle3_is_what_the_tests_know_of_it():
-    """The tables above name modules of these kinds."""
-    assert KINDS["eagle3"] is EAGLE3
-    assert OWN.keys() <= set(FIXTURES)
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def test_every_kind_is_in_the_readme_and_in_the_help(capsys):
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in NAMES if f"| `{name}` |" not in text] == []
+    assert run("--help") == 0
+    told = capsys.readouterr().out
+    assert all(f"{kind.name}:" in told for kind in KINDS.values())
+
+
+def test_the_card_says_what_kind_it_is_and_for_what(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps({"hidden_size": 32, "vocab_size": 96}))
+    card = (
+        convert(HEADS / "eagle3", tmp_path / "made", "--target", target) / "README.md"
+    ).read_text()
+    assert "\n- mlx\n- eagle3\n- speculative-decoding\n" in card
+    assert f"- Target: {target}." in card
+    assert "- T2d is dropped: d2t says the same.\n" in card
+    assert "draft vocabulary: 40 of 96 ids" in card

@@ -393,7 +393,7 @@ HOSTILE = {
     ),
     "ids are no numbers": (
         change(d2t=mx.full((97,), 0.5)),
-        "{head}: d2t holds F32, not whole numbers",
+        "{head}: d2t holds float32, not whole numbers",
     ),
     "ids of another number": (
         change(d2t=mx.zeros(96, mx.int64)),
