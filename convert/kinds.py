@@ -52,6 +52,8 @@ def _likeliest(settings: Mapping[str, Any], names: Collection[str]) -> Kind | No
     kind = recognised(settings, names)
     if kind is None or settings.get("model_type") == MODEL_TYPE:
         return None
+    if kind.inside:
+        return kind
     try:
         recurrent = recognise("", names)
     except UserError:

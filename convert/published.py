@@ -51,7 +51,11 @@ class Published(Head):
 
     @property
     def hidden_size(self) -> int:
-        return getattr(self.config, "target_hidden_size", self.config.hidden_size)
+        for place in (self.config, getattr(self.config, "layer", None)):
+            for key in ("target_hidden_size", "hidden_size"):
+                if hasattr(place, key):
+                    return getattr(place, key)
+        raise AttributeError(f"no hidden size in {self.config}")
 
     @property
     def words(self) -> Words:
@@ -113,7 +117,9 @@ class Published(Head):
         return f"{self.names[f'{module}.weight'].removesuffix('.weight')}.{parameter}"
 
     def _settings(self, ids: np.ndarray, packing: Packing | None) -> dict[str, Any]:
-        settings = copy.deepcopy(self.source.settings) | self.about.settings(self.config)
+        settings = copy.deepcopy(self.source.settings)
+        settings = self.about.alone(settings) if self.about.inside else settings
+        settings |= self.about.settings(self.config)
         if settings.get("quantization_config") == settings.pop("quantization", None):
             settings.pop("quantization_config", None)  # mlx-lm writes it twice
         if len(ids) < self.vocab_size or "draft_vocab_size" in settings:
@@ -152,6 +158,8 @@ def read_published(source: Source, kind: Kind) -> Published:
         notes.append(f"{tensors.pop(name).name} is dropped: {kind.unused[name]}")
     offsets = tensors.pop("d2t", None)
     packing = packing_of(source, tensors)
+    if packing:
+        _check_packed_alike(source, known, packing)
     for name, tensor in tensors.items():
         packed = name.endswith(".weight") and name.replace(".weight", ".scales") in tensors
         check_type(where, tensor, tensor.name, packed)
@@ -178,6 +186,18 @@ def read_published(source: Source, kind: Kind) -> Published:
         layers=frozenset(name for name, m in modules.items() if hasattr(m, "to_quantized")),
         rows=frozenset(name for name, m in modules.items() if isinstance(m, nn.Embedding)),
     )
+
+
+def _check_packed_alike(source: Source, known: Mapping[str, str], packing: Packing) -> None:
+    """UserError if config.json says of single layers that they are packed in their own way."""
+    told = source.settings["quantization"]
+    for module in {name.rpartition(".")[0] for name in known}:
+        own = told.get(module)
+        if isinstance(own, dict) and any(own.get(k) != x for k, x in vars(packing).items()):
+            raise UserError(
+                f"{source.config_path}: quantization packs {module} unlike the rest: start from "
+                "the unquantised head"
+            )
 
 
 def _check(

@@ -499,7 +499,7 @@ HOSTILE = {
     ),
     "medusa: unknown": (
         "medusa", of(**{"1.0.attention.weight": mx.zeros(2), "x": mx.zeros(2)}),
-        "{head}: holds tensors that no part of the head uses (kind medusa): 1.0.attention.weight, "
+        "{head}: holds tensors that no part of the head uses (medusa): 1.0.attention.weight, "
         "x",
     ),
     "medusa: twice": (
@@ -541,7 +541,7 @@ HOSTILE = {
     ),
     "eagle3: unknown": (
         "eagle3", of(rotary=mx.zeros(2)),
-        "{head}: holds tensors that no part of the head uses (kind eagle3): rotary",
+        "{head}: holds tensors that no part of the head uses (eagle3): rotary",
     ),
     "eagle3: twice": (
         "eagle3", of(layers__0__input_layernorm__weight=mx.zeros(32)),

@@ -6,10 +6,10 @@ parameters each tensor is. Everything else, the checks above all, is the same fo
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,15 +55,14 @@ class Kind:
     drafter      (target, module, draft ids (D,), experience) -> the drafter; raises UserError if
                  the head is another target's
     vocabulary   shape -> (V, D) sizes of the target's and of the draft vocabulary
+    outputs      shape -> our modules whose rows are the draft ids, none where the target's output
+                 layer is read; None: its vocabulary cannot be reduced
+    settings     shape -> keys of config.json that the tensors tell and that a reader may look for
     unused       our names of tensors that are dropped, and why
     inside       whether it lies among the tensors of the target, which are left alone
     ready        (module, weights) -> weights, where the names of a layer's tensors are the target's
                  own to change
-    outputs      shape -> our modules whose rows are the draft ids, none where the target's output
-                 layer is read; None: its vocabulary cannot be reduced
-    settings     shape -> keys of config.json that the tensors tell and that a reader may look for
-
-    A shape has `hidden_size`, and `target_hidden_size` if what the head reads is of another size.
+    alone        config.json of the target -> that of the head by itself, where it lies inside
     """
 
     name: str
@@ -74,13 +73,27 @@ class Kind:
     head: Callable[[Any], nn.Module]
     drafter: Callable[[Target, nn.Module, np.ndarray, Experiences], Drafter]
     vocabulary: Callable[[Any], tuple[int, int]]
+    outputs: Callable[[Any], tuple[str, ...] | None] = lambda config: None
+    settings: Callable[[Any], dict[str, Any]] = lambda config: {}
     unused: Mapping[str, str] = field(default_factory=lambda: {"t2d": "d2t says the same"})
     inside: bool = False
     ready: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]] = lambda head, weights: (
         weights
     )
-    outputs: Callable[[Any], tuple[str, ...] | None] = lambda config: None
-    settings: Callable[[Any], dict[str, Any]] = lambda config: {}
+    alone: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
+
+
+def shards_of(kind: Kind, weight_map: Mapping[str, str]) -> dict[str, list[str]]:
+    """The files in which a head's tensors lie, each with those that it holds.
+
+    weight_map  of a model.safetensors.index.json: name of a tensor -> file
+
+    Together with `kind.alone`'s config.json these tensors, under the same names, are the head.
+    """
+    files: dict[str, list[str]] = {}
+    for name in sorted(kind.ours(weight_map)):
+        files.setdefault(weight_map[name], []).append(name)
+    return files
 
 
 def unwrapped(names: Collection[str], known: Callable[[str], bool]) -> dict[str, str]:
@@ -163,9 +176,9 @@ def refuse_strangers(
     if strangers := sorted(set(names) - known.keys()):
         shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
         raise UserError(
-            f"{where}: holds tensors that no part of the head uses (kind {kind.name}): {shown}"
+            f"{where}: holds tensors that no part of the head uses ({kind.name}): {shown}"
         )
-    counts = Counter(known.values())
+    counts = collections.Counter(known.values())
     twice = [theirs for theirs, ours in known.items() if counts[ours] > 1]
     if twice:
         raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
