@@ -15,8 +15,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.drafters.checkpoint import check_names_and_shapes, quantize_like
-from redrafter_mlx.drafters.published import Kind, built, ids_of, refuse_strangers
+from redrafter_mlx.drafters.checkpoint import check_names_and_shapes, draft_ids, quantize_like
+from redrafter_mlx.drafters.published import Kind, built, refuse_strangers
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 
@@ -170,7 +170,7 @@ def read_published(source: Source, kind: Kind) -> Published:
     parameters = sum(x.size for _, x in tree_flatten(module.parameters()))
     modules = dict(module.named_modules())
     _check(source, kind, module, tensors, packing)
-    ids = ids_of(kind, where, config, offsets_in(where, offsets))
+    ids = draft_ids(where, *kind.vocabulary(config), offsets_in(where, offsets))
     return Published(
         source=source,
         layout=layout_of(kind, source.settings),

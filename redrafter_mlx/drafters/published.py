@@ -22,7 +22,6 @@ from mlx.utils import tree_flatten
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.checkpoint import (
-    check_draft_size,
     check_names_and_shapes,
     draft_ids,
     quantize_like,
@@ -128,7 +127,23 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
     head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in weights.items()])
     device.finish(head.parameters())
     read = None if offsets is None else device.read(offsets)[0]
-    return head, ids_of(kind, path, config, read)
+    vocab_size, draft_vocab_size = kind.vocabulary(config)
+    return head, draft_ids(path, vocab_size, draft_vocab_size, read)
+
+
+def refuse_strangers(
+    kind: Kind, where: object, names: Collection[str], known: Mapping[str, str]
+) -> None:
+    """UserError for tensors that a kind does not know, and for one that is there twice."""
+    if strangers := sorted(set(names) - known.keys()):
+        shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
+        raise UserError(
+            f"{where}: holds tensors that no part of the head uses ({kind.name}): {shown}"
+        )
+    counts = collections.Counter(known.values())
+    twice = [theirs for theirs, ours in known.items() if counts[ours] > 1]
+    if twice:
+        raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
 
 
 def built(
@@ -160,28 +175,6 @@ def check_numbers(where: object, names: Collection[str]) -> None:
                 raise UserError(
                     f"{where}: {name[:80]} has a number beyond the {len(names)} tensors there are"
                 )
-
-
-def ids_of(kind: Kind, where: object, config: Any, offsets: np.ndarray | None) -> np.ndarray:
-    """The target's token id of each draft id (D,), from d2t if there is one."""
-    vocab_size, draft_vocab_size = kind.vocabulary(config)
-    check_draft_size(where, draft_vocab_size, vocab_size)
-    return draft_ids(where, vocab_size, draft_vocab_size, offsets)
-
-
-def refuse_strangers(
-    kind: Kind, where: object, names: Collection[str], known: Mapping[str, str]
-) -> None:
-    """UserError for tensors that a kind does not know, and for one that is there twice."""
-    if strangers := sorted(set(names) - known.keys()):
-        shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
-        raise UserError(
-            f"{where}: holds tensors that no part of the head uses ({kind.name}): {shown}"
-        )
-    counts = collections.Counter(known.values())
-    twice = [theirs for theirs, ours in known.items() if counts[ours] > 1]
-    if twice:
-        raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
 
 
 def unpacked_shapes(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Shapes:
