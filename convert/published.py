@@ -130,10 +130,14 @@ class Published(Head):
 
     def _shape(self) -> dict[str, Any]:
         """The plain values of the kind's own config."""
-        plain = (bool, int, float, str, tuple)
         found = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(self.config)}
         left_out = ("vocab_size", "draft_vocab_size")
-        return {k: x for k, x in found.items() if isinstance(x, plain) and k not in left_out}
+        return {k: x for k, x in found.items() if _is_plain(x) and k not in left_out}
+
+
+def _is_plain(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return all(isinstance(part, bool | int | float | str) for part in parts)
 
 
 def _told(key: str, value: Any) -> str:
