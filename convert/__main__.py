@@ -14,7 +14,10 @@ from redrafter_mlx import cli
 from redrafter_mlx.errors import UserError
 
 PROG = "redrafter_mlx.convert" if __package__ != "convert" else "python -m convert"
-DESCRIPTION = "Convert a recurrent draft head from any known layout to any other."
+DESCRIPTION = (
+    "Convert a draft head for this package: a recurrent one from any known layout to any other, "
+    "or one of another kind, which keeps its layout."
+)
 EXAMPLES = f"""
 examples:
   {PROG} --input ./redrafter-vicuna-7b --output ./head-mlx --quantize 4 --dtype float16
@@ -31,13 +34,17 @@ other commands:
 
 def make_parser() -> cli.Parser:
     """The flags of the conversion itself."""
+    from redrafter_mlx.drafters.kinds import KINDS
+
+    from .kinds import NAMES
     from .layouts import LAYOUTS
 
-    listed = "\n".join(f"  {layout.name + ':':<14}{layout.about}" for layout in LAYOUTS.values())
+    lines = lambda found: "\n".join(f"  {each.name + ':':<14}{each.about}" for each in found)
+    listed = f"{lines(LAYOUTS.values())}\n\nother kinds of heads:\n{lines(KINDS.values())}"
     parser = cli.Parser(
         prog=PROG,
         description=DESCRIPTION,
-        epilog=f"{EXAMPLES}\nlayouts:\n{listed}",
+        epilog=f"{EXAMPLES}\nlayouts of recurrent heads:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = parser.add_argument
@@ -46,10 +53,11 @@ def make_parser() -> cli.Parser:
     flag("--output", required=True, metavar="DIR", help="a new directory")
     flag("--force", action="store_true", help="replace a head that is in --output")
     flag("--revision", help="branch, tag or commit of a Hugging Face repo")
-    flag("--from", dest="source_layout", choices=LAYOUTS, metavar="LAYOUT",
-         help="layout of the input (default: recognised by its tensors)")  # fmt: skip
-    flag("--to", default="mlx", choices=LAYOUTS, metavar="LAYOUT",
-         help="layout of the output (default: mlx)")  # fmt: skip
+    flag("--from", dest="source_layout", choices=dict.fromkeys([*LAYOUTS, *NAMES]),
+         metavar="LAYOUT", help="layout or kind of the input (default: recognised by its tensors "
+         "and config.json); speculators: eagle3 in the layout of that library")  # fmt: skip
+    flag("--to", choices=LAYOUTS, metavar="LAYOUT", help="layout of the output, of recurrent heads "
+         "only (default: mlx)")  # fmt: skip
     flag("--dtype", choices=("float32", "float16", "bfloat16"), help="type of the weights, or of "
          "the scales of quantised ones (default: as they are)")  # fmt: skip
     flag("--quantize", type=int, choices=(4, 8), help="bits per weight")
@@ -84,7 +92,6 @@ def run_conversion(flags: Namespace) -> int:
     from . import conversion, upload
     from .card import megabytes
     from .head import Packing
-    from .layouts import LAYOUTS
     from .storage import check_destination
     from .target import find_target
 
@@ -99,7 +106,7 @@ def run_conversion(flags: Namespace) -> int:
     order = conversion.Order(
         source=flags.input,
         destination=destination,
-        layout=LAYOUTS[flags.to],
+        layout=flags.to,
         source_layout=flags.source_layout,
         revision=flags.revision,
         dtype=flags.dtype,
@@ -113,7 +120,8 @@ def run_conversion(flags: Namespace) -> int:
     result = conversion.convert(order, _print_comparison if flags.verify else None)
     facts = result.facts
     print(
-        f"{destination}: {result.head.layout.name} -> {flags.to}, {facts.parameters:,} parameters, "
+        f"{destination}: {result.head.layout} -> {facts.form.layout}, "
+        f"{facts.parameters:,} parameters, "
         f"{megabytes(result.head.step_bytes)} -> {megabytes(facts.step_bytes)} per draft step"
     )
     if flags.upload:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redrafter_mlx.drafters.head import HeadConfig
+from .head import Form, Words
 
 CARD = "README.md"
 
@@ -22,8 +22,11 @@ class Facts:
     settings  flags that shaped the result
     """
 
-    config: HeadConfig
-    layout: str
+    words: Words
+    hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    form: Form
     source: str
     source_layout: str
     target: str | None
@@ -49,28 +52,27 @@ def megabytes(count: int) -> str:
 
 def card(facts: Facts) -> str:
     """The text of README.md, with the front matter that Hugging Face reads."""
-    c = facts.config
-    if c.draft_vocab_size < c.vocab_size:
-        ids = f"{c.draft_vocab_size:,} of {c.vocab_size:,} ids (`d2t` holds offsets)"
+    words, known = facts.words, facts.vocab_size
+    if facts.draft_vocab_size < known:
+        ids = f"{facts.draft_vocab_size:,} of {known:,} ids (`d2t` holds offsets)"
     else:
-        ids = f"all {c.vocab_size:,} ids"
-    kind = "recurrent state" if c.rnn else "summed embeddings as state"
+        ids = f"all {known:,} ids" if known else "the target's"
+    vocabulary = f" and a vocabulary of {known:,} ids" if known else ""
     target = facts.target or "not named when the head was converted"
     lines = [
         *_front_matter(facts),
         "",
-        "# Recurrent draft head",
+        f"# {words.title}",
         "",
-        "A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919)): it proposes "
-        "tokens that its target model then checks. It is of no use alone.",
+        f"{words.about} It proposes tokens that its target model then checks, and is of no use "
+        "alone.",
         "",
-        f"- Target: {target}. It fits models with hidden size {c.hidden_size:,} and a vocabulary "
-        f"of {c.vocab_size:,} ids, and drafts well only for the one it was trained with.",
-        f"- Head: hidden size {c.hidden_size:,}, exit size {c.exit_dim:,}, {c.num_blocks} residual "
-        f"blocks, {kind}; draft vocabulary: {ids}.",
+        f"- Target: {target}. It fits models with hidden size {facts.hidden_size:,}{vocabulary}, "
+        "and drafts well only for the one it was trained with.",
+        f"- Head: {words.shape}; draft vocabulary: {ids}.",
         f"- Size: {facts.parameters:,} parameters, {megabytes(facts.file_bytes)}; each draft step "
         f"reads {megabytes(facts.step_bytes)}.",
-        f"- Layout: {facts.layout}, converted by redrafter-mlx from {facts.source_layout} "
+        f"- Layout: {facts.form.layout}, converted by redrafter-mlx from {facts.source_layout} "
         f"(`{Path(facts.source).name if Path(facts.source).exists() else facts.source}`).",
         f"- Settings: {facts.settings}.",
         *(f"- {note[0].upper()}{note[1:]}." for note in facts.notes),
@@ -79,7 +81,7 @@ def card(facts: Facts) -> str:
         "|---|---|",
         *(f"| `{name}` | `{digest}` |" for name, digest in facts.hashes.items()),
     ]
-    if facts.layout == "mlx":
+    if facts.form.loaded:
         model = facts.base or facts.target or "TARGET"
         lines += ["", "```shell", f"python -m redrafter_mlx.generate --model {model} "
                   '--drafter . --prompt "Why is the sky blue?"', "```"]  # fmt: skip
@@ -87,11 +89,9 @@ def card(facts: Facts) -> str:
 
 
 def _front_matter(facts: Facts) -> list[str]:
-    tags = ["redrafter", "speculative-decoding", "recurrent-drafter"]
-    if facts.layout == "mlx":
-        tags.insert(0, "mlx")
+    tags = ["mlx"] * facts.form.loaded + list(facts.words.tags)
     base = [f"base_model: {facts.base}"] if facts.base else []
-    library = "mlx" if facts.layout == "mlx" else "pytorch"
+    library = "mlx" if facts.form.loaded else "pytorch"
     return [
         "---",
         f"library_name: {library}",

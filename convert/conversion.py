@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from redrafter_mlx.drafters.checkpoint import expected_tensors, own_settings
-from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 
 from . import storage
 from .card import CARD, Facts, card, sha256
-from .head import Head, Packing, read_head
-from .layouts import LAYOUTS, Layout, settings_of
+from .head import Form, Head, Packing
+from .reading import read_head
 from .safetensors import Entry, Writer
-from .sources import open_source
+from .sources import Source, open_source
 from .target import Target
+from .torch_heads import formula_of
 from .vocabulary import Choice, choose, count_ids
 from .weights import DTYPES, Job, Recipe, fits, jobs
 
@@ -37,7 +36,7 @@ class Order:
 
     source: str
     destination: Path
-    layout: Layout = LAYOUTS["mlx"]
+    layout: str | None = None
     source_layout: str | None = None
     revision: str | None = None
     dtype: str | None = None
@@ -54,7 +53,6 @@ class Result:
     """What was written."""
 
     head: Head
-    config: HeadConfig
     facts: Facts
 
 
@@ -67,42 +65,47 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
     Raises UserError for anything wrong with the source, the wishes or the destination.
     """
     storage.check_destination(order.destination, order.force)
-    source = open_source(order.source, order.revision)
+    source = open_source(order.source, order.revision, order.source_layout)
     storage.check_destination(order.destination, order.force, source.path)
-    head = read_head(source, order.source_layout)
-    if order.target:
-        order.target.check_fits(head.config)
-    recipe, notes = _recipe(order, head)
+    head = _read(order, source)
+    form = head.form(order.layout)
+    if check:
+        formula_of(head)
+    recipe, notes = _recipe(order, head, form)
     notes = [*head.notes, *notes]
     for note in notes:
         _log.info("note: %s", note)
     with storage.build(order.destination, order.force) as directory:
         work = jobs(head, recipe)
         ids = head.draft_ids if recipe.kept is None else head.draft_ids[recipe.kept]
-        config = dataclasses.replace(head.config, draft_vocab_size=len(ids))
-        offsets = _offsets(ids, config.vocab_size)
-        _write_weights(directory / order.layout.file, order.layout, config, work, offsets)
-        _write_json(directory / "config.json", _settings(order, head, config, work, recipe))
+        _write_weights(directory / form.file, form, work, _offsets(ids, head.vocab_size))
+        _write_json(directory / "config.json", _settings(head, form, ids, work, recipe))
+        made = read_head(open_source(str(directory)))  # it has to be a head again
         if check:
             check(head, directory, recipe)
-        size = (directory / order.layout.file).stat().st_size
-        facts = _facts(order, head, config, work, notes, size)
+        facts = _facts(order, head, form, ids, made, notes)
         (directory / CARD).write_text(card(facts), encoding="utf-8")
-    return Result(head, config, facts)
+    return Result(head, facts)
 
 
-def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
+def _read(order: Order, source: Source) -> Head:
+    """The head in the source, for the target if one was given."""
+    head = read_head(source, order.source_layout)
+    if order.target is None:
+        return head
+    size = order.target.size("vocab_size")
+    if not head.vocab_size and size:  # it reads the target's output layer, and does not say so
+        told = dataclasses.replace(source, settings=source.settings | {"vocab_size": size})
+        head = read_head(told, order.source_layout)
+    order.target.check_fits(head)
+    return head
+
+
+def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
     """What to make of this head, and what the user should know about it."""
     notes = []
-    extensions = ", ".join(own_settings(head.config))
-    if extensions and order.layout.name != "mlx":
-        raise UserError(
-            f"--to {order.layout.name}: {extensions} of {head.source.path} are known to this "
-            "package alone; train a head with --output-layer trained, --lookback-heads 0 and "
-            "without --fused-layers"
-        )
-    if order.packing and not order.layout.packed:
-        raise UserError(f"--quantize is for --to mlx; {order.layout.name} has no packed weights")
+    if order.packing and not form.packed:
+        raise UserError(f"--quantize is for --to mlx; {form.layout} has no packed weights")
     if order.packing and head.packing:
         raise UserError(
             f"{head.source.path}: is quantised to {head.packing.bits} bits already, and doing it "
@@ -112,7 +115,7 @@ def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
         raise UserError("--dequantize contradicts --quantize: leave one out")
     if order.unpack and not head.packing:
         raise UserError(f"--dequantize: {head.source.path} is not quantised; leave it out")
-    unpack = bool(head.packing) and (order.unpack or not order.layout.packed)
+    unpack = bool(head.packing) and (order.unpack or not form.packed)
     if unpack:
         bits = head.packing.bits
         notes.append(f"the {bits}-bit weights are unpacked; what they lost stays lost")
@@ -126,14 +129,16 @@ def _recipe(order: Order, head: Head) -> tuple[Recipe, list[str]]:
         kept = order_of_ids[places]
         notes.append(_vocabulary_note(order, head, choice))
     ids = head.draft_ids if kept is None else head.draft_ids[kept]
-    if not order.layout.reduced and _offsets(ids, head.config.vocab_size) is not None:
-        if not order.keep_d2t:
+    if order.keep_d2t and head.kind != "recurrent":
+        raise UserError("--keep-d2t is for recurrent heads; others keep it anyway: leave it out")
+    if not form.reduced and _offsets(ids, head.vocab_size) is not None:
+        if not order.keep_d2t and not form.loaded:
             raise UserError(
-                f"--to {order.layout.name}: its readers know no reduced vocabulary, and this head "
-                f"proposes {len(ids)} of {head.config.vocab_size} ids; start from the full head, "
+                f"--to {form.layout}: its readers know no reduced vocabulary, and this head "
+                f"proposes {len(ids)} of {head.vocab_size} ids; start from the full head, "
                 "or add --keep-d2t if yours reads d2t"
             )
-        notes.append("d2t is written although readers of this layout do not know it")
+        notes.append("d2t is written although other readers of this layout do not know it")
     dtype = DTYPES[order.dtype] if order.dtype else None
     return Recipe(dtype, order.packing, unpack, kept), notes
 
@@ -146,23 +151,39 @@ def _offsets(ids: np.ndarray, vocab_size: int) -> np.ndarray | None:
 
 
 def _packing_notes(head: Head, packing: Packing) -> list[str]:
-    matrices = {name: x for name, x in head.tensors.items() if name.endswith(".weight")}
-    odd = [name for name, tensor in matrices.items() if not fits(tensor.shape, packing)]
-    if len(odd) == len(matrices):
+    matrices = {name: x for name, x in head.tensors.items() if len(x.shape) > 1}
+    kept = [name for name in matrices if not head.may_be_packed(name)]
+    odd = [n for n, x in matrices.items() if n not in kept and not fits(x.shape, packing)]
+    if len(odd) + len(kept) == len(matrices):
         raise UserError(
             f"--group-size {packing.group_size}: no layer of this head divides into such groups; "
             "give --group-size 32"
         )
-    if not odd:
-        return []
-    names = ", ".join(odd)
-    return [f"not quantised, since rows do not divide into {packing.group_size}: {names}"]
+    notes = []
+    if odd:
+        notes.append(
+            f"not quantised, since rows do not divide into {packing.group_size}: {', '.join(odd)}"
+        )
+    if kept:
+        names = ", ".join(kept[:6]) + f" and {len(kept) - 6} more" * (len(kept) > 6)
+        notes.append(f"not quantised, since they are no layers of their own: {names}")
+    return notes
 
 
 def _choose(order: Order, head: Head) -> Choice:
     size, file = order.vocabulary
+    if head.outputs is None:
+        raise UserError(
+            f"--draft-vocab: a head of the kind {head.kind} proposes what its target can say; "
+            "leave it out"
+        )
+    if not head.vocab_size:
+        raise UserError(
+            f"--draft-vocab: {head.source.path} does not tell the vocab_size of its target: give "
+            "--target"
+        )
     tokenizer = order.target.tokenizer() if order.target else None
-    counts = count_ids(file, head.config.vocab_size, tokenizer)
+    counts = count_ids(file, head.vocab_size, tokenizer)
     ends = tokenizer.eos_token_ids if tokenizer else ()
     return choose(counts, size, ends, head.draft_ids)
 
@@ -171,17 +192,15 @@ def _vocabulary_note(order: Order, head: Head, choice: Choice) -> str:
     _, file = order.vocabulary
     missing = f"; {choice.missing} more are not in this head" if choice.missing else ""
     return (
-        f"draft vocabulary: {len(choice.ids):,} of {head.config.vocab_size:,} ids, "
+        f"draft vocabulary: {len(choice.ids):,} of {head.vocab_size:,} ids, "
         f"{choice.coverage:.2%} of the tokens in {file.name}{missing}"
     )
 
 
-def _write_weights(
-    file: Path, layout: Layout, config: HeadConfig, work: list[Job], offsets: np.ndarray | None
-) -> None:
+def _write_weights(file: Path, form: Form, work: list[Job], offsets: np.ndarray | None) -> None:
     from tqdm import tqdm
 
-    theirs = lambda name: layout.theirs(name, config.num_blocks)
+    theirs = form.theirs
     entries = [
         Entry(theirs(entry.name), entry.dtype, entry.shape) for job in work for entry in job.entries
     ]
@@ -205,35 +224,20 @@ def _write_weights(
 
 
 def _settings(
-    order: Order, head: Head, config: HeadConfig, work: list[Job], recipe: Recipe
-) -> dict:
-    values = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "exit_dim": config.exit_dim,
-        "num_draft_layers": config.num_blocks,
-        "rnn": config.rnn,
-        **own_settings(config),
-    }
-    if config.draft_vocab_size < config.vocab_size:
-        values["draft_vocab_size"] = config.draft_vocab_size
-    settings = settings_of(order.layout, values)
+    head: Head, form: Form, ids: np.ndarray, work: list[Job], recipe: Recipe
+) -> dict[str, Any]:
     packing = recipe.packing or (None if recipe.unpack else head.packing)
-    if packing:
-        settings["quantization"] = dataclasses.asdict(packing)
+    settings = form.settings(ids, packing)
     types = {entry.dtype for job in work for entry in job.entries if entry.dtype in DTYPES.values()}
     if len(types) == 1:
         word = {code: word for word, code in DTYPES.items()}[types.pop()]
-        settings["dtype"] = word
+        settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = word
     return settings
 
 
 def _facts(
-    order: Order, head: Head, config: HeadConfig, work: list[Job], notes: list[str],
-    weights_bytes: int,
-) -> Facts:  # fmt: skip
-    hashes = {file.name: sha256(file) for file in _files(head)}
-    step = sum(job.nbytes for job in work)
+    order: Order, head: Head, form: Form, ids: np.ndarray, made: Head, notes: list[str]
+) -> Facts:
     flags = []
     if order.revision:
         flags.append(f"--revision {order.revision}")
@@ -247,32 +251,22 @@ def _facts(
         size, file = order.vocabulary
         flags.append(f"--draft-vocab {'' if size is None else f'{size} '}{file.name}")
     return Facts(
-        config=config,
-        layout=order.layout.name,
+        words=head.words,
+        hidden_size=head.hidden_size,
+        vocab_size=head.vocab_size,
+        draft_vocab_size=len(ids),
+        form=form,
         source=order.source,
-        source_layout=head.layout.name,
+        source_layout=head.layout,
         target=order.target.name if order.target else None,
         base=order.target.repo if order.target else None,
-        hashes=hashes,
+        hashes={file.name: sha256(file) for file in head.files},
         settings=" ".join(flags) or "weights and vocabulary as in the source",
-        parameters=parameter_count(config),
-        file_bytes=weights_bytes,
-        step_bytes=step,
+        parameters=made.parameters,
+        file_bytes=made.source.files[0].stat().st_size,
+        step_bytes=made.step_bytes,
         notes=notes,
     )
-
-
-def _files(head: Head) -> list[Path]:
-    """Files of the source, less the shards that hold nothing but the target."""
-    tensors = head.source.tensors.values()
-    theirs = {t.file for t in tensors if head.layout.belongs_to_target(t.name)}
-    ours = {t.file for t in tensors if not head.layout.belongs_to_target(t.name)}
-    return [file for file in head.source.files if file in ours or file not in theirs]
-
-
-def parameter_count(config: HeadConfig) -> int:
-    """Numbers that were trained, packed or not."""
-    return sum(math.prod(tensor.shape) for tensor in expected_tensors(config).values())
 
 
 def _write_json(path: Path, content: dict) -> None:

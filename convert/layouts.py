@@ -20,6 +20,7 @@ from redrafter_mlx.drafters.checkpoint import (
     MODEL_TYPE,
     UNUSED,
 )
+from redrafter_mlx.drafters.kinds import KINDS
 from redrafter_mlx.errors import UserError
 
 CONFIG_KEYS = ("vocab_size", "hidden_size", "exit_dim", "num_draft_layers", "rnn")
@@ -220,13 +221,14 @@ def recognise(where: object, names: Collection[str], wanted: str | None = None) 
         return max(mine, key=lambda each: len(each.ours))
     if best is None:
         raise UserError(
-            f"{where}: no recurrent head in any known layout ({', '.join(LAYOUTS)}); "
-            f"it holds {_some(names)}"
+            f"{where}: no draft head in any known layout "
+            f"({', '.join(dict.fromkeys([*LAYOUTS, *KINDS]))}); it holds {some(names)}"
         )
     return best
 
 
-def _some(names: Collection[str]) -> str:
+def some(names: Collection[str]) -> str:
+    """A few of the names, for messages."""
     shown = ", ".join(sorted(names)[:4]) or "no tensors"
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

@@ -8,9 +8,10 @@ from typing import Any
 from redrafter_mlx.errors import UserError
 
 from .card import megabytes
-from .conversion import parameter_count
-from .head import Head, read_head
+from .head import Head
+from .kinds import kind_of, layout_of
 from .layouts import recognise
+from .reading import read_head
 from .sources import Source, open_source
 
 FAMILIES = {
@@ -50,11 +51,19 @@ def describe(name: str, revision: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path), "tensors": _tensors(source)}
     found["files"] = {file.name: file.stat().st_size for file in source.files}
     try:
-        found["layout"] = recognise(source.path, source.tensors).layout.name
+        found |= _recognised(source)
         head = read_head(source)
     except UserError as error:
         return found | {"problem": str(error)}
     return found | _head(head)
+
+
+def _recognised(source: Source) -> dict[str, str]:
+    kind = kind_of(source.path, source.settings, source.tensors, None)
+    if kind is None:
+        layout = recognise(source.path, source.tensors).layout.name
+        return {"kind": "recurrent", "layout": layout}
+    return {"kind": kind.name, "layout": layout_of(kind, source.settings)}
 
 
 def _tensors(source: Source) -> list[dict[str, Any]]:
@@ -66,41 +75,20 @@ def _tensors(source: Source) -> list[dict[str, Any]]:
 
 
 def _head(head: Head) -> dict[str, Any]:
-    c = head.config
-    parts = ("recurrence", "projection", "blocks", "lookback", "output")
-    groups: dict[str, int] = dict.fromkeys(parts, 0)
-    for name, tensor in head.tensors.items():
-        groups[_group(head, name)] += tensor.nbytes
     return {
-        "layout": head.layout.name,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "exit_dim": c.exit_dim,
-        "residual_blocks": c.num_blocks,
-        "rnn": c.rnn,
-        "draft_vocab_size": c.draft_vocab_size,
-        "tied_output": c.tied_output,
-        "fused_layers": list(c.fused_layers),
-        "lookback_heads": c.lookback_heads,
+        "vocab_size": head.vocab_size,
+        "hidden_size": head.hidden_size,
+        "draft_vocab_size": len(head.draft_ids),
+        **head.facts(),
+        "described": head.words.shape,
         "quantization": vars(head.packing) if head.packing else None,
         "dtypes": sorted({t.dtype for t in head.tensors.values()}),
-        "parameters": parameter_count(c),
+        "parameters": head.parameters,
         "bytes_per_draft_step": head.step_bytes,
-        "bytes_by_part": groups,
-        "same_sizes_as": FAMILIES.get((c.hidden_size, c.vocab_size)),
+        "bytes_by_part": head.bytes_by_part(),
+        "same_sizes_as": FAMILIES.get((head.hidden_size, head.vocab_size)),
         "notes": head.notes,
     }
-
-
-def _group(head: Head, name: str) -> str:
-    module = name.rpartition(".")[0]
-    if module.startswith("rnn_"):
-        return "recurrence"
-    if module == "input_proj":
-        return "projection"
-    if module.startswith("lookback"):
-        return "lookback"
-    return "output" if module == head.output else "blocks"
 
 
 def report(found: dict[str, Any]) -> str:
@@ -119,30 +107,31 @@ def report(found: dict[str, Any]) -> str:
 def _summary(f: dict[str, Any]) -> list[str]:
     packed = f["quantization"]
     kind = f"{packed['bits']}-bit, groups of {packed['group_size']}" if packed else "not quantised"
-    full = f["draft_vocab_size"] == f["vocab_size"]
-    share = (
-        "" if full else f" ({f['draft_vocab_size'] / f['vocab_size']:.0%} of {f['vocab_size']:,})"
-    )
-    own = ["rows of the target's own head, and of each text's ids"] * f["tied_output"]
-    if f["fused_layers"]:
+    own = ["rows of the target's own head, and of each text's ids"] * f.get("tied_output", False)
+    if f.get("fused_layers"):
         own.append(f"also reads layers {', '.join(map(str, f['fused_layers']))}")
-    if f["lookback_heads"]:
+    if f.get("lookback_heads"):
         own.append(f"looks back at the text with {f['lookback_heads']} attention heads")
     parts = ", ".join(f"{k} {megabytes(v)}" for k, v in f["bytes_by_part"].items() if v)
     known = f"; {f['same_sizes_as']} has these sizes" if f["same_sizes_as"] else ""
+    vocabulary = f" and vocab_size {f['vocab_size']}" if f["vocab_size"] else ""
     return [
-        f"  recurrent draft head   layout {f['layout']}, {kind}, {' '.join(f['dtypes'])}",
+        f"  {f['kind'] + ' draft head':<22} layout {f['layout']}, {kind}, {' '.join(f['dtypes'])}",
         f"  size                   {f['parameters']:,} parameters, "
         f"{megabytes(sum(f['files'].values()))} on disk",
-        f"  shape                  hidden {f['hidden_size']:,}, exit {f['exit_dim']:,}, "
-        f"{f['residual_blocks']} residual blocks, "
-        f"{'recurrent state' if f['rnn'] else 'sum of embeddings'}",
-        f"  draft vocabulary       {f['draft_vocab_size']:,} ids{share}",
+        f"  shape                  {f['described']}",
+        f"  draft vocabulary       {_vocabulary(f['draft_vocab_size'], f['vocab_size'])}",
         *([f"  output                 {'; '.join(own)}"] if own else []),
         f"  read per draft step    {megabytes(f['bytes_per_draft_step'])}: {parts}",
-        f"  fits                   targets with hidden_size {f['hidden_size']} and vocab_size "
-        f"{f['vocab_size']}{known}",
+        f"  fits                   targets with hidden_size {f['hidden_size']}{vocabulary}{known}",
     ]
+
+
+def _vocabulary(drafted: int, known: int) -> str:
+    if not known:
+        return "the target's"
+    share = "" if drafted == known else f" ({drafted / known:.0%} of {known:,})"
+    return f"{drafted:,} ids{share}"
 
 
 def _table(tensors: list[dict[str, Any]]) -> list[str]:

@@ -14,15 +14,17 @@ import numpy as np
 from redrafter_mlx.drafters.checkpoint import read_json
 from redrafter_mlx.errors import UserError
 
+from .kinds import beside, kind_of
 from .pickles import read_pickle
 from .safetensors import Tensor, read_safetensors
 
 PICKLES = (".bin", ".pt", ".pth")
+INDEX = "model.safetensors.index.json"
 HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-HUB_PICKLES = ["config.json", "pytorch_model*", "model.pt", "drafter.pt"]
+HUB_PICKLES = ["config.json", "pytorch_model*", "model.pt", "drafter.pt", "medusa_lm_head.pt"]
 ACCEPTED = "a directory, a .safetensors, .bin or .pt file, or a Hugging Face repo as org/name"
 CHOICES = (
-    ("model.safetensors.index.json", "index"),
+    (INDEX, "index"),
     ("model*.safetensors", "weights"),
     ("rank*.safetensors", "ranks"),
     ("*.safetensors", "weights"),
@@ -59,25 +61,29 @@ class Source:
         return (self.path if self.path.is_dir() else self.path.parent) / "config.json"
 
 
-def open_source(name: str, revision: str | None = None) -> Source:
+def open_source(name: str, revision: str | None = None, wanted: str | None = None) -> Source:
     """The checkpoint `name`; its tensors are not read yet.
+
+    wanted  what --from says
+
+    Of a head that lies among its target's tensors only the files are opened that hold it.
 
     Raises UserError: nothing there, a damaged file, a link that leads elsewhere.
     """
-    path = locate(name, revision)
+    path = locate(name, revision, wanted)
     if path.is_file():
         config = path.parent / "config.json"
         settings = _settings(_inside(path.parent, config)) if config.is_file() else {}
         used = [config] if settings else []
         return Source(name, path, settings, read_file(path), [path, *used])
     config = path / "config.json"
-    settings = _settings(_inside(path, config)) if config.exists() or config.is_symlink() else {}
-    files, tensors = _read_directory(path)
+    settings = _settings_in(path)
+    files, tensors = _read_directory(path, settings, wanted)
     return Source(name, path, settings, tensors, [*files, *([config] if settings else [])])
 
 
-def locate(name: str, revision: str | None = None) -> Path:
-    """The local path of `name`, downloaded first if it is a repo."""
+def locate(name: str, revision: str | None = None, wanted: str | None = None) -> Path:
+    """The local path of `name`; of a repo, what holds the head is downloaded first."""
     from redrafter_mlx import places
 
     path = places.expanded(name)
@@ -87,6 +93,11 @@ def locate(name: str, revision: str | None = None) -> Path:
         return path
     if not places.is_repo_id(name):
         raise UserError(f"--input {name!r} does not exist; give {ACCEPTED}")
+    listed = places.snapshot(name, revision, ["config.json", INDEX], ACCEPTED)
+    if (listed / INDEX).is_file():
+        held = _held(listed, _settings_in(listed), _inside(listed, listed / INDEX), wanted)
+        files = ["config.json", INDEX, *sorted(set(held.values()))]
+        return places.snapshot(name, revision, files, ACCEPTED)
     found = places.snapshot(name, revision, HUB_FILES, ACCEPTED)
     if any(found.glob("*.safetensors")):
         return found
@@ -102,6 +113,12 @@ def read_file(file: Path) -> dict[str, Tensor]:
     raise UserError(f"{file}: is not a file of weights; give {ACCEPTED}")
 
 
+def _settings_in(path: Path) -> dict[str, Any]:
+    """config.json of a directory, {} if there is none."""
+    config = path / "config.json"
+    return _settings(_inside(path, config)) if config.exists() or config.is_symlink() else {}
+
+
 def _settings(path: Path) -> dict[str, Any]:
     settings = read_json(path)
     if not isinstance(settings, dict):
@@ -109,13 +126,16 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_directory(path: Path) -> tuple[list[Path], dict[str, Tensor]]:
+def _read_directory(
+    path: Path, settings: dict[str, Any], wanted: str | None
+) -> tuple[list[Path], dict[str, Tensor]]:
     for pattern, kind in CHOICES:
         found = [p for p in sorted(path.glob(pattern)) if not p.name.startswith(NOT_WEIGHTS)]
         if not found:
             continue
         if kind == "index":
-            return _read_index(path, _inside(path, found[0]))
+            index = _inside(path, found[0])
+            return _read_index(path, index, _held(path, settings, index, wanted))
         if len(found) > 1 and pattern.startswith("*"):
             names = ", ".join(p.name for p in found)
             raise UserError(f"{path}: holds several heads; give one as --input: {names}")
@@ -124,14 +144,25 @@ def _read_directory(path: Path) -> tuple[list[Path], dict[str, Tensor]]:
     raise UserError(f"{path}: holds no weights (*.safetensors, pytorch_model*.bin, model.pt)")
 
 
-def _read_index(path: Path, index: Path) -> tuple[list[Path], dict[str, Tensor]]:
+def _held(path: Path, settings: dict[str, Any], index: Path, wanted: str | None) -> dict[str, str]:
+    """The tensors that an index lists and their files, less those that are the target's."""
     places = _settings(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
         raise UserError(f"{index}: has no weight_map of tensor names to files")
-    files = []
     for name in sorted(set(places.values())):
         if Path(name).name != name or name in ("", ".", ".."):
             raise UserError(f"{index}: names the file {name!r}, which is not beside it")
+    kind = kind_of(path, settings, places, wanted)
+    left_out = beside(kind, places) if kind else set()
+    return {name: place for name, place in places.items() if name not in left_out}
+
+
+def _read_index(
+    path: Path, index: Path, places: dict[str, str]
+) -> tuple[list[Path], dict[str, Tensor]]:
+    """What an index lists: `places` of tensors, as of `_held`."""
+    files = []
+    for name in sorted(set(places.values())):
         if not (path / name).exists():
             raise UserError(f"{index}: names {name}, which is missing; get the head again")
         files.append(_inside(path, path / name))
@@ -139,7 +170,7 @@ def _read_index(path: Path, index: Path) -> tuple[list[Path], dict[str, Tensor]]
     for name, place in places.items():
         if name not in tensors or tensors[name].file.name != place:
             raise UserError(f"{index}: says that {place} holds {name}, which it does not")
-    if unlisted := sorted(tensors.keys() - places.keys()):
+    if unlisted := sorted(tensors.keys() - _settings(index)["weight_map"].keys()):
         raise UserError(f"{index}: does not list {', '.join(unlisted)}, which its files hold")
     return [index, *files], tensors
 

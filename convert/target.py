@@ -8,10 +8,10 @@ from typing import Any
 
 from redrafter_mlx import hub, places
 from redrafter_mlx.drafters.checkpoint import read_json
-from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 
+from .head import Head
 from .layouts import setting
 
 FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "tokenizer*"]
@@ -28,16 +28,21 @@ class Target:
     path: Path
     repo: str | None = None
 
-    def check_fits(self, config: HeadConfig) -> None:
-        """Refuse a target of other sizes than the head's."""
+    def size(self, key: str) -> int | None:
+        """A size in its config.json, None if it is not there."""
         settings = read_json(self.path / "config.json")
-        for key in ("hidden_size", "vocab_size"):
-            inner = setting(settings, f"text_config.{key}")
-            found = setting(settings, key) if inner is None else inner
-            if isinstance(found, int) and found != getattr(config, key):
+        inner = setting(settings, f"text_config.{key}")
+        found = setting(settings, key) if inner is None else inner
+        return found if isinstance(found, int) else None
+
+    def check_fits(self, head: Head) -> None:
+        """Refuse a target of other sizes than the head's, where the head tells them."""
+        for key, needed in (("hidden_size", head.hidden_size), ("vocab_size", head.vocab_size)):
+            found = self.size(key)
+            if found is not None and needed and found != needed:
                 raise UserError(
                     f"--target {self.name} has {key} {found}, the head was made for "
-                    f"{getattr(config, key)}: it belongs to another target"
+                    f"{needed}: it belongs to another target"
                 )
 
     def tokenizer(self) -> Any:

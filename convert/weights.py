@@ -126,29 +126,32 @@ def jobs(head: Head, recipe: Recipe) -> list[Job]:
     found = []
     for name, tensor in head.tensors.items():
         module, _, parameter = name.rpartition(".")
-        rows = recipe.kept if module == head.output else None
+        rows = recipe.kept if module in (head.outputs or ()) else None
         if parameter in ("scales", "biases"):
             continue
         if f"{module}.scales" in head.tensors and parameter == "weight":
             found.append(_packed_job(head, recipe, module, rows))
         else:
-            found.append(_plain_job(recipe, name, tensor, rows))
+            packing = recipe.packing if head.may_be_packed(name) else None
+            found.append(_plain_job(recipe.dtype, packing, name, tensor, rows))
     return found
 
 
-def _plain_job(recipe: Recipe, name: str, tensor: Tensor, rows: np.ndarray | None) -> Job:
+def _plain_job(
+    dtype: str | None, packing: Packing | None, name: str, tensor: Tensor, rows: np.ndarray | None
+) -> Job:
     shape = tensor.shape if rows is None else (len(rows), *tensor.shape[1:])
-    dtype = recipe.dtype or tensor.dtype
-    if not (recipe.packing and name.endswith(".weight") and fits(shape, recipe.packing)):
+    dtype = dtype or tensor.dtype
+    if not (packing and fits(shape, packing)):
         return Job((tensor,), (Entry(name, dtype, shape),), rows=rows)
     module, (count, columns) = name.removesuffix(".weight"), shape
-    groups = (count, columns // recipe.packing.group_size)
+    groups = (count, columns // packing.group_size)
     entries = (
-        Entry(name, "U32", (count, columns * recipe.packing.bits // 32)),
+        Entry(name, "U32", (count, columns * packing.bits // 32)),
         Entry(f"{module}.scales", dtype, groups),
         Entry(f"{module}.biases", dtype, groups),
     )
-    return Job((tensor,), entries, packing=recipe.packing, rows=rows)
+    return Job((tensor,), entries, packing=packing, rows=rows)
 
 
 def _packed_job(head: Head, recipe: Recipe, module: str, rows: np.ndarray | None) -> Job:

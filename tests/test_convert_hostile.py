@@ -8,10 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from convert.layouts import LAYOUTS
 from convert_heads import apple_config, apple_tensors, read, run, settings, write_in
+from redrafter_mlx.drafters.kinds import KINDS
 
 CONFIG = apple_config()
 SIZE = 97 * 64 * 4
+KNOWN = ", ".join(dict.fromkeys([*LAYOUTS, *KINDS]))
 
 
 @pytest.fixture
@@ -311,9 +314,8 @@ HOSTILE = {
         lambda head: mx.save_safetensors(
             str(weights(head)), {f"model.layers.{i}.q": mx.zeros(1) for i in range(6)}
         ),
-        "{head}: no recurrent head in any known layout (apple, mlx, lm-heads, medusa, "
-        "tensorrt-llm, modelopt); it holds model.layers.0.q, model.layers.1.q, model.layers.2.q, "
-        "model.layers.3.q and 2 more",
+        f"{{head}}: no draft head in any known layout ({KNOWN}); it holds "
+        "model.layers.0.q, model.layers.1.q, model.layers.2.q, model.layers.3.q and 2 more",
     ),
     "two names for one tensor": (
         change(input_proj__weight=mx.zeros((2, 2)), input_projs__weight=mx.zeros((2, 2))),

@@ -286,6 +286,7 @@ def draft_ids(
 
     Raises UserError if it is missing, or does not map to distinct ids of the target.
     """
+    check_draft_size(where, draft_vocab_size, vocab_size)
     ids = np.arange(draft_vocab_size)
     if offsets is None:
         if draft_vocab_size < vocab_size:

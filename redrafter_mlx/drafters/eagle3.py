@@ -206,6 +206,11 @@ def _layer(where: object, shape: Mapping[str, Any], shapes: Shapes) -> Any:
     queries, double = matrix(where, shapes, "layers.0.self_attn.q_proj.weight")
     hidden_size, head_dim = double // 2, queries // heads
     keys = matrix(where, shapes, "layers.0.self_attn.k_proj.weight")[0]
+    if queries % heads or keys % head_dim:
+        raise UserError(
+            f"{where}: {queries} queries and {keys} keys do not divide into "
+            f"num_attention_heads {heads} of one size"
+        )
     intermediate = matrix(where, shapes, "layers.0.mlp.gate_proj.weight")[0]
     agree(where, "hidden_size", shape.get("hidden_size"), hidden_size)
     agree(where, "intermediate_size", shape.get("intermediate_size"), intermediate)
@@ -243,8 +248,11 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Eagle
         raise UserError(f"{where}: fc.weight has {columns} columns for {captured} layers")
     vocab_size = setting(where, shape, "vocab_size")
     own_output = "lm_head.weight" in shapes
-    draft = matrix(where, shapes, "lm_head.weight")[0] if own_output else vocab_size
-    agree(where, "draft_vocab_size", settings.get("draft_vocab_size"), draft)
+    if own_output:
+        draft = matrix(where, shapes, "lm_head.weight")[0]
+        agree(where, "draft_vocab_size", settings.get("draft_vocab_size"), draft)
+    else:
+        draft = setting(where, settings, "draft_vocab_size", vocab_size)
     nested = settings.get("eagle_config")
     nested = nested if isinstance(nested, Mapping) else {}
     flag = lambda name: bool(settings.get(name) or nested.get(name))
@@ -314,4 +322,8 @@ KIND = Kind(
     head=Eagle3Head,
     drafter=_drafter,
     vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
+    outputs=lambda config: ("lm_head",) * config.own_output,
+    settings=lambda config: (
+        {"draft_vocab_size": config.draft_vocab_size} if config.own_output else {}
+    ),
 )

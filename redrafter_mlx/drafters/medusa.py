@@ -24,6 +24,7 @@ from redrafter_mlx.drafters.published import (
     agree,
     belongs_to,
     matrix,
+    setting,
     unwrapped,
 )
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary, WholeVocabulary
@@ -128,13 +129,25 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Medus
     output = f"heads.0.{blocks}.weight"
     shared = output not in shapes
     rows = None if shared else matrix(where, shapes, output)[0]
-    draft = settings.get("draft_vocab_size") or rows
-    vocab_size = settings.get("vocab_size") or rows
-    if shared and not vocab_size:
+    if shared and settings.get("vocab_size") is None:
         vocab_size = draft = 0  # the target's, whatever that is
-    elif shared:
-        draft = draft or vocab_size
+    else:
+        vocab_size = setting(where, settings, "vocab_size", rows)
+        draft = setting(where, settings, "draft_vocab_size", rows or vocab_size)
     return MedusaConfig(vocab_size, hidden_size, heads, blocks, draft, shared)
+
+
+def _outputs(config: MedusaConfig) -> tuple[str, ...]:
+    return tuple(f"heads.{i}.{config.blocks}" for i in range(config.heads * (not config.shared)))
+
+
+def _settings(config: MedusaConfig) -> dict[str, Any]:
+    sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+    return {
+        "medusa_num_heads": config.heads,
+        "medusa_num_layers": config.blocks,
+        **{key: size for key, size in sizes.items() if size},
+    }
 
 
 def _drafter(
@@ -161,4 +174,6 @@ KIND = Kind(
     head=MedusaHead,
     drafter=_drafter,
     vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
+    outputs=_outputs,
+    settings=_settings,
 )

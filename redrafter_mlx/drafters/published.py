@@ -6,6 +6,7 @@ parameters each tensor is. Everything else, the checks above all, is the same fo
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from redrafter_mlx.drafters.checkpoint import (
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.adapter import Target
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,6 +55,9 @@ class Kind:
     drafter      (target, module, draft ids (D,), experience) -> the drafter; raises UserError if
                  the head is another target's
     vocabulary   shape -> (V, D) sizes of the target's and of the draft vocabulary
+    outputs      shape -> our modules whose rows are the draft ids, none where the target's output
+                 layer is read; None: its vocabulary cannot be reduced
+    settings     shape -> keys of config.json that the tensors tell and that a reader may look for
     unused       our names of tensors that are dropped, and why
     inside       whether it lies among the tensors of the target, which are left alone
     ready        (module, weights) -> weights, where the names of a layer's tensors are the target's
@@ -68,6 +73,8 @@ class Kind:
     head: Callable[[Any], nn.Module]
     drafter: Callable[[Target, nn.Module, np.ndarray, Experiences], Drafter]
     vocabulary: Callable[[Any], tuple[int, int]]
+    outputs: Callable[[Any], tuple[str, ...] | None] = lambda config: None
+    settings: Callable[[Any], dict[str, Any]] = lambda config: {}
     unused: Mapping[str, str] = field(default_factory=lambda: {"t2d": "d2t says the same"})
     inside: bool = False
     ready: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]] = lambda head, weights: (
@@ -113,8 +120,7 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
         del weights[name]
     offsets = weights.pop("d2t", None)
     packed = {name: x.shape for name, x in weights.items()}
-    config = kind.config(path, settings, unpacked_shapes(path, settings, packed))
-    head = kind.head(config)
+    config, head = built(kind, path, settings, packed)
     weights = kind.ready(head, weights)
     if "quantization" in settings:
         quantize_like(path, head, _by_our_names(settings["quantization"], names), weights)
@@ -146,9 +152,41 @@ def refuse_strangers(
         raise UserError(
             f"{where}: holds tensors that no part of the head uses ({kind.name}): {shown}"
         )
-    twice = [theirs for theirs, ours in known.items() if list(known.values()).count(ours) > 1]
+    counts = collections.Counter(known.values())
+    twice = [theirs for theirs, ours in known.items() if counts[ours] > 1]
     if twice:
         raise UserError(f"{where}: {' and '.join(sorted(twice))} are the same tensor")
+
+
+def built(
+    kind: Kind, where: object, settings: Mapping[str, Any], shapes: Shapes
+) -> tuple[Any, nn.Module]:
+    """The shape of a head, and its module with parameters still to be loaded.
+
+    shapes  by our names, of packed weights as they are packed; d2t and unused ones left out
+
+    Raises UserError, whatever the settings and the shapes are.
+    """
+    check_numbers(where, shapes)
+    try:
+        config = kind.config(where, settings, unpacked_shapes(where, settings, shapes))
+        return config, kind.head(config)
+    except UserError:
+        raise
+    except Exception as error:  # from a wrong type to what mlx-lm makes of odd rope settings
+        raise UserError(
+            f"{where}: config.json and tensors make no {kind.name} head: {one_line(error)}"
+        ) from error
+
+
+def check_numbers(where: object, names: Collection[str]) -> None:
+    """UserError for a numbered module that lies beyond any count: as many would be made of it."""
+    for name in names:
+        for part in name.split(".")[:-1]:
+            if part.isdecimal() and (len(part) > 6 or int(part) >= len(names)):
+                raise UserError(
+                    f"{where}: {name[:80]} has a number beyond the {len(names)} tensors there are"
+                )
 
 
 def unpacked_shapes(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Shapes:
