@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.heads_table import table
 from benchmarks.ratios import (
     BASE,
     PLAIN,
@@ -341,6 +342,11 @@ def hybrid_tables(result: dict, name: str) -> str:
     return "\n".join(lines)
 
 
+def heads_tables(result: dict, name: str) -> str:
+    """Markdown of the comparison of heads."""
+    return f"{headline(result, name)}\n\n{table(result)}"
+
+
 FLAGS = (
     "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
     "rules", "budgets", "temps", "contexts", "reference",
@@ -455,6 +461,7 @@ TABLES = {
     "policy": policy_tables,
     "first_run": first_run_tables,
     "hybrid": hybrid_tables,
+    "heads": heads_tables,
 }
 """By the `kind` of a document."""
 

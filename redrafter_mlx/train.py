@@ -151,13 +151,14 @@ def _check_output(flags: Namespace) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the target comes from; what the `head` reads of it is kept with the data."""
+    """Where the target comes from; what the `head` reads of it, and `layers`, is kept as data."""
 
     name: str
     revision: str | None
     adapter_path: str | None
     trust_remote_code: bool
     head: HeadOptions
+    layers: tuple[int, ...] = ()
 
     def load(self) -> tuple[Target, TokenizerWrapper]:
         """The target and its tokenizer, loaded once in each process."""
@@ -182,7 +183,7 @@ def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
     )[:2]
     target = adapt(model)
     layers = RECIPES[source.head.head].reads(len(model.layers), source.head)
-    target.tap(layers)
+    target.tap((*source.layers, *layers))
     return target, tokenizer
 
 
@@ -191,7 +192,7 @@ def _train(flags: Namespace, source: Source, options) -> int:
 
     data_options, head_options, training_options = options
     began = time.monotonic()
-    jobs = _write_data(flags, source, data_options)
+    jobs = write_data_of(flags, source, data_options)
     minutes = None
     if flags.minutes is not None:
         spent = (time.monotonic() - began) / 60
@@ -214,8 +215,8 @@ def _train(flags: Namespace, source: Source, options) -> int:
     return _finish(flags, run)
 
 
-def _write_data(flags: Namespace, source: Source, options: DataOptions) -> int:
-    """How many jobs wrote it."""
+def write_data_of(flags: Namespace, source: Source, options: DataOptions) -> int:
+    """Write what a head of the target learns from; how many jobs wrote it."""
     from redrafter_mlx.training.data import Counts
     from redrafter_mlx.training.estimate import choose_jobs
     from redrafter_mlx.training.jobs import side_by_side

@@ -116,12 +116,14 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     )
     d2t = mx.arange(target.vocab_size, dtype=mx.int32)
     head = recipe.new(recipe.config(target.vocab_size, STEPS), d2t, shards, STEPS, mx.random.key(0))
+    answers = list(islice(greedy_answers([shard_path(directory, 0)]), 10))
+    rate = lambda drafter: replay(drafter, answers, width=2, length=5).tokens_per_round[16]
+    before = rate(recipe.drafter(head, d2t))
     gradients = gradients_of(recipe, head, d2t, shards, training, 0)
     Trainer(gradients, training, Progress(150)).run(Crew(gradients, None, 1, 1))
-    answers = list(islice(greedy_answers([shard_path(directory, 0)]), 10))
     drafter = recipe.drafter(head, d2t)
-    found = replay(drafter, answers, width=2, length=STEPS + 1).tokens_per_round[16]
-    assert found >= 0.8 * (STEPS + 1) * 30 / 32  # 30 tokens: 6 full rounds
+    found = rate(drafter)
+    assert found > 2 * before
     recipe.save(tmp_path, head, d2t, mx.float32)
     kind = recognised(read_json(tmp_path / "config.json"), tensor_names(tmp_path))
     assert kind.name == options.head
@@ -158,4 +160,4 @@ def test_an_eagle3_head_is_written_as_others_read_it(tmp_path):
 
 def test_recipes_are_all_that_the_flag_offers():
     choices = {f.name: f for f in HeadOptions.__dataclass_fields__.values()}["head"]
-    assert set(choices.metadata["choices"]) == set(RECIPES)
+    assert set(choices.metadata["flag"]["choices"]) == set(RECIPES)

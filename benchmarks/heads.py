@@ -1,0 +1,190 @@
+"""Heads of every kind on the same data: what each costs, and how much of it comes true.
+
+    python -m benchmarks.heads data OUTPUT --minutes 10        # what all of them learn from
+    python -m benchmarks.heads train OUTPUT --minutes 10 --variant "head=eagle3" ...
+    python -m benchmarks.heads measure OUTPUT --output result.json
+
+A variant is some settings of redrafter_mlx.train; its head lies in OUTPUT/heads/NAME. All are
+trained on the same data for the same time (or --steps), and measured by replaying the same held-out
+greedy answers: tokens a round at each budget, with a search of beams and with a chain. What a draft
+takes is timed one head after the other, over and over, with what the target's own pass takes beside
+it. `python -m benchmarks.drafters --drafters OUTPUT/heads/...` then measures their speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from benchmarks.heads_table import draw, table
+from benchmarks.machine import document, machine, parser, size, write
+from redrafter_mlx import hub, train
+from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx.drafters.eagle3 import reads_by_default
+from redrafter_mlx.round import Verdict
+from redrafter_mlx.target.adapter import Target, adapt
+from redrafter_mlx.training.loop import Progress
+from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
+from redrafter_mlx.training.replay import Answer, recall, replay
+from redrafter_mlx.training.run import Places, TrainingRun, first_tokens, held_out_answers
+from redrafter_mlx.tree import TokenTree
+
+WIDTH, LENGTH = 4, 5
+BUDGETS = (4, 8, 16, 32, 64)
+TOKENS = 4000
+"""Held-out tokens that are replayed."""
+ROUNDS = 24
+"""Drafts that are timed, of each head."""
+VARIANTS = (
+    "head=recurrent lookback_heads=0",
+    "head=recurrent",
+    "head=recurrent lookback_heads=0 no_rnn=true",
+    "head=medusa",
+    "head=eagle3",
+    "head=dflash",
+)
+
+
+def main() -> None:
+    made = parser(__doc__.split("\n")[0])
+    made.add_argument("what", choices=["data", "train", "measure"])
+    made.add_argument("directory", type=Path, metavar="OUTPUT")
+    made.add_argument("--minutes", type=float, default=10.0, help="of data, or for each head")
+    made.add_argument("--steps", type=int, help="of each head, instead of minutes")
+    made.add_argument("--jobs", type=int, default=2, help="processes")
+    made.add_argument("--variant", action="append", metavar="'NAME=VALUE ...'", help="to train")
+    flags = made.parse_args()
+    {"data": write_data, "train": train_all, "measure": measure}[flags.what](flags)
+
+
+def source(flags: argparse.Namespace, head: HeadOptions) -> train.Source:
+    """The target, with the layers captured that any of the kinds reads."""
+    layers = reads_by_default(len(hub.load(flags.model, lazy=True)[0].layers))
+    return train.Source(flags.model, None, None, False, head, layers)
+
+
+def write_data(flags: argparse.Namespace) -> None:
+    """Conversations of the target, with all that any kind of head reads."""
+    options = DataOptions(data_minutes=flags.minutes, jobs=flags.jobs)
+    where = argparse.Namespace(output=flags.directory, minutes=None)
+    train.write_data_of(where, source(flags, HeadOptions()), options)
+
+
+def train_all(flags: argparse.Namespace) -> None:
+    """Each variant in turn; one whose head is there already is left alone."""
+    for variant in flags.variant or VARIANTS:
+        places = Places(flags.directory / "heads" / name_of(variant))
+        if (places.output / "config.json").exists():
+            continue
+        places.data.parent.mkdir(parents=True, exist_ok=True)
+        if not places.data.is_symlink():
+            places.data.symlink_to((flags.directory / "training" / "data").resolve())
+        given = dict(pair.split("=") for pair in variant.split())
+        head, training = (options(group, given) for group in (HeadOptions, TrainingOptions))
+        if given:
+            sys.exit(f"--variant {variant}: no such setting: {', '.join(given)}")
+        training = dataclasses.replace(training, steps=flags.steps)
+        began = time.perf_counter()
+        minutes = None if flags.steps else flags.minutes
+        load = source(flags, head).target
+        with TrainingRun(load, places, head, training, 0, minutes, flags.jobs) as run:
+            run.run(partial(tell, variant))
+        run.save("float16")
+        facts = {
+            "variant": variant,
+            "kind": head.head,
+            "parameters": run.parameters,
+            "steps": run.progress.steps,
+            "seconds": run.progress.seconds,
+            "wall_seconds": time.perf_counter() - began,
+            "loss": run.log[-1]["loss"],
+            "passes": run.positions_per_step * run.progress.steps / run.shards.tokens,
+        }
+        (places.output / "facts.json").write_text(json.dumps(facts))
+
+
+def tell(variant: str, progress: Progress, entry: dict) -> None:
+    """A line about how a head's training goes."""
+    print(f"{variant}: {entry}", file=sys.stderr, flush=True)
+
+
+def name_of(variant: str) -> str:
+    """A directory's name for a variant."""
+    return variant.replace("head=", "").replace(" ", "-").replace("=", "-")
+
+
+def options(group: type, given: dict[str, str]):
+    """The group's options among `given`, which are taken out of it."""
+    fields = {f.name: f for f in dataclasses.fields(group)}
+    found = {}
+    for name in [name for name in given if name in fields]:
+        text, kind = given.pop(name), fields[name].metadata["type"]
+        found[name] = text == "true" if kind is bool else kind(text)
+    return group(**found)
+
+
+def measure(flags: argparse.Namespace) -> None:
+    """Every head that was trained: tokens a round, recall, bytes and milliseconds of a draft."""
+    model = hub.load(flags.model)[0]
+    target = adapt(model)
+    target.tap(reads_by_default(len(model.layers)))
+    answers = first_tokens(held_out_answers(Places(flags.directory).data), TOKENS)
+    heads = sorted(path.parent for path in (flags.directory / "heads").glob("*/facts.json"))
+    if not heads:
+        sys.exit(f"{flags.directory}: no head was trained there yet")
+    drafters = {path.name: hub.load_drafter(str(path), model) for path in heads}
+    times = draft_times(target, answers[0], drafters)
+    rows = []
+    for path in heads:
+        drafter, facts = drafters[path.name], json.loads((path / "facts.json").read_text())
+        found = replay(drafter, answers, WIDTH, LENGTH).tokens_per_round
+        chain = replay(drafter, answers, 1, LENGTH).tokens_per_round
+        row = facts | {
+            "name": path.name,
+            "bytes": (path / "model.safetensors").stat().st_size,
+            "read_bytes": size(drafter.head),
+            "draft_ms": 1e3 * statistics.median(times[path.name]),
+            "recall": recall(drafter, answers, LENGTH - 1)[:, 0].tolist(),
+            "tree": {str(b): found[b] for b in BUDGETS},
+            "chain": chain[max(b for b in chain if b <= 16)],
+        }
+        rows.append(row)
+        print(f"{path.name}: {row['tree']}, draft {row['draft_ms']:.1f} ms", file=sys.stderr)
+    result = document("heads", flags, machine(), heads=rows,
+                      tokens=sum(len(a.tokens) for a in answers),
+                      pass_ms=1e3 * statistics.median(times["target"]))  # fmt: skip
+    write(result, flags.output)
+    if flags.output:
+        draw(result, flags.output.with_suffix(".png"))
+    print(table(result))
+
+
+def draft_times(target: Target, answer: Answer, drafters: dict) -> dict[str, list[float]]:
+    """Seconds of a draft in round after round of plain decoding, and of the target's pass."""
+    times: dict[str, list[float]] = {name: [] for name in (*drafters, "target")}
+    budget = FixedBudget(WIDTH, LENGTH, 16)
+    context = target.prefill([*answer.prompt.tolist(), *answer.tokens[:32].tolist()], 512)
+    for _ in range(ROUNDS + 2):  # the first two read the text and make room
+        for name, drafter in drafters.items():
+            began = time.perf_counter()
+            drafter.propose(context, budget)
+            times[name].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        outcome = target.verify(context, TokenTree.root())
+        best = mx.argmax(outcome.logits[-1:], axis=-1)
+        verdict = Verdict([0], best, best.item())
+        times["target"].append(time.perf_counter() - began)
+        context = target.commit(context, TokenTree.root(), outcome, verdict)
+    return {name: found[2:] for name, found in times.items()}
+
+
+if __name__ == "__main__":
+    main()

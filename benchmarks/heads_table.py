@@ -1,0 +1,57 @@
+"""The table and the picture of `benchmarks.heads`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from redrafter_mlx.pricing.picture import new_figure
+
+
+def table(result: dict) -> str:
+    """Markdown, the best head first."""
+    heads = sorted(result["heads"], key=lambda head: -head["tree"]["16"])
+    budgets = list(heads[0]["tree"])
+    names = [
+        "head",
+        "M parameters",
+        "MB",
+        "steps",
+        "minutes",
+        "loss",
+        "draft, ms",
+        "top-1 by depth",
+    ]
+    names += [f"tokens a round at {budget}" for budget in budgets] + ["chain"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for head in heads:
+        cells = [
+            head["name"], f"{head['parameters'] / 1e6:.2f}", f"{head['bytes'] / 1e6:.1f}",
+            f"{head['steps']:,}", f"{head['seconds'] / 60:.1f}", f"{head['loss']:.2f}",
+            f"{head['draft_ms']:.1f}", " ".join(f"{share:.0%}" for share in head["recall"]),
+            *(f"{head['tree'][budget]:.2f}" for budget in budgets), f"{head['chain']:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Replayed on {result['tokens']:,} held-out tokens, beams 4 x 5; a plain pass of the "
+        f"target took {result['pass_ms']:.0f} ms beside the drafts.",
+    ]
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> bool:
+    """Tokens a round by budget, a line for each head; False without matplotlib."""
+    figure = new_figure()
+    if figure is None:
+        return False
+    axes = figure.subplots()
+    for head in sorted(result["heads"], key=lambda head: -head["tree"]["16"]):
+        budgets = [int(budget) for budget in head["tree"]]
+        label = f"{head['name']}, {head['draft_ms']:.0f} ms"
+        axes.plot(budgets, list(head["tree"].values()), marker="o", label=label)
+    axes.set(xlabel="nodes of the tree", ylabel="tokens a round", xscale="log")
+    axes.set_xticks(budgets, budgets)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return True
