@@ -1,16 +1,13 @@
 """What each kind of head computes: in PyTorch from the published formulas, and in MLX.
 
-Shape letters: P places, h hidden size of the head, c columns captured of the target, D draft
-vocabulary, d size of an attention head.
+Shape letters: R rows, D draft vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from redrafter_mlx import device
+from redrafter_mlx.drafters.attention import TextKeys
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.drafters.kinds import KINDS
@@ -27,55 +25,11 @@ from redrafter_mlx.errors import UserError
 from .head import Head
 from .reading import read_head
 from .sources import open_source
-from .weights import as_mlx, as_numpy
+from .torch_parts import Attention, Shape, Weights, mlp, rms_normed, shape_of
+from .weights import as_mlx
 
 ROWS, STEPS = 16, 4
 Inputs = Mapping[str, np.ndarray]
-
-
-class Weights:
-    """A head's weights as PyTorch's float32, a block of rows at a time."""
-
-    BLOCK = 2**24  # numbers
-
-    def __init__(self, torch: ModuleType, head: Head):
-        self.torch, self.head = torch, head
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.head.tensors
-
-    def linear(self, module: str, x: Any) -> Any:
-        """x (..., in) times the module's weight, plus its bias if it has one."""
-        count = self.head.tensors[f"{module}.weight"].shape[0]
-        step = max(1, self.BLOCK // x.shape[-1])
-        pieces = []
-        for start in range(0, count, step):
-            pieces.append(x @ self.rows(module, start, min(count, start + step)).T)
-        y = self.torch.cat(pieces, dim=-1)
-        return y + self.vector(f"{module}.bias") if f"{module}.bias" in self else y
-
-    def vector(self, name: str) -> Any:
-        tensor = self.head.tensors[name]
-        return self._floats(tensor.whole(), tensor.dtype)
-
-    def rows(self, module: str, start: int, stop: int) -> Any:
-        """Those rows of a module's weight."""
-        weight = self.head.tensors[f"{module}.weight"]
-        if weight.dtype != "U32":
-            return self._floats(weight.rows(start, stop), weight.dtype)
-        # PyTorch knows no such packing: here mlx unpacks for both sides.
-        names = (f"{module}.scales", f"{module}.biases")
-        parts = [self.head.tensors[name] for name in names]
-        wide = [as_mlx(p.rows(start, stop), p).astype(mx.float32) for p in parts]
-        packing = self.head.packing
-        packed = mx.array(weight.rows(start, stop))
-        found = mx.dequantize(packed, *wide, packing.group_size, packing.bits)
-        return self.torch.from_numpy(as_numpy(found).copy())
-
-    def _floats(self, array: np.ndarray, dtype: str) -> Any:
-        found = self.torch.from_numpy(array.copy())
-        found = found.view(self.torch.bfloat16) if dtype == "BF16" else found
-        return found.to(self.torch.float32)
 
 
 @dataclass(frozen=True)
@@ -87,22 +41,22 @@ class Formula:
               reads
     in_mlx    directory of the result, inputs -> the same
     depth     how many times as far as through a recurrent head rounding has to go
+    knows     whether it is that of this head too, where a kind has several
     """
 
     inputs: Callable[[Any, np.random.Generator], Inputs]
     in_torch: Callable[[Weights, Inputs], Any]
     in_mlx: Callable[[Path, Inputs], mx.array]
     depth: float = 1
+    knows: Callable[[Head], bool] = lambda head: True
 
 
 def formula_of(head: Head) -> Formula:
     """The formula of a head's kind; UserError if there is none."""
     found = FORMULAS.get(head.kind)
-    if found is None:
-        raise UserError(
-            f"--verify knows no formula for a head of the kind {head.kind}, only for "
-            f"{', '.join(FORMULAS)}: leave it out"
-        )
+    if found is None or not found.knows(head):
+        this = f"this head of the kind {head.kind}" if found else f"heads of the kind {head.kind}"
+        raise UserError(f"--verify knows no formula for {this}: leave it out")
     return found
 
 
@@ -125,7 +79,7 @@ def _recurrent_in_torch(weights: Weights, given: Inputs) -> Any:
     torch, config = weights.torch, weights.head.config
     silu = torch.nn.functional.silu
     final, *fused = torch.from_numpy(given["context"]).split(config.hidden_size, dim=-1)
-    context = torch.cat([final, *(_normed(torch, x, 1e-6) for x in fused)], dim=-1)
+    context = torch.cat([final, *(rms_normed(torch, x, 1e-6) for x in fused)], dim=-1)
     state, found = torch.zeros_like(final), []
     for embedded in torch.from_numpy(given["embedded"]):
         if config.rnn:
@@ -202,7 +156,7 @@ def _eagle3_in_torch(weights: Weights, given: Inputs) -> Any:
         embedded = torch.cat(rows)
     captured = torch.from_numpy(given["captured"])
     norm = lambda name, x: (
-        _normed(torch, x, config.layer.rms_norm_eps) * weights.vector(f"{name}.weight")
+        rms_normed(torch, x, config.layer.rms_norm_eps) * weights.vector(f"{name}.weight")
     )
     if config.norm_input:
         captured = norm("input_norm", captured)
@@ -213,11 +167,12 @@ def _eagle3_in_torch(weights: Weights, given: Inputs) -> Any:
     normed = norm("layers.0.hidden_norm", hidden)
     read = torch.cat([norm("layers.0.input_layernorm", embedded), normed], dim=-1)
     hidden = normed if config.normed_residual else hidden
+    attention = Attention(weights, shape_of(torch, config.layer))
     for i in range(config.layers):
         read = norm(f"layers.{i}.input_layernorm", hidden) if i else read
-        hidden = hidden + _attention(weights, f"layers.{i}.self_attn", read)
+        hidden = hidden + attention(f"layers.{i}.self_attn", read)
         read = norm(f"layers.{i}.post_attention_layernorm", hidden)
-        hidden = hidden + _mlp(weights, f"layers.{i}.mlp", read)
+        hidden = hidden + mlp(weights, f"layers.{i}.mlp", read)
     normed = norm("norm", hidden)
     return weights.linear("lm_head", normed) if config.own_output else normed
 
@@ -233,66 +188,93 @@ def _eagle3_in_mlx(directory: Path, given: Inputs) -> mx.array:
 
 
 # ---------------------------------------------------------------------------------------------
-# Parts
+# DFlash (arXiv 2602.06036): one block after ROWS places. What links neighbours in DFlash 2 and
+# DSpark has no formula here.
 
 
-def _normed(torch: ModuleType, x: Any, eps: float) -> Any:
-    return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps)
+def _dflash_inputs(config: Any, generator: np.random.Generator) -> Inputs:
+    size = config.layer.hidden_size
+    return {
+        "captured": _normal(generator, ROWS, len(config.reads) * size),
+        "embedded": _normal(generator, config.block_size, size),
+    }
 
 
-def _mlp(weights: Weights, name: str, x: Any) -> Any:
-    gate = weights.torch.nn.functional.silu(weights.linear(f"{name}.gate_proj", x))
-    return weights.linear(f"{name}.down_proj", gate * weights.linear(f"{name}.up_proj", x))
-
-
-def _attention(weights: Weights, name: str, x: Any) -> Any:
-    """Causal attention of P places (P, in) among each other."""
-    torch, args = weights.torch, weights.head.config.layer
-    count, shared = args.num_attention_heads, args.num_key_value_heads
-    q, k, v = (
-        weights.linear(f"{name}.{part}_proj", x).unflatten(-1, (heads, -1)).transpose(0, 1)
-        for part, heads in (("q", count), ("k", shared), ("v", shared))
+def _dflash_in_torch(weights: Weights, given: Inputs) -> Any:
+    torch, config = weights.torch, weights.head.config
+    norm = lambda name, x: (
+        rms_normed(torch, x, config.layer.rms_norm_eps) * weights.vector(f"{name}.weight")
     )
-    if f"{name}.q_norm.weight" in weights:
-        q = _normed(torch, q, args.rms_norm_eps) * weights.vector(f"{name}.q_norm.weight")
-        k = _normed(torch, k, args.rms_norm_eps) * weights.vector(f"{name}.k_norm.weight")
-    angles = torch.arange(len(x))[:, None] * _frequencies(torch, args, q.shape[-1])
-    q, k = (_rotated(torch, each, angles) for each in (q, k))
-    k, v = (each.repeat_interleave(count // shared, dim=0) for each in (k, v))
-    scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-    later = torch.ones(len(x), len(x)).triu(1).bool()
-    y = scores.masked_fill(later, -math.inf).softmax(dim=-1) @ v
-    return weights.linear(f"{name}.o_proj", y.transpose(0, 1).flatten(1))
+    context = norm("hidden_norm", weights.linear("fc", torch.from_numpy(given["captured"])))
+    hidden = torch.from_numpy(given["embedded"])
+    attention = Attention(weights, shape_of(torch, config.layer))
+    places = torch.arange(len(context) + len(hidden))
+    ahead = places - places[len(context) :, None]
+    for i, sight in enumerate(config.sights):
+        unseen = ahead > 0 if sight.causal else ahead > len(hidden)
+        unseen = unseen | (ahead <= -sight.window) if sight.window else unseen
+        read = norm(f"layers.{i}.input_layernorm", hidden)
+        hidden = hidden + attention(f"layers.{i}.self_attn", read, context, unseen)
+        read = norm(f"layers.{i}.post_attention_layernorm", hidden)
+        hidden = hidden + mlp(weights, f"layers.{i}.mlp", read)
+    return norm("norm", hidden)
 
 
-def _rotated(torch: ModuleType, x: Any, angles: Any) -> Any:
-    """x (heads, P, d), its first half paired with the second, turned by angles (P, d / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+def _dflash_in_mlx(directory: Path, given: Inputs) -> mx.array:
+    head, _ = load_published(KINDS["dflash"], directory, mx.float32)
+    texts = [TextKeys() for _ in head.layers]
+    head.take_in(mx.array(given["captured"]), texts)
+    memory = [x for text in texts for x in (text.keys, text.values)]
+    return head(mx.array(given["embedded"])[None], [*memory, mx.array([ROWS])])[0]
 
 
-def _frequencies(torch: ModuleType, args: Any, size: int) -> Any:
-    """Of rotary positions (d / 2), scaled as config.json says."""
-    found = args.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
-    scaling = args.rope_scaling or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "linear":
-        return found / scaling["factor"]
-    if kind == "llama3":  # long waves are slowed down, short ones not, those between in part
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * found / (2 * math.pi)
-        share = ((turns - low) / (high - low)).clamp(0, 1)
-        return found * (share + (1 - share) / scaling["factor"])
-    if kind != "default":
-        raise UserError(f"--verify knows no formula for rope scaling {kind}: leave it out")
-    return found
+def _is_dflash_1(head: Head) -> bool:
+    config = head.config
+    return not (config.candidates or config.markov or config.conv_taps or config.interleaved)
+
+
+# ---------------------------------------------------------------------------------------------
+# MTP as the dense Qwen3.5 have it: a text of ROWS tokens
+
+
+def _mtp_inputs(config: Any, generator: np.random.Generator) -> Inputs:
+    shape = ROWS, config.hidden_size
+    return {"embedded": _normal(generator, *shape), "hidden": _normal(generator, *shape)}
+
+
+def _mtp_in_torch(weights: Weights, given: Inputs) -> Any:
+    torch, layer = weights.torch, weights.head.config.layer
+    eps, attn = layer.input_layernorm.eps, layer.self_attn
+    norm = lambda name, x: rms_normed(torch, x, eps) * (1 + weights.vector(f"{name}.weight"))
+    embedded, hidden = (torch.from_numpy(given[key]) for key in ("embedded", "hidden"))
+    joined = [norm("norm_embedding", embedded), norm("norm_hidden", hidden)]
+    hidden = weights.linear("fc", torch.cat(joined, dim=-1))
+    steps = torch.arange(0, attn.rope.dims, 2) / attn.rope.dims
+    heads = attn.num_attention_heads, attn.num_key_value_heads
+    shape = Shape(*heads, eps, attn.rope.base**-steps, centred=1, gated=True)
+    read = norm("layer.input_layernorm", hidden)
+    hidden = hidden + Attention(weights, shape)("layer.self_attn", read)
+    read = norm("layer.post_attention_layernorm", hidden)
+    return norm("norm", hidden + mlp(weights, "layer.mlp", read))
+
+
+def _mtp_in_mlx(directory: Path, given: Inputs) -> mx.array:
+    head, _ = load_published(KINDS["mtp"], directory, mx.float32)
+    embedded, hidden = (mx.array(given[key])[None] for key in ("embedded", "hidden"))
+    return head(embedded, head.read(hidden), "causal", [KVCache()])[0]
+
+
+def _is_dense_qwen(head: Head) -> bool:
+    is_qwen = "qwen3_5" in head.config.family.model_types
+    return is_qwen and "layer.mlp.gate_proj.weight" in head.tensors
 
 
 FORMULAS = {
     "recurrent": Formula(_recurrent_inputs, _recurrent_in_torch, _recurrent_in_mlx),
     "medusa": Formula(_medusa_inputs, _medusa_in_torch, _medusa_in_mlx),
     "eagle3": Formula(_eagle3_inputs, _eagle3_in_torch, _eagle3_in_mlx, depth=2),
+    "dflash": Formula(_dflash_inputs, _dflash_in_torch, _dflash_in_mlx, 2, _is_dflash_1),
+    "mtp": Formula(_mtp_inputs, _mtp_in_torch, _mtp_in_mlx, 2, _is_dense_qwen),
 }
 
 

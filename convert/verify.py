@@ -11,7 +11,8 @@ from redrafter_mlx.errors import UserError
 
 from .head import Head
 from .pickles import import_torch
-from .torch_heads import Weights, formula_of, logits
+from .torch_heads import formula_of, logits
+from .torch_parts import Weights
 from .weights import Recipe
 
 EXACT = 1e-4
