@@ -357,6 +357,13 @@ def _drafter(
     return kind(head, vocabulary, target.embed, view, experience)
 
 
+def _outputs(config: BlockConfig) -> tuple[str, ...] | None:
+    """A Selector's candidates are of all ids, so its vocabulary stays."""
+    if config.candidates:
+        return None
+    return ("markov_head.markov_w2",) if config.markov else ()
+
+
 KIND = Kind(
     name="dflash",
     about="a block of tokens at once: DFlash, DFlash 2, DSpark (z-lab, DeepSeek, speculators)",
@@ -366,5 +373,6 @@ KIND = Kind(
     head=BlockHead,
     drafter=_drafter,
     vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
+    outputs=_outputs,
     unused=UNUSED,
 )

@@ -31,6 +31,7 @@ from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead
 from redrafter_mlx.drafters.published import Experiences, Kind, Shapes, belongs_to, setting
 from redrafter_mlx.drafters.text import TextVocabulary, WholeVocabulary
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.rope import accept_row_offsets, takes_offset
 
@@ -263,7 +264,7 @@ def _model(where: object, settings: Mapping[str, Any]) -> nn.Module:
     except Exception as error:  # whatever a model file raises
         raise UserError(
             f"{where}: config.json does not describe a {settings['model_type']} model: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -386,6 +387,7 @@ KIND = Kind(
     head=MTPHead,
     drafter=_drafter,
     vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
+    outputs=lambda config: (),
     inside=True,
     ready=_ready,
     alone=_alone,
