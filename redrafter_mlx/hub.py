@@ -45,7 +45,7 @@ from redrafter_mlx.drafters.spec import (
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
-from redrafter_mlx.known_heads import own_head
+from redrafter_mlx.known_heads import download_head, own_head
 from redrafter_mlx.places import TARGET_NAMES, expanded, local_directory, snapshot
 from redrafter_mlx.precision import compute_in_float32
 from redrafter_mlx.pricing.experience import read as read_experience
@@ -54,8 +54,6 @@ from redrafter_mlx.target import parallel
 from redrafter_mlx.target.adapter import Target, adapt
 
 DEMO = "demo"
-
-DRAFTER_FILES = ["config.json", "*.safetensors"]
 
 DRAFTER_NAMES = f"'demo', a drafter directory or a Hugging Face repo as org/name ({POSSIBLE})"
 
@@ -342,8 +340,8 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
     if name == DEMO:
         directory = Path(str(importlib.resources.files("redrafter_mlx") / "demo_drafter"))
     else:
-        directory = local_directory(name, DRAFTER_NAMES) or snapshot(
-            name, revision, DRAFTER_FILES, DRAFTER_NAMES
+        directory = local_directory(name, DRAFTER_NAMES) or download_head(
+            name, revision, DRAFTER_NAMES
         )
     _check_config(directory, f"give {DRAFTER_NAMES}")
     if not any(directory.glob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""The head that belongs to a target: inside it, beside it, or one that is known on Hugging Face."""
+"""Where the head of a target is: inside it, beside it, or in a repo on Hugging Face."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from redrafter_mlx.drafters.checkpoint import tensor_names
+from redrafter_mlx import places
+from redrafter_mlx.drafters.checkpoint import read_json, tensor_names
 from redrafter_mlx.drafters.kinds import KINDS
+from redrafter_mlx.drafters.published import shards_of
+from redrafter_mlx.errors import UserError
 
+INDEX = "model.safetensors.index.json"
 BESIDE = "drafter"
 """Directory of a model's own drafter, in the model's directory."""
 
@@ -55,6 +59,24 @@ def _in_or_beside(directory: Path) -> Path | None:
         if any(kind.recognises(settings, names) for kind in inside):
             return directory
     return None
+
+
+def download_head(repo: str, revision: str | None, accepted: str) -> Path:
+    """The files of a Hugging Face repo that hold a head; of one inside a target not the target's.
+
+    accepted  what to give instead, for errors
+    """
+    index = places.snapshot(repo, revision, ["config.json", INDEX], accepted) / INDEX
+    files = ["*.safetensors"]
+    if index.is_file():
+        listed = read_json(index)
+        weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: has no weight_map of tensor names to files")
+        for kind in KINDS.values():
+            if kind.inside and (shards := shards_of(kind, weight_map)):
+                files = [INDEX, *shards]
+    return places.snapshot(repo, revision, ["config.json", *files], accepted)
 
 
 def known_head(target: str) -> str | None:

@@ -1,6 +1,9 @@
 """Published heads as drafters: the same text, caches that follow it, and heads that are refused."""
 
 import json
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -8,14 +11,17 @@ import pytest
 from published_heads import write, write_eagle3, write_medusa
 
 from families import build
-from redrafter_mlx import hub
+from redrafter_mlx import hub, places
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
+from redrafter_mlx.drafters.checkpoint import read_json, tensor_names
+from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.medusa import MedusaDrafter
 from redrafter_mlx.drafters.parallel import product
+from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.known_heads import known_head, own_head, pairs
+from redrafter_mlx.known_heads import download_head, known_head, own_head, pairs
 from redrafter_mlx.target.adapter import adapt
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
@@ -264,3 +270,56 @@ def test_auto_takes_the_head_beside_a_model(tmp_path, caplog):
     other._redrafter_name, other._redrafter_directory = "org/name", tmp_path
     assert type(hub.load_drafter("auto", other)).__name__ == "MaxGramDrafter"
     assert "made for another target" in caplog.text
+
+
+HEADS = Path(__file__).parent / "fixtures" / "heads"
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A repo of a target with its head in one of three shards; what was asked for."""
+    stored, cached, asked = tmp_path / "repo", tmp_path / "cached", []
+    stored.mkdir()
+    cached.mkdir()
+    source = HEADS / "mtp_qwen3_5"
+    shutil.copy(source / "config.json", stored)
+    shards = {
+        "model-00001.safetensors": {"model.embed_tokens.weight": mx.zeros((96, 32))},
+        "model-00002.safetensors": dict(mx.load(str(source / "model.safetensors"))),
+        "model-00003.safetensors": {"lm_head.weight": mx.zeros((96, 32))},
+    }
+    shards["model-00002.safetensors"]["model.norm.weight"] = mx.zeros(32)
+    for file, tensors in shards.items():
+        mx.save_safetensors(str(stored / file), tensors)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    index = stored / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+    def snapshot(name, revision, patterns, accepted):
+        asked.append(patterns)
+        for file in stored.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copy(file, cached)
+        return cached
+
+    monkeypatch.setattr(places, "snapshot", snapshot)
+    return asked, cached
+
+
+def test_only_the_shards_that_hold_a_head_are_downloaded(repo):
+    asked, cached = repo
+    assert download_head("org/name", None, "") == cached
+    assert asked[-1] == ["config.json", "model.safetensors.index.json", "model-00002.safetensors"]
+    kind = recognised(read_json(cached / "config.json"), tensor_names(cached))
+    head, ids = load_published(kind, cached, mx.float32)
+    assert kind.name == "mtp"
+    assert len(ids) == head.config.vocab_size == 96
+
+
+def test_auto_finds_the_head_inside_a_model(repo):
+    """In the original checkpoint, which mlx-lm loads without it."""
+    _, cached = repo
+    download_head("org/name", None, "")
+    assert own_head("org/name", cached) == cached
+    (cached / "model-00002.safetensors").unlink()
+    assert own_head("org/name", cached) is None
