@@ -11,7 +11,7 @@ import pytest
 from published_heads import write, write_eagle3, write_medusa
 
 from families import build
-from redrafter_mlx import hub, places
+from redrafter_mlx import device, hub, places
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
 from redrafter_mlx.drafters.checkpoint import read_json, tensor_names
@@ -23,7 +23,7 @@ from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.known_heads import download_head, known_head, own_head, pairs
 from redrafter_mlx.target.adapter import adapt
-from support import ScriptedDrafter, generation, ids, tiny_prompt
+from support import BUDGET, ScriptedDrafter, generation, ids, tiny_prompt
 
 WRITERS = {"medusa": write_medusa, "eagle3": write_eagle3}
 BUDGETS = [
@@ -136,8 +136,6 @@ def test_a_reduced_vocabulary_proposes_only_its_ids(tmp_path):
     allowed = set(drafter.vocabulary.of(None)[0].tolist())
     assert len(allowed) == 20
     context = adapt(model).prefill(tiny_prompt(9), 512)
-    from support import BUDGET
-
     tree = drafter.propose(context, BUDGET)
     assert len(tree) == BUDGET.nodes
     assert set(tree.tokens[1:].tolist()) <= allowed
@@ -323,3 +321,14 @@ def test_auto_finds_the_head_inside_a_model(repo):
     assert own_head("org/name", cached) == cached
     (cached / "model-00002.safetensors").unlink()
     assert own_head("org/name", cached) is None
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_draft_waits_for_the_device_once(kind, tmp_path, monkeypatch):
+    model = build("llama")
+    drafter = loaded(kind, model, tmp_path / "head")
+    context = adapt(model).prefill(tiny_prompt(30), 512)
+    waits, finish = [], device.finish
+    monkeypatch.setattr(device, "finish", lambda *arrays: waits.append(finish(*arrays)))
+    assert len(drafter.propose(context, BUDGET)) == BUDGET.nodes
+    assert len(waits) == 1

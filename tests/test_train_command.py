@@ -37,8 +37,15 @@ def command(output, *more) -> int:
 
 @pytest.mark.parametrize(
     "shape",
-    [[], ["--output-layer", "trained", "--exit-dim", 40], ["--fused-layers", 0, 1, "--blocks", 1]],
-    ids=["tied", "trained", "fused"],
+    [
+        [],
+        ["--output-layer", "trained", "--exit-dim", 40],
+        ["--fused-layers", 0, 1, "--blocks", 1],
+        ["--head", "medusa"],
+        ["--head", "eagle3"],
+        ["--head", "dflash", "--layers", 1, "--draft-vocab", 0],
+    ],
+    ids=["tied", "trained", "fused", "medusa", "eagle3", "dflash"],
 )
 def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, shape, capsys):
     output = tmp_path / "drafter"
@@ -58,6 +65,22 @@ def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, sh
     entries = [json.loads(line) for line in (output / "training/log.jsonl").open()]
     assert entries[-1]["step"] == 6
     assert {"loss", "tree", "chain"} <= entries[-1].keys()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--head", "medusa", "--exit-dim", 40], "--exit-dim has no use for --head medusa"),
+        (["--head", "eagle3", "--blocks", 3], "--blocks has no use for --head eagle3"),
+        (["--head", "recurrent", "--layers", 2], "--layers has no use for --head recurrent"),
+        (["--head", "eagle3", "--start-from", "demo"], "--start-from is for --head recurrent"),
+        (["--head", "eagle3", "--fused-layers", 0, 9], "llama has 2 layers"),
+    ],
+)
+def test_options_of_another_kind_of_head_are_refused(tmp_path, flags, message, capsys):
+    assert command(tmp_path / "drafter", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "drafter").exists()
 
 
 def test_ctrl_c_saves_and_resume_ends_like_a_whole_run(tmp_path, monkeypatch, capsys):

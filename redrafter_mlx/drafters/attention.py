@@ -126,14 +126,18 @@ class TextCache:
         return hidden[first - 1 :], memory_of(self._layers, mx.arange(first, len(tokens)))
 
     def take_in(self, tokens: Sequence[int], captured: mx.array) -> mx.array:
-        """(T, h) after T further tokens; captured (T, C) before each of them."""
+        """(T, h) after T further tokens; captured (T, C) before each of them.
+
+        A chunk at a time; the last is computed when it is needed.
+        """
         found = []
         for start in range(0, len(tokens), CHUNK):
+            if start:
+                device.finish(found[-1], [(layer.keys, layer.values) for layer in self._layers])
             ids = mx.array(tokens[start : start + CHUNK])
             read = self._head.read(self._view(captured[start : start + CHUNK]))
             mask = "causal" if len(ids) > 1 else None
             found.append(self._head(self._embed(ids)[None], read[None], mask, self._layers)[0])
-            device.finish(found[-1], [(layer.keys, layer.values) for layer in self._layers])
         return mx.concatenate(found)
 
     def _restart(self) -> None:

@@ -283,13 +283,15 @@ def save_published(
     """Write config.json and model.safetensors of a head into a directory.
 
     tensors  by the names of its published layout; floating-point ones are written as `dtype`
-    ids      (D,) the target's token id of each draft id; d2t is left out where these are all
+    ids      (D,) the target's token id of each draft id; d2t is left out where these are all, and
+             else config.json says how many they are
     """
     is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
     kept = {name: x.astype(dtype) if is_float(x) else x for name, x in tensors.items()}
     offsets = ids.astype(mx.int64) - mx.arange(ids.size, dtype=mx.int64)
     if ids.size < vocab_size or device.read(mx.abs(offsets).max())[0]:
         kept["d2t"] = offsets
+        settings = {**settings, "draft_vocab_size": ids.size}
     partial = path / ".model.partial.safetensors"
     mx.save_safetensors(str(partial), kept, {"format": "mlx"})
     os.replace(partial, path / "model.safetensors")
