@@ -1,6 +1,7 @@
 """What other machines would give, on paper: a cost curve and an acceptance profile.
 
     python -m benchmarks.machines acceptance.json                         # published curves
+    python -m benchmarks.machines heads.json                              # of benchmarks.heads
     python -m benchmarks.machines acceptance.json --curve "1:1 2:1.03 4:1.47 8:2.69" --draft 0.1
     python -m benchmarks.machines acceptance.json --against speed.json    # how well it predicts
 
@@ -135,6 +136,28 @@ def table(acceptance: dict, machines: list[Machine], draft: float) -> str:
     return "\n".join(lines)
 
 
+def heads_table(result: dict, machines: list[Machine]) -> str:
+    """Markdown: best budget and speedup of each head of benchmarks.heads on each machine.
+
+    A draft costs as many plain rounds as it took where it was measured; where a pass is relatively
+    cheaper, so is a draft that reads weights.
+    """
+    lines = [
+        "Predicted from replayed acceptance, drafts as many plain rounds as where they were timed:",
+        "", "| head | draft | " + " | ".join(machine.name for machine in machines) + " |",
+        "|---" * (2 + len(machines)) + "|",
+    ]  # fmt: skip
+    for head in sorted(result["heads"], key=lambda head: -head["tree"]["16"]):
+        draft = head["draft_ms"] / result["pass_ms"]
+        tokens = {int(n): x for n, x in head["tree"].items()}
+        cells = []
+        for machine in machines:
+            nodes, speedup = predict(tokens, machine.curve, draft)
+            cells.append(f"{speedup:.2f}x at {nodes}")
+        lines.append(f"| {head['name']} | {draft:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def against(speed: dict) -> str:
     """How well the same model predicts what was measured: per method, over all prompts."""
     lines = ["| method | predicted | measured | measured / predicted |", "|---|---|---|---|"]
@@ -170,10 +193,17 @@ def read(path: Path, kind: str) -> dict:
     return result
 
 
+def _kind(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None  # `read` tells what is wrong
+
+
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("acceptance", type=Path, help="JSON written by benchmarks.acceptance")
+    flag("acceptance", type=Path, help="JSON written by benchmarks.acceptance or heads")
     flag("--curve", help='one of your own: "rows:cost rows:cost ...", starting with 1 row')
     flag("--draft", type=float, default=0.1, help="cost of a draft, in plain rounds")
     flag("--against", type=Path, help="JSON written by benchmarks.speed: compare with it")
@@ -181,6 +211,9 @@ def main(args: list[str] | None = None) -> int:
     machines = list(PUBLISHED)
     if flags.curve is not None:
         machines = [Machine("yours", parse_curve(flags.curve), "--curve")]
+    if _kind(flags.acceptance) == "heads":
+        print(heads_table(read(flags.acceptance, "heads"), machines))
+        return 0
     print(table(read(flags.acceptance, "acceptance"), machines, flags.draft))
     if flags.against:
         print(f"\n{against(read(flags.against, 'speed'))}")
