@@ -14,12 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from redrafter_mlx.drafters.checkpoint import (
-    LOOKBACK_MODULES,
-    LOOKBACK_NUMBERS,
-    MODEL_TYPE,
-    UNUSED,
-)
+from redrafter_mlx.drafters.checkpoint import LOOKBACK_MODULES, LOOKBACK_NUMBERS, MODEL_TYPE, UNUSED
 from redrafter_mlx.drafters.kinds import KINDS
 from redrafter_mlx.errors import UserError
 

@@ -15,8 +15,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.drafters.checkpoint import check_names_and_shapes, draft_ids, quantize_like
 from redrafter_mlx.drafters.published import Kind, built, refuse_strangers
+from redrafter_mlx.drafters.tensors import check_names_and_shapes, draft_ids, quantize_like
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 

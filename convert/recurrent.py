@@ -13,12 +13,8 @@ import numpy as np
 
 from redrafter_mlx.drafters.checkpoint import (
     UNUSED,
-    check_draft_size,
-    check_names_and_shapes,
     check_rnn,
-    check_size,
     count_blocks,
-    draft_ids,
     expected_tensors,
     fused_layers,
     lookback,
@@ -26,6 +22,12 @@ from redrafter_mlx.drafters.checkpoint import (
     tied_output,
 )
 from redrafter_mlx.drafters.head import HeadConfig
+from redrafter_mlx.drafters.tensors import (
+    check_draft_size,
+    check_names_and_shapes,
+    check_size,
+    draft_ids,
+)
 from redrafter_mlx.errors import UserError
 
 from .head import Form, Head, Packing, Words, check_type, offsets_in, packing_of

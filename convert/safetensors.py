@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from redrafter_mlx.drafters.checkpoint import looks_pickled
+from redrafter_mlx.drafters.tensors import looks_pickled
 from redrafter_mlx.errors import UserError
 
 NUMPY = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from redrafter_mlx.drafters.checkpoint import read_json
+from redrafter_mlx.drafters.tensors import read_json
 from redrafter_mlx.errors import UserError
 
 from .kinds import beside, kind_of

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter_mlx import hub, places
-from redrafter_mlx.drafters.checkpoint import read_json
+from redrafter_mlx.drafters.tensors import read_json
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 

@@ -20,7 +20,7 @@ from redrafter_mlx import device
 from redrafter_mlx.config import DrafterOptions, parse_keywords
 from redrafter_mlx.demo import DEMOS, demo_target
 from redrafter_mlx.drafters.cascade import CascadeDrafter
-from redrafter_mlx.drafters.checkpoint import load_head, read_json, tensor_names
+from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
@@ -42,6 +42,7 @@ from redrafter_mlx.drafters.spec import (
     cascade_matrix,
     parse,
 )
+from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf

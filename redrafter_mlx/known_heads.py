@@ -11,9 +11,9 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from redrafter_mlx import places
-from redrafter_mlx.drafters.checkpoint import read_json, tensor_names
 from redrafter_mlx.drafters.kinds import KINDS
 from redrafter_mlx.drafters.published import shards_of
+from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.errors import UserError
 
 INDEX = "model.safetensors.index.json"

@@ -14,11 +14,11 @@ from families import build
 from redrafter_mlx import device, hub, places
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
-from redrafter_mlx.drafters.checkpoint import read_json, tensor_names
 from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.medusa import MedusaDrafter
 from redrafter_mlx.drafters.parallel import product
 from redrafter_mlx.drafters.published import load_published
+from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.known_heads import download_head, known_head, own_head, pairs

@@ -139,6 +139,8 @@ def test_plain_texts_begin_at_random_and_go_on():
     assert opening.tokens == (TinyTokenizer.BOS,)
     assert (warm_up.limit, warm_up.temp, warm_up.goes_on) == (WARM_UP, 1.0, True)
     assert (text.limit, text.goes_on) == (50, False)
+    # what is written at temperature 1 is no part of an answer that may be greedy throughout
+    assert (warm_up.role, text.role) == (Role.USER, Role.ASSISTANT)
 
 
 def test_given_texts_are_continued_with_and_without_a_template():

@@ -7,6 +7,7 @@ import os
 import signal
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from families import build
@@ -65,6 +66,11 @@ def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, sh
     entries = [json.loads(line) for line in (output / "training/log.jsonl").open()]
     assert entries[-1]["step"] == 6
     assert {"loss", "tree", "chain"} <= entries[-1].keys()
+
+
+def test_a_run_without_held_out_answers_says_so():
+    nothing = training_run.Report(0, np.zeros((4, 4)), {})
+    assert train.table(nothing).startswith("No greedy answer was kept from training")
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx import device
-from redrafter_mlx.drafters.checkpoint import (
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.tensors import (
     check_names_and_shapes,
     draft_ids,
     quantize_like,
     read_json,
     read_tensors,
 )
-from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.storage import one_line
