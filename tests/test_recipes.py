@@ -12,9 +12,11 @@ from mlx.utils import tree_flatten
 
 from families import build
 from redrafter_mlx import hub
+from redrafter_mlx.drafters import eagle3
 from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.tensors import read_json, tensor_names
+from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.lockstep import Part, Role, play
@@ -143,8 +145,8 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
 
 def test_an_eagle3_head_is_written_as_others_read_it(tmp_path):
     """Ascending draft ids, rows of its own in their order, and layers that count from 0."""
-    target = adapt(build("llama"))
-    recipe = recipe_for(target, HeadOptions(head="eagle3", fused_layers=(1, 0, 1)))
+    target = adapt(build("llama", num_hidden_layers=4))
+    recipe = recipe_for(target, HeadOptions(head="eagle3", fused_layers=(2, 1, 2)))
     chosen = mx.array([40, 3, 77, 5], dtype=mx.int32)
     head = random_head(recipe, 4)
     recipe.save(tmp_path, head, chosen, mx.float16)
@@ -155,7 +157,13 @@ def test_an_eagle3_head_is_written_as_others_read_it(tmp_path):
     np.testing.assert_allclose(tensors["lm_head.weight"], rows, atol=1e-3)
     assert tensors["fc.weight"].dtype == mx.float16
     assert "midlayer.hidden_norm.weight" in tensors
-    assert json.loads((tmp_path / "config.json").read_text())["draft_vocab_size"] == 4
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["draft_vocab_size"] == 4
+    assert settings["eagle_aux_hidden_state_layer_ids"] == [2, 3]
+    again, _ = load_published(eagle3.KIND, tmp_path, mx.float32)
+    assert again.config.reads == (1, 2)
+    with pytest.raises(UserError, match="--fused-layers 0"):
+        recipe_for(target, HeadOptions(head="eagle3", fused_layers=(0, 2))).config(4, STEPS)
 
 
 def test_recipes_are_all_that_the_flag_offers():

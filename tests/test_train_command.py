@@ -80,7 +80,7 @@ def test_a_run_without_held_out_answers_says_so():
         (["--head", "eagle3", "--blocks", 3], "--blocks has no use for --head eagle3"),
         (["--head", "recurrent", "--layers", 2], "--layers has no use for --head recurrent"),
         (["--head", "eagle3", "--start-from", "demo"], "--start-from is for --head recurrent"),
-        (["--head", "eagle3", "--fused-layers", 0, 9], "llama has 2 layers"),
+        (["--head", "eagle3", "--fused-layers", 1, 9], "llama has 2 layers"),
     ],
 )
 def test_options_of_another_kind_of_head_are_refused(tmp_path, flags, message, capsys):

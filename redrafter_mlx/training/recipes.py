@@ -277,11 +277,18 @@ class Eagle3(Recipe):
 
     @classmethod
     def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
-        return tuple(options.fused_layers) or reads_by_default(layers)
+        """Ascending, as every reader takes for granted; of few layers fewer than three."""
+        asked = options.fused_layers or (max(1, layer) for layer in reads_by_default(layers))
+        return tuple(sorted(set(asked)))
 
     def config(self, draft_vocab_size: int, ahead: int) -> Eagle3Config:
         target = self.target
         reads = self.reads(len(target.model.layers), self.options)
+        if 0 in reads:
+            raise UserError(
+                "--fused-layers 0: files of eagle3 heads cannot say that the first layer is read; "
+                "give others"
+            )
         return Eagle3Config(
             layer=llama.ModelArgs(model_type="llama", **self._attention()),
             layers=1,
@@ -327,10 +334,9 @@ class Eagle3(Recipe):
             "max_position_embeddings": layer.max_position_embeddings,
             "hidden_act": "silu",
             "tie_word_embeddings": False,
-            "eagle_config": {
-                "use_aux_hidden_state": True,
-                "eagle_aux_hidden_state_layer_ids": list(c.reads),
-            },
+            # boundaries between layers, which vLLM and, unless they begin with 1, SGLang take these
+            # for (see `drafters.eagle3.reads_of`): the output of layer i is the input of i + 1
+            "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in c.reads],
         }
         tensors = {
             name.replace("layers.0.", "midlayer.", 1): x
