@@ -116,6 +116,7 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     training = TrainingOptions(
         steps=150, windows=16, candidates=64, learning_rate=3e-3, ahead=STEPS, accumulate=1
     )
+    recipe.prepare(shards)
     d2t = mx.arange(target.vocab_size, dtype=mx.int32)
     head = recipe.new(recipe.config(target.vocab_size, STEPS), d2t, shards, STEPS, mx.random.key(0))
     answers = list(islice(greedy_answers([shard_path(directory, 0)]), 10))

@@ -11,7 +11,7 @@ Shape letters: B windows, L positions of a window, n steps, h hidden size, c con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
+from redrafter_mlx.round import View
 from redrafter_mlx.training.windows import Batch
 
 LARGEST_FIT = 6144
@@ -144,6 +145,32 @@ def _fit_projection(head: RecurrentHead, embed, batches: Iterable[Batch], steps:
         mx.eval(gram, moment)
     solution = _solve(gram, moment).T
     head.input_proj.weight, head.input_proj.bias = solution[:, :-1], solution[:, -1]
+
+
+def read_out(batches: Sequence[Batch], size: int) -> mx.array:
+    """(h,) the scale of the target's final hidden states, which come first of what was captured.
+
+    A head's last norm of this weight reads out through the target's own head as the target does.
+    """
+    hidden = mx.concatenate([b.hidden[..., :size].reshape(-1, size) for b in batches])
+    return mx.sqrt((hidden.astype(mx.float32) ** 2).mean(axis=0) + 1e-6)
+
+
+def fit_reading(batches: Sequence[Batch], view: View, scale: mx.array) -> mx.array | None:
+    """(h, c) that maps what a head reads of a token as nearly as it can to the next one's final
+    hidden state, over `scale`; None where that is too much to solve for.
+    """
+    if view.width > LARGEST_FIT:
+        return None
+    gram, moment = 0, 0
+    for batch in batches:
+        x = view(batch.hidden).astype(mx.float32)[:, :-1]
+        y = batch.hidden[:, 1:, : len(scale)].astype(mx.float32) / scale
+        weights = mx.array(batch.weights[:, : x.shape[1], None] > 0)
+        x, y = (x * weights).reshape(-1, view.width), y.reshape(-1, len(scale))
+        gram, moment = gram + x.T @ x, moment + x.T @ y
+        mx.eval(gram, moment)
+    return _solve(gram, moment).T
 
 
 def _least_squares(x: mx.array, y: mx.array) -> mx.array:

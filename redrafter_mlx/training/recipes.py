@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,31 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import View
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import features
-from redrafter_mlx.training.initial import initial_head
+from redrafter_mlx.training.initial import fit_reading, initial_head, read_out
 from redrafter_mlx.training.objective import Features, Output, tied_output, trained_output
 from redrafter_mlx.training.options import HeadOptions
-from redrafter_mlx.training.windows import Shards
+from redrafter_mlx.training.windows import Batch, Shards
 
 FIT_BATCHES = 24
 LOOKBACK_HEADS = 2
 """Of a new recurrent head, if nothing else is asked for."""
 DFLASH_LAYERS = 2
 """Of a new block head, if nothing else is asked for."""
+
+
+@dataclass(frozen=True)
+class ScaledView(View):
+    """What a head reads, each column over its usual size.
+
+    Some columns of a layer's output are a thousand times as large as others: steps that suit the
+    small ones would throw the sum about. What is learnt is written for the columns as they are.
+    """
+
+    scale: mx.array
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        read = super().__call__(hidden)
+        return read / self.scale.astype(read.dtype)
 
 
 class Recipe(ABC):
@@ -75,6 +91,9 @@ class Recipe(ABC):
     def tied(self) -> bool:
         """Whether it is taught with rows of the target's own output layer."""
         return self.options.output_layer == "tied"
+
+    def prepare(self, shards: Shards) -> None:  # noqa: B027
+        """Learn of the data what the head's inputs look like."""
 
     @abstractmethod
     def config(self, draft_vocab_size: int, ahead: int) -> Any:
@@ -115,6 +134,10 @@ class Recipe(ABC):
     @abstractmethod
     def save(self, path: Path, head: nn.Module, ids: mx.array, dtype: mx.Dtype) -> None:
         """Write config.json and model.safetensors into the directory."""
+
+    def _some(self, shards: Shards, ahead: int) -> list[Batch]:
+        """A few batches to begin with."""
+        return list(islice(shards.batches("fit", 4 if self.whole else 64, ahead), FIT_BATCHES))
 
     def _vocabulary(self, ids: mx.array) -> OwnVocabulary | TextVocabulary:
         if not self.tied:
@@ -269,10 +292,30 @@ class Medusa(Recipe):
         save_published(path, settings, tensors, ids, c.vocab_size, dtype)
 
 
-class Eagle3(Recipe):
+class LayersRecipe(Recipe):
+    """Of heads that read layers of the target through `fc`, and are taught whole conversations."""
+
+    whole, reads_final = True, False
+
+    def prepare(self, shards: Shards) -> None:
+        read = mx.concatenate(
+            [self.view(b.hidden).reshape(-1, self.view.width) for b in self._some(shards, 1)]
+        )
+        scale = mx.sqrt((read.astype(mx.float32) ** 2).mean(axis=0) + 1e-6)
+        self.view = ScaledView(self.view.parts, self.view.size, scale)
+        device.finish(scale)
+
+    def _written(self, head: nn.Module) -> dict[str, mx.array]:
+        """The head's tensors, for what it reads as it is."""
+        tensors = dict(tree_flatten(head.parameters()))
+        if isinstance(self.view, ScaledView):
+            tensors["fc.weight"] = tensors["fc.weight"] / self.view.scale
+        return tensors
+
+
+class Eagle3(LayersRecipe):
     name = "eagle3"
     about = "An EAGLE-3 head ([arXiv 2503.01840](https://arxiv.org/abs/2503.01840))"
-    whole, reads_final = True, False
     takes = ("draft_vocab", "output_layer", "fused_layers")
 
     @classmethod
@@ -304,7 +347,14 @@ class Eagle3(Recipe):
         return Eagle3Head(config)
 
     def new(self, config, ids, shards, ahead, key):
+        """A layer that does nothing yet, after the best linear guess from what it reads."""
         head = super().new(config, ids, shards, ahead, key)
+        batches = self._some(shards, ahead)
+        layer, head.norm.weight = head.layers[0], read_out(batches, self.view.size)
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.weight = mx.zeros_like(last.weight)
+        if (fitted := fit_reading(batches, self.view, head.norm.weight)) is not None:
+            head.fc.weight = fitted
         if config.own_output:
             head.lm_head.weight = self._rows(ids)
         return head
@@ -339,8 +389,7 @@ class Eagle3(Recipe):
             "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in c.reads],
         }
         tensors = {
-            name.replace("layers.0.", "midlayer.", 1): x
-            for name, x in tree_flatten(head.parameters())
+            name.replace("layers.0.", "midlayer.", 1): x for name, x in self._written(head).items()
         }
         order = mx.argsort(ids)
         ids = ids[order]  # readers take ascending ids for granted
@@ -350,10 +399,9 @@ class Eagle3(Recipe):
         save_published(path, settings, tensors, ids, c.vocab_size, dtype)
 
 
-class DFlash(Recipe):
+class DFlash(LayersRecipe):
     name = "dflash"
     about = "A DFlash head ([arXiv 2602.06036](https://arxiv.org/abs/2602.06036))"
-    whole, reads_final = True, False
     takes = ("draft_vocab", "fused_layers", "layers")
 
     @classmethod
@@ -374,6 +422,11 @@ class DFlash(Recipe):
 
     def empty(self, config: BlockConfig) -> BlockHead:
         return BlockHead(config)
+
+    def new(self, config, ids, shards, ahead, key):
+        head = super().new(config, ids, shards, ahead, key)
+        head.norm.weight = read_out(self._some(shards, ahead), self.view.size)
+        return head
 
     def features(self, steps: int) -> Features:
         return features.dflash(self.target.embed, self.view, steps)
@@ -404,8 +457,7 @@ class DFlash(Recipe):
             },
             "layer_types": ["full_attention"] * len(head.layers),
         }
-        tensors = dict(tree_flatten(head.parameters()))
-        save_published(path, settings, tensors, ids, c.vocab_size, dtype)
+        save_published(path, settings, self._written(head), ids, c.vocab_size, dtype)
 
 
 RECIPES: dict[str, type[Recipe]] = {

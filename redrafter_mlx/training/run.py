@@ -127,6 +127,7 @@ class TrainingRun:
         target = self.target
         self.recipe = recipe_for(target, head)
         self.shards = Shards(training_shards(parts(places.data)), self.recipe.whole)
+        self.recipe.prepare(self.shards)
         self.answers = held_out_answers(places.data)
         if start is None:
             self.head, d2t = self._new_head(head, seed)
@@ -323,6 +324,7 @@ def make_gradients(
     recipe = recipe_for(load(), options)
     d2t = mx.array(ids.astype(np.int32))
     shards = Shards(training_shards(parts(data)), recipe.whole)
+    recipe.prepare(shards)
     return gradients_of(recipe, recipe.empty(config), d2t, shards, training, seed)
 
 
