@@ -102,7 +102,7 @@ def test_a_time_limit_bounds_the_estimate(target, monkeypatch):
 
 
 def test_families_without_the_usual_names_are_reckoned_too():
-    for name in ("deepseek_v3", "gemma3_text", "mixtral"):
+    for name in ("deepseek_v3", "gemma3_text", "mixtral", "qwen3_5", "falcon_h1"):
         assert memory_needed(Target(build(name)), 8, 512) > 0
         assert estimate(Target(build(name)), DataOptions(rows=2, columns=64)).seconds > 0
 

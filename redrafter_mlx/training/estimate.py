@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.cache import BLOCK
+from redrafter_mlx.target.state import StateCache
 from redrafter_mlx.training.lockstep import CHUNK, K, Probe
 from redrafter_mlx.training.options import DataOptions
 
@@ -128,12 +129,16 @@ def memory_allowed(options: DataOptions) -> float:
 def memory_needed(target: Target, rows: int, columns: int) -> int:
     """Bytes at the peak of a batch, an upper bound: weights, keys and values, views, activations.
 
-    The sizes of keys and values are those of one token's pass, so any attention is counted.
+    The sizes of keys and values, and of states, are those of one token's pass, so any attention
+    and any recurrence is counted.
     """
     weights = sum(array.nbytes for _, array in tree_flatten(target.model.parameters()))
     probe = Probe(target, 1, 0)
     stored = 0
-    for cache in probe.caches.layers:
+    for cache in probe.caches.branching:
+        if isinstance(cache, StateCache):
+            stored += 2 * cache.nbytes  # before and after a pass, whatever the columns
+            continue
         kept = columns if cache.window is None else min(columns, cache.window + BLOCK)
         stored += cache.nbytes // BLOCK * -(-kept // BLOCK) * BLOCK
     views = 3 * columns * (2 * probe.hidden_size + VIEW)  # pieces, joined, and in files
