@@ -105,6 +105,8 @@ def _main(flags: Namespace) -> int:
     from redrafter_mlx.training.recipes import recipe_for
     from redrafter_mlx.training.run import shape_of
 
+    if flags.start_from and options[1].head != "recurrent":
+        raise UserError(f"--start-from is for --head recurrent, not {options[1].head}")
     if flags.start_from:
         options[1] = shape_of(flags.start_from, options[1])
     source = Source(
@@ -118,7 +120,7 @@ def _main(flags: Namespace) -> int:
     if flags.start_from:
         hub.load_head_of(target, flags.start_from)
     recipe = recipe_for(target, options[1])
-    _refuse_unused(flags, options[1], recipe)
+    _refuse_unused(options[1], recipe)
     recipe.config(options[1].draft_vocab, options[2].ahead)  # refuses what cannot be, before hours
     if flags.dry_run:
         return _foretell(source, options)
@@ -128,13 +130,11 @@ def _main(flags: Namespace) -> int:
         return _train(flags, source, options)
 
 
-def _refuse_unused(flags: Namespace, options: HeadOptions, recipe: Recipe) -> None:
-    """UserError for an option of another kind of head, and for a start that is none of this."""
+def _refuse_unused(options: HeadOptions, recipe: Recipe) -> None:
+    """UserError for an option of another kind of head."""
     for f in fields(HeadOptions):
         if f.name not in ("head", *recipe.takes) and getattr(options, f.name) != f.default:
             raise UserError(f"{flag_name(f)} has no use for --head {recipe.name}: leave it out")
-    if flags.start_from and recipe.name != "recurrent":
-        raise UserError(f"--start-from is for --head recurrent, not {recipe.name}")
 
 
 def _check_output(flags: Namespace) -> None:

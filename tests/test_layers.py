@@ -46,6 +46,7 @@ LAYERS = [
     ],
     ["drafters.published"],
     ["drafters.block", "drafters.checkpoint"],
+    ["drafters.tensors"],
     ["drafters.attention", "drafters.parallel", "drafters.recurrent"],
     ["drafters.beams"],
     ["drafters.text"],
@@ -174,6 +175,7 @@ def test_only_one_place_waits_for_the_device():
     assert waits == {
         "device",
         "drafters.checkpoint",
+        "drafters.tensors",
         "precision",
         "training.gradients",
         "training.initial",

@@ -114,7 +114,7 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     recipe = recipe_for(target, options)
     shards = Shards([shard_path(directory, 1)], recipe.whole)
     training = TrainingOptions(
-        steps=150, windows=16, candidates=64, learning_rate=3e-3, ahead=STEPS, accumulate=1
+        steps=100, windows=16, candidates=64, learning_rate=3e-3, ahead=STEPS, accumulate=1
     )
     recipe.prepare(shards)
     d2t = mx.arange(target.vocab_size, dtype=mx.int32)
@@ -123,10 +123,10 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     rate = lambda drafter: replay(drafter, answers, width=2, length=5).tokens_per_round[16]
     before = rate(recipe.drafter(head, d2t))
     gradients = gradients_of(recipe, head, d2t, shards, training, 0)
-    Trainer(gradients, training, Progress(150)).run(Crew(gradients, None, 1, 1))
+    Trainer(gradients, training, Progress(100)).run(Crew(gradients, None, 1, 1))
     drafter = recipe.drafter(head, d2t)
     found = rate(drafter)
-    assert found > 2 * before
+    assert found > 1.5 * before
     recipe.save(tmp_path, head, d2t, mx.float32)
     kind = recognised(read_json(tmp_path / "config.json"), tensor_names(tmp_path))
     assert kind.name == options.head
@@ -136,10 +136,11 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
         x.size for _, x in tree_flatten(head.parameters())
     )
     again = hub.load_drafter(str(tmp_path), model)
-    context = target.prefill(tiny_prompt(9), 512)
-    assert again.propose(context, BUDGET).tokens.tolist() == (
-        drafter.propose(context, BUDGET).tokens.tolist()
-    )
+    drafts = [
+        each.propose(target.prefill(tiny_prompt(9), 512), BUDGET).tokens.tolist()
+        for each in (drafter, again)
+    ]
+    assert drafts[0] == drafts[1]
     plain = ids(generation(model, tiny_prompt(9)))
     assert ids(generation(model, tiny_prompt(9), again)) == plain
 

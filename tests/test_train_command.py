@@ -28,6 +28,7 @@ def target(monkeypatch):
     """What --model loads, whatever its name."""
     model = build("llama")
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, TinyTokenizer()))
+    monkeypatch.setattr(training_run, "SHAPES", ((1, 5), (4, 5)))  # each is compiled anew
     train._loaded.cache_clear()
     return model
 
@@ -213,7 +214,7 @@ def test_a_time_too_short_for_all_data_still_gives_a_drafter(tmp_path, capsys):
         (["--resume"], "holds no training run; leave --resume out"),
         (["--evaluate"], "holds no training run"),
         (["--exit-dim", "40"], "--exit-dim 40: a tied output needs the target's hidden size 64"),
-        (["--fused-layers", "0", "7"], "fused_layers [0, 7]: llama has 2 layers"),
+        (["--fused-layers", "0", "7"], "layers [0, 7]: llama has 2 layers"),
         (["--loss", "magic"], "invalid choice: 'magic'"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--learning-rate", "-1"], "--learning-rate -1.0 is outside its range"),

@@ -258,6 +258,7 @@ class Medusa(Recipe):
                 block.linear.bias = mx.zeros_like(block.linear.bias)
             if not config.shared:
                 layers[-1].weight = self._rows(ids)
+        device.finish(head.parameters())
         return head
 
     def features(self, steps: int) -> Features:
@@ -357,6 +358,7 @@ class Eagle3(LayersRecipe):
             head.fc.weight = fitted
         if config.own_output:
             head.lm_head.weight = self._rows(ids)
+        device.finish(head.parameters())
         return head
 
     def features(self, steps: int) -> Features:
@@ -426,6 +428,7 @@ class DFlash(LayersRecipe):
     def new(self, config, ids, shards, ahead, key):
         head = super().new(config, ids, shards, ahead, key)
         head.norm.weight = read_out(self._some(shards, ahead), self.view.size)
+        device.finish(head.parameters())
         return head
 
     def features(self, steps: int) -> Features:
