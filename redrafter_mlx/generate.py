@@ -52,9 +52,10 @@ def make_parser() -> cli.Parser:
     )
     flag(
         "--drafter",
-        help="a recurrent head (demo, a directory or Hugging Face repo, also as recurrent:NAME), "
-        "max_gram, model:NAME, cascade:[A,B,...], union:[A,B,...] or auto (default: auto, that is "
-        "max_gram, united with the target's own head if one comes with it)",
+        help="a trained head (demo, a directory or Hugging Face repo: recurrent, medusa, eagle3, "
+        "mtp or dflash, also as KIND:NAME), max_gram, model:NAME, cascade:[A,B,...], "
+        "union:[A,B,...] or auto (default: auto, that is max_gram, united with the target's own "
+        "head if it has one)",
     )
     flag("--no-draft", action="store_true", help="plain decoding")
     flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
