@@ -332,3 +332,16 @@ def test_a_draft_waits_for_the_device_once(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "finish", lambda *arrays: waits.append(finish(*arrays)))
     assert len(drafter.propose(context, BUDGET)) == BUDGET.nodes
     assert len(waits) == 1
+
+
+def test_a_medusa_head_on_the_targets_output_layer_tells_no_vocabulary(tmp_path):
+    """As its trainer writes it: blocks alone, and a config.json without sizes."""
+    model, prompt = build("llama"), tiny_prompt(9)
+    path = write_medusa(tmp_path / "head", adapt(model))
+    tensors = mx.load(str(path / "model.safetensors"))
+    blocks = {name: x for name, x in tensors.items() if ".linear." in name}
+    write(path, {"medusa_num_heads": 3, "medusa_num_layers": 1, "version": "2"}, blocks)
+    drafter = hub.load_drafter(str(path), model)
+    assert drafter.vocabulary.of(None)[0].size == 97
+    plain = ids(generation(model, prompt))
+    assert ids(generation(model, prompt, drafter, draft=BUDGETS[1])) == plain

@@ -37,10 +37,11 @@ from redrafter_mlx.drafters.published import (
     belongs_to,
     matrix,
     setting,
+    targets_vocabulary,
     unwrapped,
 )
 from redrafter_mlx.drafters.shapes import rope_of
-from redrafter_mlx.drafters.text import SharedVocabulary, TextVocabulary, WholeVocabulary
+from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, View
 from redrafter_mlx.target.adapter import Target
@@ -346,13 +347,10 @@ def _drafter(
     config = head.config
     belongs_to(target, config.layer.hidden_size, config.vocab_size)
     view = target.tap(config.reads, final=False, whole_text=True)
-    d2t = mx.array(ids.astype(np.int32))
-    if len(ids) == target.vocab_size:
-        vocabulary = WholeVocabulary(target.vocab_size, target.logits)
-    elif head.link is not None:  # which knows no ids but these
+    vocabulary = targets_vocabulary(target, ids)
+    if head.link is not None and len(ids) < target.vocab_size:  # which knows no ids but these
+        d2t = mx.array(ids.astype(np.int32))
         vocabulary = SharedVocabulary(d2t, target.output_layer(d2t))
-    else:
-        vocabulary = TextVocabulary(d2t, target.vocab_size, target.output_layer)
     kind = DFlashDrafter if head.link is None else LinkedDrafter
     return kind(head, vocabulary, target.embed, view, experience)
 

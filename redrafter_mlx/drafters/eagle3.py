@@ -27,10 +27,11 @@ from redrafter_mlx.drafters.published import (
     belongs_to,
     matrix,
     setting,
+    targets_vocabulary,
     unwrapped,
 )
 from redrafter_mlx.drafters.shapes import rope_of
-from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary, WholeVocabulary
+from redrafter_mlx.drafters.text import OwnVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.rope import accept_row_offsets
@@ -291,13 +292,10 @@ def _drafter(
             f"the EAGLE-3 head has a hidden size of {config.hidden_size} and brings no embedding, "
             f"but the target's is {target.hidden_size}: the head is incomplete"
         )
-    d2t = mx.array(ids.astype(np.int32))
     if config.own_output:
-        vocabulary = OwnVocabulary(d2t)
-    elif len(ids) == target.vocab_size:
-        vocabulary = WholeVocabulary(target.vocab_size, target.logits)
+        vocabulary = OwnVocabulary(mx.array(ids.astype(np.int32)))
     else:
-        vocabulary = TextVocabulary(d2t, target.vocab_size, target.output_layer)
+        vocabulary = targets_vocabulary(target, ids)
     return AttentionDrafter(head, vocabulary, embed, view, experience)
 
 

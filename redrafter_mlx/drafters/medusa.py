@@ -25,9 +25,10 @@ from redrafter_mlx.drafters.published import (
     belongs_to,
     matrix,
     setting,
+    targets_vocabulary,
     unwrapped,
 )
-from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary, WholeVocabulary
+from redrafter_mlx.drafters.text import OwnVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, View
 from redrafter_mlx.target.adapter import Target
@@ -155,13 +156,11 @@ def _drafter(
 ) -> MedusaDrafter:
     config = head.config
     belongs_to(target, config.hidden_size, config.vocab_size or target.vocab_size)
-    d2t = mx.array(ids.astype(np.int32))
-    if not config.shared:
-        vocabulary = OwnVocabulary(d2t)
-    elif config.draft_vocab_size == config.vocab_size:
-        vocabulary = WholeVocabulary(target.vocab_size, target.logits)
+    if config.shared:
+        known = ids if config.vocab_size else np.arange(target.vocab_size)
+        vocabulary = targets_vocabulary(target, known)
     else:
-        vocabulary = TextVocabulary(d2t, target.vocab_size, target.output_layer)
+        vocabulary = OwnVocabulary(mx.array(ids.astype(np.int32)))
     return MedusaDrafter(head, vocabulary, target.tap(()), experience)
 
 

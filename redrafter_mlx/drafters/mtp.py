@@ -28,8 +28,14 @@ from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead
-from redrafter_mlx.drafters.published import Experiences, Kind, Shapes, belongs_to, setting
-from redrafter_mlx.drafters.text import TextVocabulary, WholeVocabulary
+from redrafter_mlx.drafters.published import (
+    Experiences,
+    Kind,
+    Shapes,
+    belongs_to,
+    setting,
+    targets_vocabulary,
+)
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.adapter import Target
@@ -369,11 +375,7 @@ def _drafter(
 ) -> AttentionDrafter:
     config = head.config
     belongs_to(target, config.hidden_size, config.vocab_size)
-    if len(ids) == target.vocab_size:
-        vocabulary = WholeVocabulary(target.vocab_size, target.logits)
-    else:
-        d2t = mx.array(ids.astype(np.int32))
-        vocabulary = TextVocabulary(d2t, target.vocab_size, target.output_layer)
+    vocabulary = targets_vocabulary(target, ids)
     view = target.tap((), whole_text=True)
     return AttentionDrafter(head, vocabulary, target.embed, view, experience)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import json
-import logging
 import math
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -25,11 +24,13 @@ from redrafter_mlx import device
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.tensors import (
     check_names_and_shapes,
+    check_size,
     draft_ids,
     quantize_like,
     read_json,
     read_tensors,
 )
+from redrafter_mlx.drafters.text import TextVocabulary, WholeVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.storage import one_line
@@ -39,7 +40,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 Experiences = dict[float, Experience]
 WRAPPERS = ("", "module.", "model.", "draft_model.", "_orig_mod.")
 """What a training script may have put before every name."""
-_log = logging.getLogger("redrafter_mlx")
 
 
 @dataclass(frozen=True)
@@ -232,10 +232,7 @@ def check_weights(
 def setting(where: object, settings: Mapping[str, Any], key: str, default: Any = None) -> int:
     """A size of at least 1 in a config.json; UserError if it is missing or none."""
     value = settings.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 1 <= value <= 2**30:
-        raise UserError(f"{where}: {key} is {value!r}, not a positive number")
-    return value
+    return check_size(where, key, default if value is None else value)
 
 
 def agree(where: object, what: str, given: Any, found: int) -> None:
@@ -267,9 +264,14 @@ def belongs_to(target: Target, hidden_size: int, vocab_size: int) -> None:
             )
 
 
-def as_json(settings: Any) -> str:
-    """For messages."""
-    return json.dumps(settings, ensure_ascii=False)
+def targets_vocabulary(target: Target, ids: np.ndarray) -> WholeVocabulary | TextVocabulary:
+    """The vocabulary of a head without an output layer, which reads the target's.
+
+    ids  (D,) token ids that it can propose in any text: all of them, or some, and the text's
+    """
+    if len(ids) == target.vocab_size:
+        return WholeVocabulary(target.vocab_size, target.logits)
+    return TextVocabulary(mx.array(ids.astype(np.int32)), target.vocab_size, target.output_layer)
 
 
 def save_published(

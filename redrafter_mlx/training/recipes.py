@@ -28,9 +28,9 @@ from redrafter_mlx.drafters.dflash import DFlashDrafter
 from redrafter_mlx.drafters.eagle3 import Eagle3Config, Eagle3Head, reads_by_default
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.medusa import MedusaConfig, MedusaDrafter, MedusaHead
-from redrafter_mlx.drafters.published import save_published
+from redrafter_mlx.drafters.published import save_published, targets_vocabulary
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary, WholeVocabulary
+from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import View
 from redrafter_mlx.target.adapter import Target
@@ -142,9 +142,7 @@ class Recipe(ABC):
     def _vocabulary(self, ids: mx.array) -> OwnVocabulary | TextVocabulary:
         if not self.tied:
             return OwnVocabulary(ids)
-        if ids.size == self.target.vocab_size:
-            return WholeVocabulary(ids.size, self.target.logits)
-        return TextVocabulary(ids, self.target.vocab_size, self.target.output_layer)
+        return targets_vocabulary(self.target, np.array(ids))
 
     def _rows(self, ids: mx.array) -> mx.array:
         """(D, h) of the target's own output layer, unpacked."""
