@@ -40,7 +40,7 @@ def decode(
             accepted=tree.tokens[verdict.path[1:]].tolist(),
             verdict=verdict,
             logits=outcome.logits[verdict.path],
-            nodes=len(tree),
+            tree=tree,
             draft_seconds=drafted - ready,
             verify_seconds=verified - drafted + ready - began,
         )
@@ -49,18 +49,20 @@ def decode(
         yield step
 
 
-def overlap(steps: Iterable[Step]) -> Iterator[Step]:
+def overlap(steps: Iterable[Step], alone: Callable[[], bool] = lambda: True) -> Iterator[Step]:
     """Hand on each step as soon as it can be read without waiting.
 
     A step that the device is still computing is held back until the next round is under way, so
     that the host builds the next pass meanwhile.
+
+    alone  whether the next round is of this text; else the step is handed on, to be waited for
     """
     held = None
     for step in steps:
         if held is not None:
             yield held
-        held = None if step.is_known else step
-        if step.is_known:
+        held = None if step.is_known or not alone() else step
+        if held is None:
             yield step
     if held is not None:
         yield held

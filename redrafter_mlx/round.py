@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from redrafter_mlx import device
 from redrafter_mlx.sampling import Noise
+from redrafter_mlx.tree import TokenTree
 
 
 class Transcript:
@@ -70,12 +71,13 @@ class Trail:
     """Captured hidden states C of all processed tokens, until every drafter that wants has read.
 
     readers  how many drafters there are that read it
+    start    tokens before the first one of which it knows anything
     """
 
-    def __init__(self, readers: int = 1):
+    def __init__(self, readers: int = 1, start: int = 0):
         self._readers, self._read = readers, {}
         self._pieces: list[mx.array] = []
-        self._length = 0
+        self.start = self._length = start
 
     def add(self, hidden: mx.array) -> mx.array:
         """Take in those (T, C) of the tokens processed next; what is kept of them."""
@@ -151,16 +153,21 @@ class Step:
     accepted  drafted tokens of the path; they come first, the next pending token last
     verdict   that the round ended with
     logits    (len(accepted) + 1, V) the target's, row i for the i-th added token
-    nodes     size of the tree that was verified
+    tree      that was verified
     draft_seconds, verify_seconds  of the round's wall time
     """
 
     accepted: Sequence[int]
     verdict: Verdict
     logits: mx.array
-    nodes: int
+    tree: TokenTree
     draft_seconds: float
     verify_seconds: float
+
+    @property
+    def nodes(self) -> int:
+        """Size of the tree that was verified."""
+        return len(self.tree)
 
     @property
     def is_known(self) -> bool:

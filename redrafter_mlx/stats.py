@@ -14,6 +14,7 @@ from redrafter_mlx.round import Step
 class Stats:
     """Counts and times of one generation; complete at any moment of it.
 
+    cached_tokens of the prompt were known from earlier texts
     rule          that drafts were verified by
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
     sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth it
@@ -22,6 +23,7 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     rule: str = "match"
     prompt_seconds: float = 0.0
     look_seconds: float = 0.0
@@ -66,8 +68,9 @@ class Stats:
 
     @property
     def prompt_tps(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+        """Prompt tokens read per second."""
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.prompt_seconds if self.prompt_seconds else 0.0
 
     @property
     def generation_tps(self) -> float:
@@ -87,6 +90,7 @@ class Stats:
         """Everything, for JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
             "prompt_tps": round(self.prompt_tps, 3),
             "generation_tokens": self.tokens,
             "generation_tps": round(self.generation_tps, 3),

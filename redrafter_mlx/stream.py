@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -30,12 +31,13 @@ from redrafter_mlx.config import (
 from redrafter_mlx.decoding import Rule, decode, overlap
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.pricing.knowledge import knowledge_of
+from redrafter_mlx.pricing.knowledge import Knowledge, knowledge_of
 from redrafter_mlx.round import Context, Step
 from redrafter_mlx.sampling import Sampler
 from redrafter_mlx.stats import Stats
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.target.cache import LayerCaches, Quantization
+from redrafter_mlx.tree import TokenTree
 from redrafter_mlx.verification import Match, Rejection, Typical
 
 FIRST_USE = (
@@ -89,14 +91,42 @@ class Token:
     logits: mx.array
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands among others of its model.
+
+    caches     of the first tokens of its prompt, which become its own; its drafter knows them too
+    marks      places of the prompt at which other prompts may part from it
+    alone      whether no other run waits for its turn
+    clock      seconds, of this run's turns alone
+    knowledge  that its drafter shares with others
+    """
+
+    caches: LayerCaches | None = None
+    marks: Collection[int] = ()
+    alone: Callable[[], bool] = lambda: True
+    clock: Callable[[], float] = time.perf_counter
+    knowledge: Knowledge | None = None
+
+
+def quantization(options: GenerationOptions) -> Quantization | None:
+    """Of keys and values, as the options ask for it."""
+    if not options.kv_bits:
+        return None
+    return Quantization(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
+
+
 class Generation:
     """One run over one prompt: iterate to get its tokens, an end-of-text token included.
 
     stats  counts while it runs
     seed   of the sampling; drawn here if none was given, None at temperature 0
+    tree   of the latest round, and its path
+    caches, said  what the target holds of the text, and its tokens so far
 
     budget is for what no option says; without it `draft` decides. prompt_cache is of mlx-lm, for
     a text that the prompt follows; afterwards it holds prompt and answer too.
+    place is where it stands among other runs.
 
     Raises UserError for an empty prompt, and for a model that cannot verify trees when there is a
     drafter.
@@ -116,6 +146,7 @@ class Generation:
         progress: Callable[[int, int], None] = lambda done, total: None,
         budget: Budget | None = None,
         prompt_cache: list | None = None,
+        place: Place | None = None,
     ):
         if len(prompt) == 0:
             raise UserError("the prompt is empty: it must hold at least one token")
@@ -127,15 +158,17 @@ class Generation:
         self.sampler = Sampler(sampling, logits_processors)
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
+        self.tree: tuple[TokenTree, Sequence[int]] = TokenTree.root(), [0]
         self._draft, self._budget, self._knowledge = draft, budget, None
-        self._prompt_cache, self._said = prompt_cache, list(prompt)
-        self._caches: LayerCaches | None = None
+        self._prompt_cache, self.said = prompt_cache, list(prompt)
+        self._place = place or Place()
+        self.caches = self._place.caches
         if drafter is None:
             self._budget = budget or FixedBudget(1, 2, nodes=1)
         elif budget is None and draft.budget != AUTO:
             self._budget = FixedBudget.from_options(draft)
         elif budget is None:
-            self._knowledge = knowledge_of(self._target, drafter)
+            self._knowledge = self._place.knowledge or knowledge_of(self._target, drafter)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._progress = progress
 
@@ -145,17 +178,26 @@ class Generation:
         return self._budget.note if isinstance(self._budget, AutoBudget) else ""
 
     def __iter__(self) -> Iterator[Token]:
+        return (token for token in self.turns() if token is not None)
+
+    def turns(self) -> Iterator[Token | None]:
+        """The run's tokens, and None after each chunk of the prompt.
+
+        After None, and after a token that ends a round, other runs may have their turn.
+        """
         waiting = device.patience(self._say_first_use)
         try:
-            for step in overlap(self._steps()):
+            context = yield from self._read_prompt()
+            for step in overlap(self._rounds(context), self._place.alone):
                 tokens = self.stats.read(step)
+                self.tree = step.tree, step.verdict.path
                 waiting.cancel()
                 for place, token in enumerate(tokens):
                     drafted = place < len(step.accepted)
                     self.stats.count(drafted, place)
                     reason = self._finish_reason(token)
                     last = reason is not None or place == len(tokens) - 1
-                    self._said.append(token)
+                    self.said.append(token)
                     yield Token(token, drafted, reason, last, step.logits[place])
                     if reason is not None:
                         return
@@ -163,9 +205,9 @@ class Generation:
             waiting.cancel()
             if self._knowledge is not None and self.stats.tokens:
                 self._knowledge.keep(len(self.prompt) + self.stats.tokens)
-            if self._prompt_cache is not None and self._caches is not None:
+            if self._prompt_cache is not None and self.caches is not None:
                 self._target.hand_back(
-                    self._caches, self._prompt_cache, self._begun, self._said,
+                    self.caches, self._prompt_cache, self._begun, self.said,
                     self.options.prefill_step_size,
                 )  # fmt: skip
 
@@ -173,37 +215,44 @@ class Generation:
         if self._knowledge is None or self._knowledge.is_first:
             _log.info(FIRST_USE)
 
-    def _steps(self) -> Iterator[Step]:
-        self._drafter.reset()
-        options = self.options
-        how = None
-        if options.kv_bits:
-            how = Quantization(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
-        if self._prompt_cache is None:
-            self._caches = self._target.empty_caches(how)
-        else:
-            self._caches = self._target.caches_after(self._prompt_cache, how)
-        self._begun = self._caches.length
-        context = self._target.prefill(
-            self.prompt,
-            options.prefill_step_size,
-            self.sampler.noise,
-            self._progress,
-            self._caches,
-        )
+    def _read_prompt(self) -> Generator[None, None, Context]:
+        place, how = self._place, quantization(self.options)
+        if self._prompt_cache is not None:
+            self.caches = self._target.caches_after(self._prompt_cache, how)
+        elif self.caches is None:
+            self.caches = self._target.empty_caches(how)
+        self._begun = self.caches.length
+        known = 0 if self._prompt_cache is not None else self._begun
+        if known == 0:
+            self._drafter.reset()
+        self.stats.cached_tokens = known
+        steps = self._target.prefill_by_chunks(
+            self.prompt, self.options.prefill_step_size, self.sampler.noise, self.caches, known,
+            place.marks,
+        )  # fmt: skip
+        while True:
+            try:
+                self._progress(next(steps), len(self.prompt))
+            except StopIteration as end:
+                return end.value
+            yield None
+
+    def _rounds(self, context: Context) -> Iterator[Step]:
         self.stats.end_prompt()
         rounds = decode(
             self._target, self._drafter, self._rule(), self._budget_after(context), context
         )
         self.stats.start_decoding()
-        most = options.max_tokens  # each round adds one token at least
+        most = self.options.max_tokens  # each round adds one token at least
         return islice(rounds, None if most < 0 else most)
 
     def _budget_after(self, context: Context) -> Budget:
         if self._knowledge is not None:
             temp, tokens = self.sampler.options.temp, self.options.max_tokens
-            policy = self._knowledge.policy(self._draft, temp, context, max(tokens, 0))
-            self._budget = AutoBudget(policy)
+            policy = self._knowledge.policy(
+                self._draft, temp, context, max(tokens, 0), self._drafter
+            )
+            self._budget = AutoBudget(policy, self._place.clock)
         return self._budget
 
     def _rule(self) -> Rule:
@@ -264,24 +313,34 @@ def stream_generate(
 
 def text_events(run: Generation, tokenizer: TokenizerWrapper) -> Iterator[GenerationResponse]:
     """Decode a run's tokens into events; a stop string ends it and is not part of its text."""
+    with wired_limit(run.model):
+        yield from (event for event in turns_of_text(run, tokenizer) if event is not None)
+
+
+def turns_of_text(
+    run: Generation, tokenizer: TokenizerWrapper
+) -> Iterator[GenerationResponse | None]:
+    """`text_events`, and None where the run's turns have it."""
     detokenizer = tokenizer.detokenizer
     stops = TextStateMachine({"normal": [(stop, None) for stop in run.options.stop]})
     state = stops.make_state()
-    with wired_limit(run.model):
-        for token in run:
-            reason = token.finish_reason
-            if reason != "stop":
-                detokenizer.add_token(token.id)
-            if reason:
-                detokenizer.finalize()
-            state, text, name = stops.step(state, detokenizer.last_segment)
-            if name is None:
-                reason = "stop"
-            elif reason:
-                text += stops.flush(state)[1]
-            yield _response(run.stats, token, text, reason)
-            if reason:
-                return
+    for token in run.turns():
+        if token is None:
+            yield None
+            continue
+        reason = token.finish_reason
+        if reason != "stop":
+            detokenizer.add_token(token.id)
+        if reason:
+            detokenizer.finalize()
+        state, text, name = stops.step(state, detokenizer.last_segment)
+        if name is None:
+            reason = "stop"
+        elif reason:
+            text += stops.flush(state)[1]
+        yield _response(run.stats, token, text, reason)
+        if reason:
+            return
 
 
 def _response(stats: Stats, token: Token, text: str, reason: str | None) -> GenerationResponse:

@@ -329,7 +329,7 @@ def test_a_text_may_be_longer_than_the_first_buffers():
         memory = text.of(transcript, trail)
     assert memory[0].shape[2] == 4 * CHUNK
     short = BlockText(head, view)
-    short._restart()
+    short.restart()
     for row in range(0, len(states), 97):
         short._head.take_in(states[row : row + 97], short._layers)
     exact = [x[:, :, : len(states)] for x in memory[:-1]]

@@ -11,8 +11,9 @@ drafted before, h hidden size, C captured columns.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -54,7 +55,10 @@ class AttentionHead(nn.Module):
 
 
 class TextKeys:
-    """Keys and values of one layer for a text, in buffers that double. Used as mlx-lm's KVCache."""
+    """Keys and values of one layer for a text, in buffers that double. Used as mlx-lm's KVCache.
+
+    offset  places that are held
+    """
 
     def __init__(self):
         self.offset = 0
@@ -68,6 +72,13 @@ class TextKeys:
         self.values[..., first:end, :] = values
         self.offset = end
         return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def fork(self, places: int) -> TextKeys:
+        """The first places of it, to be written on separately."""
+        other = TextKeys()
+        other.offset = min(self.offset, places)
+        other.keys, other.values = self.keys[...], self.values[...]
+        return other
 
 
 def _with_room(buffer: mx.array | None, like: mx.array, used: int, end: int) -> mx.array:
@@ -100,28 +111,70 @@ class DraftKeys:
         return self.keys, self.values
 
 
-class TextCache:
+class TextLayers(ABC):
+    """Keys and values of a head's layers for one text, of which it learns by a Trail."""
+
+    def __init__(self):
+        self._transcript: Transcript | None = None
+        self._start = 0  # place of the text that comes first in the layers
+        self._layers: list[TextKeys] = []
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Hold nothing, in layers of the right shapes."""
+
+    @abstractmethod
+    def catch_up(self) -> None:
+        """Take in all of the text that the target has processed."""
+
+    def new(self, transcript: Transcript, trail: Trail) -> tuple[int, mx.array | None]:
+        """The first place that is not held, and what was captured there and later, if anything."""
+        if transcript is not self._transcript:
+            is_other = self._transcript is not None or not self._layers
+            self._transcript, self._trail = transcript, trail
+            if is_other or self._start + self._layers[0].offset < trail.start:
+                self._start = trail.start
+                self.restart()
+        place = self._start + self._layers[0].offset
+        return place, trail.since(place, self)
+
+    @property
+    def memory(self) -> list[mx.array]:
+        """That of a Begun: all that is held."""
+        return memory_of(self._layers, mx.array([self._layers[0].offset]))
+
+    def fork(self, length: int) -> TextLayers:
+        """The same of another text that begins with the same `length` tokens."""
+        other = copy(self)
+        other._transcript, other._layers = None, []
+        if self._transcript is not None and length > 0:
+            self.catch_up()
+            places = max(length - self._start, 0)
+            other._layers = [layer.fork(places) for layer in self._layers]
+        return other
+
+
+class TextCache(TextLayers):
     """What a head keeps of one text: keys and values of its layers, and its last hidden state."""
 
     def __init__(self, head: AttentionHead, embed: Callable[[mx.array], mx.array], view: View):
+        super().__init__()
         self._head, self._embed, self._view = head, embed, view
-        self._transcript: Transcript | None = None
 
     def of(self, transcript: Transcript, trail: Trail) -> Begun:
         """After all processed tokens and the pending one: (1, h), and the memory of the text."""
-        if transcript is not self._transcript:
-            self._transcript = transcript
-            self._restart()
-        first = self._layers[0].offset
-        captured = trail.since(first, self)
+        first, captured = self.new(transcript, trail)
         if captured is not None:
             tokens = transcript.tokens[first + 1 : first + 1 + len(captured)]
             self._last = self.take_in(tokens, captured)[-1:]
-        return self._last, memory_of(self._layers, mx.array([self._layers[0].offset]))
+        return self._last, self.memory
+
+    def catch_up(self) -> None:
+        self.of(self._transcript, self._trail)
 
     def of_whole(self, tokens: Sequence[int], captured: mx.array, first: int) -> Begun:
         """At each of P tokens from the `first` on, of a text whose states (T - 1, C) are known."""
-        self._restart()
+        self.restart()
         hidden = self.take_in(tokens[1:], captured)
         return hidden[first - 1 :], memory_of(self._layers, mx.arange(first, len(tokens)))
 
@@ -140,7 +193,7 @@ class TextCache:
             found.append(self._head(self._embed(ids)[None], read[None], mask, self._layers)[0])
         return mx.concatenate(found)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Empty buffers; nothing is evaluated to learn their shapes."""
         self._layers = [TextKeys() for _ in range(self._head.caches)]
         captured = mx.zeros((1, 1 + max(self._view.parts), self._view.size)).reshape(1, -1)
@@ -221,6 +274,11 @@ class AttentionDrafter(BeamDrafter):
 
     def begin(self, context: Context) -> Begun:
         return self._text.of(context.transcript, context.trail)
+
+    def fork(self, length: int) -> AttentionDrafter:
+        other = super().fork(length)
+        other._text = self._text.fork(length)
+        return other
 
     def replayed(self, tokens: Sequence[int], hidden: mx.array, first: int) -> Begun:
         return TextCache(self.head, self.embed, self.view).of_whole(tokens, hidden, first)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, Protocol
 
@@ -75,6 +76,11 @@ class BeamDrafter(Unheeding, ABC):
         hidden  (T, C) captured before each of its T tokens but the first
         """
 
+    def fork(self, length: int) -> BeamDrafter:
+        other = copy(self)
+        other.vocabulary = self.vocabulary.fork()
+        return other
+
     @abstractmethod
     def steps(self, begun: mx.array, memory: Sequence[mx.array]) -> Steps:
         """The head at P positions, from the arrays of a Begun; a function that can be compiled."""
@@ -84,7 +90,8 @@ class BeamDrafter(Unheeding, ABC):
         noise = context.noise or Noise.silent()
         shape = budget.width, budget.length, context.noise is not None, drawn
         if shape not in self._searches:
-            search = partial(self.draw if drawn else self.likeliest, *shape[: 2 if drawn else 3])
+            bare = self.fork(0)  # forks share what is compiled, and nothing of a text
+            search = partial(bare.draw if drawn else bare.likeliest, *shape[: 2 if drawn else 3])
             self._searches[shape] = device.ready(search)
         begun, memory = self.begin(context)
         ids, rows = self.vocabulary.of(context.transcript)

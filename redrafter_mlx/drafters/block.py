@@ -23,7 +23,7 @@ from mlx_lm.models import qwen3
 from mlx_lm.models.rope_utils import initialize_rope
 
 from redrafter_mlx import device
-from redrafter_mlx.drafters.attention import CHUNK, DraftKeys, TextKeys, memory_of
+from redrafter_mlx.drafters.attention import CHUNK, DraftKeys, TextKeys, TextLayers, memory_of
 from redrafter_mlx.drafters.beam_search import top_k
 from redrafter_mlx.round import Trail, Transcript, View
 from redrafter_mlx.target.rope import accept_row_offsets
@@ -285,26 +285,26 @@ def seen(visible: mx.array, size: int, places: int) -> Callable[[Sight], mx.arra
     return mask
 
 
-class BlockText:
+class BlockText(TextLayers):
     """The context in one text, taken in as the target processes it."""
 
     def __init__(self, head: BlockHead, view: View):
+        super().__init__()
         self._head, self._view = head, view
-        self._transcript: Transcript | None = None
 
     def of(self, transcript: Transcript, trail: Trail) -> list[mx.array]:
         """The memory of a Begun after all processed tokens."""
-        if transcript is not self._transcript:
-            self._transcript = transcript
-            self._restart()
-        captured = trail.since(self._layers[0].offset, self)
+        _, captured = self.new(transcript, trail)
         if captured is not None:
             self._take_in(captured)
-        return memory_of(self._layers, mx.array([self._layers[0].offset]))
+        return self.memory
+
+    def catch_up(self) -> None:
+        self.of(self._transcript, self._trail)
 
     def of_whole(self, captured: mx.array, first: int) -> list[mx.array]:
         """That of each token from the `first` on, of a text whose states (T - 1, C) are known."""
-        self._restart()
+        self.restart()
         self._take_in(captured)
         return memory_of(self._layers, mx.arange(first, len(captured) + 1))
 
@@ -315,7 +315,7 @@ class BlockText:
                 device.finish([(layer.keys, layer.values) for layer in self._layers])
             self._head.take_in(self._view(captured[start : start + CHUNK]), self._layers)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Buffers of zeros, of the shapes and the type that places of a text will have."""
         args, places = self._head.config.layer, self._head.fc
         dtype = places.scales.dtype if "scales" in places else places.weight.dtype

@@ -7,6 +7,7 @@ Horizontal: the later, less certain tokens of a draft come from cheaper drafters
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -80,6 +81,11 @@ class CascadeDrafter:
     def reset(self) -> None:
         for level in self.levels:
             level.reset()
+
+    def fork(self, length: int) -> CascadeDrafter:
+        other = copy(self)
+        other.levels = [level.fork(length) for level in self.levels]
+        return other
 
     def save(self) -> None:
         """Let levels that remember write what they remember to their files."""

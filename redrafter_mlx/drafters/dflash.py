@@ -59,6 +59,11 @@ class DFlashDrafter(ParallelDrafter):
         self.head, self.embed, self.view = head, embed, view
         self._text = BlockText(head, view)
 
+    def fork(self, length: int) -> DFlashDrafter:
+        other = super().fork(length)
+        other._text = self._text.fork(length)
+        return other
+
     def begin(self, context: Context) -> Begun:
         return self._begun(self._text.of(context.transcript, context.trail))
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +81,12 @@ class MaxGramDrafter:
                 self._index = SuffixAutomaton()
                 self._extend(self.memory.tokens())
         self._transcript = None
+
+    def fork(self, length: int) -> MaxGramDrafter:
+        other = copy(self)
+        other._transcript, other._index = None, SuffixAutomaton()
+        other._extend(self.memory.tokens() if self.memory else ())
+        return other
 
     def save(self) -> None:
         """Write the memory, with the last text in it, to its file; nothing without a memory."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.round import Context, Step, Transcript
 from redrafter_mlx.sampling import Noise, gumbel
 from redrafter_mlx.target.adapter import adapt
+from redrafter_mlx.target.cache import LayerCaches
 from redrafter_mlx.tree import Candidates, TokenTree
 
 CHUNK = 512
@@ -52,7 +54,7 @@ class ModelDrafter:
         self.model = model
         self._target = adapt(model)
         self._vocab_size = min(vocab_size, self._target.vocab_size)
-        self._caches = self._target.empty_caches(steps_back=STEPS_BACK)
+        self._caches = self._new_caches()
         self._held: list[int] = []  # tokens in the caches
         self._verified = 0  # how many of them are the text's
         self._transcript: Transcript | None = None
@@ -100,6 +102,13 @@ class ModelDrafter:
 
     def reset(self) -> None:
         self.passes = 0
+
+    def fork(self, length: int) -> ModelDrafter:
+        other = copy(self)
+        known = self._caches.restorable(min(length, len(self._held)))
+        other._caches = self._caches.fork(known) if known > 0 else self._new_caches()
+        other._held, other._transcript = self._held[: max(known, 0)], None
+        return other
 
     def begin(self, context: Context) -> None:
         """Find out how much of the text the caches hold already."""
@@ -159,7 +168,7 @@ class ModelDrafter:
         common = next((i for i in range(most) if held[i] != wanted[i]), most)
         length = self._verified + common
         if not self._caches.rewind(length):
-            self._caches, length = self._target.empty_caches(steps_back=STEPS_BACK), 0
+            self._caches, length = self._new_caches(), 0
             wanted, common = [*self._tokens, *ahead], 0
         del self._held[length:]
         missing = wanted[common:]
@@ -168,6 +177,9 @@ class ModelDrafter:
             self._target.read(missing[:-rows], self._caches, CHUNK)
             missing = missing[-rows:]
         return self._forward(mx.array(missing))[-rows:]
+
+    def _new_caches(self) -> LayerCaches:
+        return self._target.empty_caches(steps_back=STEPS_BACK)
 
     def _forward(self, tokens: mx.array) -> mx.array:
         """(N, V) logits after each of N further tokens, which the caches hold then."""

@@ -24,6 +24,12 @@ class Drafter(Protocol):
     def reset(self) -> None:
         """Told before each prompt: forget the text so far."""
 
+    def fork(self, length: int) -> Drafter:
+        """One like it for another text that begins with the same `length` tokens.
+
+        What it has worked out of them is the other's too; the text itself comes with the Context.
+        """
+
 
 class Unheeding:
     """Of drafters that learn nothing from what becomes of their drafts, and keep nothing of a text
@@ -35,6 +41,9 @@ class Unheeding:
 
     def reset(self) -> None:
         pass
+
+    def fork(self, length: int) -> Drafter:
+        return self
 
 
 class NoDrafter(Unheeding):

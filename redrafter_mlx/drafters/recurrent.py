@@ -65,6 +65,11 @@ class RecurrentDrafter(BeamDrafter):
         memory = self._memory.of(context.transcript, context.trail) if self._memory else []
         return self.view(context.hidden), memory
 
+    def fork(self, length: int) -> RecurrentDrafter:
+        other = super().fork(length)
+        other._memory = self._memory and self._memory.fork(length)
+        return other
+
     def replayed(self, tokens: Sequence[int], hidden: mx.array, first: int) -> Begun:
         begun = self.view(hidden[first - 1 :])
         if not self._memory:

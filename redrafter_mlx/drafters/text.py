@@ -6,6 +6,7 @@ Shape letters: T tokens, R rows, h hidden size, C captured columns, D draft voca
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,24 +28,45 @@ class TextMemory:
     def __init__(self, head: RecurrentHead, embed: Callable[[mx.array], mx.array], view: View):
         self._head, self._embed, self._view = head, embed, view
         self._transcript: Transcript | None = None
+        self._start = self._places = 0  # it holds so many places, from the start on
 
     def of(self, transcript: Transcript, trail: Trail) -> list[mx.array]:
         """The fields of a Memory of all places before the pending token."""
         if transcript is not self._transcript:
-            self._transcript, self._places, self._before = transcript, 0, None
-            self._keys, self._values = self._buffers(self.ROOM)
-        new = trail.since(self._places, self)
+            is_other = self._transcript is not None or trail.start > self._start + self._places
+            self._transcript, self._trail, self._before = transcript, trail, None
+            if is_other:
+                self._start, self._places = trail.start, 0
+            if self._places == 0:
+                self._keys, self._values = self._buffers(self.ROOM)
+        place = self._start + self._places
+        is_forked = self._before is None and place > trail.start
+        new = trail.since(place - is_forked, self)
         if new is not None:
-            self._take_in(self._view(new)[:, self._head.config.lookback_columns])
+            new = self._view(new)[:, self._head.config.lookback_columns]
+            if is_forked:
+                self._before, new = new[:1], new[1:]
+            if len(new):
+                self._take_in(new)
         return [self._keys, self._values, mx.array([self._places])]
+
+    def fork(self, length: int) -> TextMemory:
+        """The same of another text that begins with the same `length` tokens."""
+        other = TextMemory(self._head, self._embed, self._view)
+        if self._transcript is not None and length > 0:
+            self.of(self._transcript, self._trail)
+            other._start = self._start
+            other._places = min(self._places, max(length - self._start, 0))
+            other._keys, other._values = self._keys[...], self._values[...]
+        return other
 
     def _take_in(self, hidden: mx.array) -> None:
         """Places of T tokens, whose next is known; hidden (T, h) is what is looked back at."""
         first, end = self._places, self._places + len(hidden)
-        tokens = mx.array(self._transcript.tokens[first : end + 1])
+        tokens = self._transcript.tokens[self._start + first : self._start + end + 1]
         last = mx.zeros_like(hidden[:1]) if self._before is None else self._before
         before = mx.concatenate([last, hidden[:-1]])
-        embedded = self._embed(tokens)[None]
+        embedded = self._embed(mx.array(tokens))[None]
         keys = self._head.lookback.keys(self._head.looked_at(before)[None], embedded[:, :-1])
         if end > self._values.shape[1]:
             room = self._values.shape[1]
@@ -74,6 +96,10 @@ class OwnVocabulary:
     def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
         """Token ids (D,); no rows are to be lent."""
         return self._ids, {}
+
+    def fork(self) -> OwnVocabulary:
+        """The same for another text."""
+        return self
 
     def project(self, logits: mx.array, rows: dict) -> mx.array:
         """What the head's output layer gave is (R, D) logits already."""
@@ -124,6 +150,7 @@ class TextVocabulary:
         self._static = np.array(static)
         self._vocab_size = vocab_size
         self._output = output
+        self._linear = output(mx.array([0]))  # lends its shape; the rows are those it is given
         self._transcript: Transcript | None = None
 
     def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
@@ -142,16 +169,22 @@ class TextVocabulary:
         self._seen = len(tokens)
         return self._current
 
+    def fork(self) -> TextVocabulary:
+        """The same for another text."""
+        other = copy(self)
+        other._transcript = None
+        return other
+
     def _take_in(self) -> None:
         self._ids = np.concatenate([self._ids, np.array(self._waiting, self._static.dtype)])
         self._waiting = []
         spare = -len(self._ids) % self.SPARE
         others = np.setdiff1d(np.arange(self._vocab_size), self._ids)[:spare]
         ids = mx.array(np.concatenate([self._ids, others]))
-        self._linear = self._output(ids)
-        if "scales" not in self._linear:
-            self._linear.weight = device.by_columns(self._linear.weight)
-        self._current = ids, self._linear.parameters()
+        linear = self._output(ids)
+        if "scales" not in linear:
+            linear.weight = device.by_columns(linear.weight)
+        self._current = ids, linear.parameters()
 
     def project(self, features: mx.array, parameters: dict) -> mx.array:
         """Logits (R, D') of what the target's head would read (R, h)."""

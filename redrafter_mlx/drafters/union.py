@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -40,6 +41,11 @@ class UnionDrafter:
     def reset(self) -> None:
         for member in self.members:
             member.reset()
+
+    def fork(self, length: int) -> UnionDrafter:
+        other = copy(self)
+        other.members = [member.fork(length) for member in self.members]
+        return other
 
     def save(self) -> None:
         """Let members that remember write what they remember to their files."""

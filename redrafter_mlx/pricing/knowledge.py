@@ -64,13 +64,21 @@ class Knowledge:
         """Whether nobody has used the two here before."""
         return self._costs is None
 
-    def policy(self, options: DraftOptions, temp: float, context: Context, tokens: int) -> Policy:
+    def policy(
+        self,
+        options: DraftOptions,
+        temp: float,
+        context: Context,
+        tokens: int,
+        drafter: Drafter | None = None,
+    ) -> Policy:
         """The policy for a text whose prompt was processed; looks at what it costs if need be.
 
-        tokens  that the answer may have
+        tokens   that the answer may have
+        drafter  the text's own, if it is not the one that this is about
         """
         full, temp = Setting(options.beam_width, options.beam_length), round(temp, 1)
-        self._look(full, context, tokens)
+        self._look(full, context, tokens, drafter or self._drafter)
         if (full, temp) not in self._policies:
             self._policies[full, temp] = self._new_policy(full, temp)
         return self._policies[full, temp]
@@ -91,14 +99,14 @@ class Knowledge:
                 one_line(error), CACHE_VARIABLE,
             )  # fmt: skip
 
-    def _look(self, full: Setting, context: Context, tokens: int) -> None:
+    def _look(self, full: Setting, context: Context, tokens: int, drafter: Drafter) -> None:
         """Measure what is not known yet, within about a second, and say so."""
         began, looked_at = time.perf_counter(), []
         if not self._draft_costs.measured:
             settings = [full, Setting(1, full.length), Setting(1, 2)]
             if looks(self._drafter):
                 settings.insert(1, Setting(0, full.length))
-            self._draft_costs = LiveDraftCosts(look_at_drafts(self._drafter, context, settings))
+            self._draft_costs = LiveDraftCosts(look_at_drafts(drafter, context, settings))
             looked_at.append("drafts")
         curve = self._costs.curve if self._costs else None
         if curve is not None and curve.is_disturbed:

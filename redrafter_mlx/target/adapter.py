@@ -5,7 +5,7 @@ Shape letters: N nodes, V vocabulary, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -178,27 +178,57 @@ class Target:
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
         caches = self.empty_caches() if caches is None else caches
-        trail = Trail(self.readers) if self.readers else None
+        steps = self.prefill_by_chunks(tokens, chunk, noise, caches)
+        while True:
+            try:
+                progress(next(steps), len(tokens))
+            except StopIteration as end:
+                return end.value
+
+    def prefill_by_chunks(
+        self,
+        tokens: Sequence[int],
+        chunk: int,
+        noise: Noise | None,
+        caches: LayerCaches,
+        begun: int = 0,
+        marks: Collection[int] = (),
+    ) -> Generator[int, None, Context]:
+        """`prefill`, which yields the number of tokens processed after each chunk, 0 before them.
+
+        begun  tokens, of `tokens`, that the caches hold already
+        marks  places at which the caches are to remember how they were
+
+        Chunks end at multiples of their size and at marks, wherever the work begins.
+        """
+        trail = Trail(self.readers, begun) if self.readers else None
         last = len(tokens) - 1
-        progress(0, len(tokens))
-        told = lambda done: progress(done, len(tokens))
-        hidden = self.read(tokens[:last], caches, chunk, told, trail)
+        yield begun
+        hidden, place = self._nothing(), begun
+        for end in _ends(begun, last, chunk, marks):
+            hidden = self.read(tokens[place:end], caches, end - place, trail=trail)
+            place = end
+            if end in marks:
+                caches.remember()
+            yield end
         pending, transcript = mx.array(tokens[last:]), Transcript(tokens)
         return Context(pending, hidden, caches.length, transcript, caches, noise, trail)
+
+    def _nothing(self) -> mx.array:
+        return mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
 
     def read(
         self,
         tokens: Sequence[int],
         caches: LayerCaches,
         chunk: int,
-        progress: Callable[[int], None] = lambda done: None,
         trail: Trail | None = None,
     ) -> mx.array:
         """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros.
 
         trail  takes in the hidden states of all
         """
-        hidden = mx.zeros((1, self.hidden_size * (1 + len(self.taps))), self.dtype)
+        hidden = self._nothing()
         for start in range(0, len(tokens), chunk):
             ids = mx.array(tokens[start : start + chunk])
             caches.begin(len(ids), certain=True)
@@ -207,7 +237,6 @@ class Target:
             kept = [] if trail is None else trail.add(states)
             caches.commit(range(len(ids)))
             device.finish(hidden, caches.state, kept)
-            progress(start + len(ids))
             mx.clear_cache()
         return hidden
 
@@ -325,6 +354,14 @@ def adapt(model: nn.Module, branching: bool = True) -> Target:
     if target is None or (branching and not target.branching):
         target = model._redrafter_target = Target(model, branching)
     return target
+
+
+def _ends(first: int, last: int, chunk: int, marks: Collection[int]) -> Iterator[int]:
+    """Where chunks end between two places."""
+    while first < last:
+        ahead = [mark for mark in marks if first < mark < last]
+        first = min([(first // chunk + 1) * chunk, last, *ahead])
+        yield first
 
 
 def _tree_cache(

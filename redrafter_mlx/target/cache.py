@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache
 
+from redrafter_mlx import device
 from redrafter_mlx.target.lineage import Lineage
 from redrafter_mlx.target.state import StateCache
 from redrafter_mlx.tree import TokenTree
@@ -111,7 +112,7 @@ class TreeCache:
         if self._stored + rows > self._room:
             dropped = 0
             if self.window is not None:
-                dropped = max(0, self._stored - self.window + 1 - REWIND)
+                dropped = max(0, self._window_start - REWIND)
             stored = slice(dropped, self._stored)
             self._change(lambda x: _reallocate(x[..., stored, :], rows))
             self._start += dropped
@@ -136,6 +137,27 @@ class TreeCache:
         """Hold these (B, H, S, D) of the tokens from `start` to `length`, as of another cache."""
         self.keys, self.values, self._start, self._length = keys, values, start, length
 
+    def frozen(self) -> TreeCache | None:
+        """It as it is now, for `fork`; None: whatever becomes of it, it can be forked here."""
+        if self.window is None:
+            return None
+        held = self.fork(self._length)
+        if self.keys is not None:
+            held._change(lambda x: mx.contiguous(x[..., self._window_start :, :]))
+            held._start += self._window_start
+        return held
+
+    def fork(self, length: int) -> TreeCache:
+        """Another one of the first `length` tokens; this one must still hold what they left."""
+        other = TreeCache(self.window, self.in_chunks, self._quantization)
+        if self.keys is not None:
+            other.keys, other.values = self.keys, self.values
+            other._change(lambda x: x[..., : length - self._start, :])
+            if hasattr(self, "bits"):
+                other.bits, other.group_size = self.bits, self.group_size
+        other._start, other._length = self._start, length
+        return other
+
     def restorable(self, length: int) -> int:
         """The most tokens, of the first `length`, that `rewind` could leave; -1: none."""
         gone = self._start > 0 and length - self.window + 1 < self._start
@@ -156,6 +178,11 @@ class TreeCache:
     @property
     def _stored(self) -> int:
         return self._length - self._start
+
+    @property
+    def _window_start(self) -> int:
+        """Of the rows stored, the first that a later token can see."""
+        return max(0, self._stored - self.window + 1)
 
     @property
     def offset(self) -> int | mx.array:
@@ -268,6 +295,7 @@ class LayerCaches:
         self.lineage: Lineage | None = None
         self.branching = list(_leaves(layers))
         self.length = 0
+        self._points: dict[int, list[TreeCache | StateCache | None]] = {}
 
     def begin(self, rows: int, branches: Branches | None = None, certain: bool = False) -> None:
         """A pass of `rows` rows follows: consecutive tokens, or the rows of `branches`.
@@ -327,6 +355,45 @@ class LayerCaches:
         self.length = length
         return all(cache.rewind(length) for cache in self.branching)
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether it can go back to any place of the text."""
+        return all(isinstance(c, TreeCache) and c.window is None for c in self.branching)
+
+    def remember(self) -> None:
+        """Keep what it takes to go back to this place."""
+        if not self.can_be_cut:
+            point = self._points[self.length] = [cache.frozen() for cache in self.branching]
+            device.finish([held.state for held in point if held is not None])
+
+    def forkable(self, length: int) -> int:
+        """The most tokens, of the first `length`, that `fork` can take; at least 0."""
+        places = (place for place in self._points if place <= length)
+        return max(self.restorable(length), *places, 0)
+
+    def fork(self, length: int) -> LayerCaches:
+        """The caches of another text that begins with the first `length` tokens of this one.
+
+        length  of those that `forkable` names
+        """
+        if self.restorable(length) == length:
+            made = iter([cache.fork(length) for cache in self.branching])
+        else:
+            held = zip(self._points[length], self.branching, strict=True)
+            made = iter(
+                [(cache if frozen is None else frozen).fork(length) for frozen, cache in held]
+            )
+        other = LayerCaches([_forked(cache, made) for cache in self.layers], self.quantization)
+        other.length = length
+        other._points = {at: point for at, point in self._points.items() if at <= length}
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all layers; of what is remembered that of recurrent ones and windows too."""
+        points = (held for point in self._points.values() for held in point if held is not None)
+        return sum(cache.nbytes for cache in [*self.branching, *points])
+
     def takes(self, length: int, depth: int) -> bool:
         """Whether quantisation does not begin among the rows of a tree after `length` tokens.
 
@@ -352,6 +419,13 @@ def _leaves(caches: Sequence[Any]) -> Iterator[TreeCache | StateCache]:
             yield from _leaves(cache.members)
         elif isinstance(cache, TreeCache | StateCache):
             yield cache
+
+
+def _forked(cache: Any, made: Iterator[TreeCache | StateCache]) -> Any:
+    """The next of those made, or a group of the next ones, in place of a layer's cache."""
+    if isinstance(cache, CacheGroup):
+        return CacheGroup([_forked(member, made) for member in cache.members])
+    return next(made)
 
 
 def _leaf_arrays(tree: Any) -> list[mx.array]:

@@ -137,6 +137,20 @@ class StateCache(ArraysCache):
             kept = mx.array(left)
             self._kept = [mx.where(kept.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in self._kept]
 
+    def frozen(self) -> StateCache:
+        """It as it is now, for `fork`."""
+        return self._holding(self._length, self._kept)
+
+    def fork(self, length: int) -> StateCache:
+        """Another one of the first `length` tokens, whose state must still be kept."""
+        return self._holding(length, next(kept for held, kept in self._past if held == length))
+
+    def _holding(self, length: int, kept: list) -> StateCache:
+        other = StateCache(len(kept), self._past.maxlen - 1)
+        other.restore(kept)
+        other.begin_at(length)
+        return other
+
     def begin_at(self, length: int) -> None:
         """What is held is of so many tokens."""
         self._length = length
