@@ -233,6 +233,21 @@ class GenerationOptions(Options):
 
 
 @dataclass(frozen=True)
+class EngineOptions(Options):
+    """How many requests are answered at a time, and what is kept between them."""
+
+    parallel: int = option(8, "most requests that have their turns side by side", low=1)
+    queue: int = option(32, "most requests that wait for that", low=0)
+    cache_memory: float | None = option(
+        None,
+        "most memory for the KV caches of texts, those kept for later prompts included, in GB "
+        "(default: a quarter of the machine's)",
+        low=0.0,
+        type=float,
+    )
+
+
+@dataclass(frozen=True)
 class TuneOptions(Options):
     """How costs and acceptance are measured."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import re
 import threading
@@ -37,6 +38,15 @@ def finish(*arrays) -> None:
         raise
 
 
+def leave_thread() -> None:
+    """A thread that computed something ends: wait for its streams and close them.
+
+    Those that are left to a process's end may abort it (MLX 0.32.4 on a CPU).
+    """
+    mx.synchronize()
+    mx.clear_streams()
+
+
 def chip() -> str:
     """Name of what computes; of a processor under Linux with its family and model.
 
@@ -49,6 +59,11 @@ def chip() -> str:
     found = cpuinfo.read_text(encoding="utf-8")
     numbers = re.findall(r"^(?:cpu family|model)\s*:\s*(\d+)$", found, re.MULTILINE)[:2]
     return f"{name} (family {numbers[0]}, model {numbers[1]})" if len(numbers) == 2 else name
+
+
+def machine_memory() -> int:
+    """Bytes that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def by_columns(weight: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.cache import BLOCK
@@ -123,7 +124,7 @@ def memory_allowed(options: DataOptions) -> float:
     """Bytes of --memory, or half of what the machine has."""
     if options.memory is not None:
         return options.memory * 1e9
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    return device.machine_memory() / 2
 
 
 def memory_needed(target: Target, rows: int, columns: int) -> int:

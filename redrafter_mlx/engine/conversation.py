@@ -1,0 +1,110 @@
+"""Messages become a prompt, and what a model says is told apart: reasoning, answer, tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.generate import make_text_state_machine
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from redrafter_mlx.engine.prefixes import common_length
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.storage import one_line
+
+ANSWER, REASONING, TOOL = "normal", "reasoning", "tool"
+"""Channels of what a model says, by mlx-lm's names."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as its model reads it.
+
+    tokens   ids
+    marks    where the system prompt ends, and where the model's turn begins: other prompts may part
+             from this one there
+    channel  that the answer begins in: a template may have opened the reasoning
+    """
+
+    tokens: list[int]
+    marks: tuple[int, ...] = ()
+    channel: str = ANSWER
+
+
+def prompt_of(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    continue_last: bool = False,
+    **template: Any,
+) -> Prompt:
+    """The prompt of a conversation, by the tokenizer's chat template.
+
+    messages       of role and content, as the template takes them
+    continue_last  whether the last message is the beginning of the answer
+    template       more arguments of the template
+
+    A tokenizer without a template reads the contents, one after the other, a blank line between.
+    Raises UserError if the template fails.
+    """
+    if not tokenizer.has_chat_template:
+        if tools:
+            raise UserError("this model has no chat template, so it cannot be given tools")
+        text = "\n\n".join(str(message["content"]) for message in messages)
+        return Prompt(tokenizer.encode(text))
+    more = {"tools": list(tools)} if tools else {}
+    more |= template
+
+    def rendered(some: Sequence[Mapping[str, Any]], **how: bool) -> list[int]:
+        text = tokenizer.apply_chat_template(list(some), tokenize=False, **how, **more)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    ends = {"add_generation_prompt": not continue_last, "continue_final_message": continue_last}
+    try:
+        tokens = rendered(messages, **ends)
+    except Exception as error:  # a template may raise what it likes
+        raise UserError(f"the model's chat template refuses this: {one_line(error)}") from error
+    marks = {common_length(tokens, other) for other in _others(rendered, messages, continue_last)}
+    inside = tuple(sorted(mark for mark in marks if 0 < mark < len(tokens)))
+    return Prompt(tokens, inside, _first_channel(tokenizer, tokens, continue_last))
+
+
+def _others(rendered, messages, continue_last):
+    """Prompts like those that may follow: without the model's turn, and the same system prompt."""
+    system = [message for message in messages if message["role"] == "system"]
+    user = {"role": "user", "content": "?"}
+    for some in (messages[:-1] if continue_last else messages, [*system, user]):
+        try:
+            yield rendered(some, add_generation_prompt=False)
+        except Exception:  # not every template takes every conversation: then there is no mark
+            continue
+
+
+def _first_channel(tokenizer: TokenizerWrapper, tokens: Sequence[int], continued: bool) -> str:
+    named = getattr(tokenizer, "response_initial_state", None)
+    if named or not tokenizer.has_thinking or continued:
+        return named or ANSWER
+    is_open = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
+    return REASONING if is_open else ANSWER
+
+
+class Channels:
+    """Tells text apart as it comes. Marks of channels are not part of any text."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, channel: str = ANSWER):
+        self._machine = make_text_state_machine(tokenizer)
+        self._state = self._machine.make_state(channel)
+
+    def split(self, text: str) -> list[tuple[str, str]]:
+        """(channel, text) of what is certain by now; pieces between channels may be empty.
+
+        A tool call is whole where its channel is followed by another piece.
+        """
+        self._state, pieces = self._machine.split(self._state, text)
+        return [(channel, piece) for channel, piece in pieces]
+
+    def finish(self) -> list[tuple[str, str]]:
+        """What was held back, as it could have begun a mark."""
+        self._state, text, channel = self._machine.flush(self._state)
+        return [(channel, text)] if text else []

@@ -1,0 +1,120 @@
+"""One request while it is answered: its generation, turn by turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx import device
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.engine.request import DraftedTree, Piece, Request, Ticket, Turn
+from redrafter_mlx.engine.served import Served
+from redrafter_mlx.stream import Generation, GenerationResponse, Place, turns_of_text
+from redrafter_mlx.target.cache import LayerCaches
+
+
+class OwnTime:
+    """A clock, in seconds, that runs during one's own turns only."""
+
+    def __init__(self):
+        self._spent, self._since = 0.0, None
+
+    def __call__(self) -> float:
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._spent + running
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self._spent, self._since = self(), None
+
+
+class Run:
+    """A request that has its turns.
+
+    caches   of the first tokens of its prompt, or empty ones; the run makes them its own
+    drafter  that knows the same tokens; None for plain decoding
+    alone    whether no other run waits
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        served: Served,
+        caches: LayerCaches,
+        drafter: Drafter | None,
+        alone: Callable[[], bool],
+    ):
+        request = ticket.request
+        self.ticket, self.drafter, self.caches = ticket, drafter, caches
+        self._clock = OwnTime()
+        place = Place(caches, request.marks, alone, self._clock, served.knowledge(request.drafter))
+        self._generation = Generation(
+            served.model,
+            request.prompt,
+            drafter,
+            generation=request.generation,
+            sampling=request.sampling,
+            draft=request.draft,
+            eos_token_ids=served.tokenizer.eos_token_ids,
+            logits_processors=request.logits_processors,
+            place=place,
+        )
+        self._events = turns_of_text(self._generation, served.tokenizer)
+
+    @property
+    def request(self) -> Request:
+        return self.ticket.request
+
+    @property
+    def said(self) -> list[int]:
+        """The prompt and the answer so far."""
+        return self._generation.said
+
+    @property
+    def stats(self):
+        return self._generation.stats
+
+    def turn(self) -> Turn:
+        """A chunk of the prompt, or a round. After one with a finish reason there is no other."""
+        pieces, reason = [], None
+        with self._clock:
+            for event in self._events:
+                if event is None:
+                    break
+                pieces.append(self._piece(event))
+                reason = event.finish_reason
+                if event.end_of_round:
+                    break
+        run = self._generation
+        tree = None
+        if pieces:
+            found, path = run.tree
+            tree = DraftedTree(found.tokens.tolist(), found.parents.tolist(), list(path))
+        return Turn(
+            pieces,
+            min(self.caches.length, len(run.prompt)),
+            run.stats.as_dict(),
+            tree,
+            reason,
+            seed=run.seed,
+            note=run.note if reason else "",
+        )
+
+    def close(self) -> None:
+        """No more turns."""
+        self._events.close()
+
+    def _piece(self, event: GenerationResponse) -> Piece:
+        wanted = self.request.top_logprobs
+        if wanted is None:
+            return Piece(event.text, event.token, event.from_draft)
+        (logprobs,) = device.read(event.logprobs.astype(mx.float32))
+        likeliest = np.argsort(-logprobs, kind="stable")[:wanted] if wanted else ()
+        top = tuple((int(token), float(logprobs[token])) for token in likeliest)
+        own = float(logprobs[event.token])
+        return Piece(event.text, event.token, event.from_draft, own, top)

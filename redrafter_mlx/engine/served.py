@@ -1,0 +1,99 @@
+"""What an engine serves: a model, its tokenizer and its drafters, loaded in the engine's thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from redrafter_mlx import hub
+from redrafter_mlx.config import DrafterOptions
+from redrafter_mlx.drafters.max_gram import MaxGramDrafter
+from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.spec import AUTO, MAX_GRAM
+from redrafter_mlx.engine.request import DEFAULT, PLAIN
+from redrafter_mlx.errors import UserError
+from redrafter_mlx.pricing.knowledge import Knowledge, knowledge_of
+from redrafter_mlx.target.adapter import Target, adapt
+
+_log = logging.getLogger("redrafter_mlx")
+
+
+@dataclass
+class Served:
+    """A model that answers, and what drafts for it.
+
+    name      that requests call it by
+    drafters  by name; those of a model that cannot verify trees are all None
+    context   most tokens of a text that the model knows positions for; None if it does not say
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    drafters: dict[str, Drafter | None] = field(default_factory=dict)
+    context: int | None = None
+
+    def __post_init__(self):
+        try:
+            self.target: Target = adapt(self.model)
+        except UserError as error:
+            _log.warning("plain decoding, because %s", error)
+            self.target = adapt(self.model, branching=False)
+        self.drafters.setdefault(DEFAULT, None)
+        self.drafters.setdefault(MAX_GRAM, MaxGramDrafter())
+        self.drafters[PLAIN] = None
+        if not self.target.branching:
+            self.drafters = dict.fromkeys(self.drafters)
+        if self.context is None:
+            self.context = _context_of(self.model)
+
+    def knowledge(self, name: str) -> Knowledge | None:
+        """What is known of a drafter here; shared by all texts it drafts."""
+        drafter = self.drafters[name]
+        return None if drafter is None else knowledge_of(self.target, drafter)
+
+
+def load_served(
+    model: str,
+    drafter: str | None = AUTO,
+    drafter_options: DrafterOptions | None = None,
+    **loading: Any,
+) -> Served:
+    """Load a model and its drafter by their names, as the generate command does.
+
+    drafter  None: plain decoding
+
+    Raises UserError as `hub.load` and `hub.load_drafter` do; where nobody asked for a drafter
+    (auto) and the model cannot draft, it decodes plainly and says so.
+    """
+    options = drafter_options or DrafterOptions()
+    loaded, tokenizer = hub.load(model, **loading)
+    drafters: dict[str, Drafter | None] = {}
+    if drafter is not None:
+        try:
+            drafters[DEFAULT] = hub.load_drafter(
+                drafter, loaded, tokenizer=tokenizer, **dataclasses.asdict(options)
+            )
+        except UserError as error:
+            if drafter != AUTO or options != DrafterOptions():
+                raise
+            _log.warning("plain decoding, because %s", error)
+    return Served(model, loaded, tokenizer, drafters)
+
+
+def _context_of(model: nn.Module) -> int | None:
+    arguments = getattr(model, "args", None)
+    for holder in (arguments, getattr(arguments, "text_config", None)):
+        get = (
+            holder.get if isinstance(holder, dict) else lambda key, h=holder: getattr(h, key, None)
+        )
+        for key in ("max_position_embeddings", "max_sequence_length", "n_positions"):
+            found = get(key)
+            if isinstance(found, int) and found > 0:
+                return found
+    return None
