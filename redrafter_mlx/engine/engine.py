@@ -75,7 +75,8 @@ class Engine:
         given = self.options.cache_memory
         self.cache_bytes = device.machine_memory() // 4 if given is None else int(given * 1e9)
         self._waiting: deque[Ticket] = deque()
-        self._running: deque[Run] = deque()
+        self._running: deque[Run] = deque()  # in the order of their turns
+        self._at_turn: Run | None = None
         self._prefixes = Prefixes()
         self._changed = threading.Condition()
         self._closing, self._failure = False, None
@@ -129,7 +130,7 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """What it is doing: counts for any thread."""
         return {
-            "running": len(self._running),
+            "running": len(self._running) + (self._at_turn is not None),
             "waiting": len(self._waiting),
             "prefixes": len(self._prefixes),
             "prefix_bytes": self._prefixes.nbytes,
@@ -149,7 +150,9 @@ class Engine:
         self._ready.set()
         with wired_limit(self.served.model):
             while self._admit():
-                self._turn(self._running.popleft())
+                self._at_turn = self._running.popleft()
+                self._turn(self._at_turn)
+                self._at_turn = None
         device.leave_thread()
 
     def _admit(self) -> bool:
