@@ -110,6 +110,11 @@ def _told_of_import(reason: str) -> str:
     )
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: Python keeps bytes that were not as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A flag's type: a JSON object."""
     try:

@@ -9,7 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "redrafter_mlx"
 LAYERS = [
-    ["doctor", "generate", "train", "tune"],
+    ["chat.__main__", "doctor", "generate", "train", "tune"],
+    ["chat.session"],
+    ["chat.answers", "chat.terminal"],
+    ["chat.commands", "chat.screen"],
+    ["chat.conversation", "chat.settings"],
     ["diagnosis"],
     ["training.run", "training.card"],
     ["training.loop"],
@@ -94,6 +98,7 @@ LAYERS = [
     ["sampling"],
     ["precision"],
     ["tree", "device"],
+    ["model_flags"],
     ["cli", "drafters.spec", "training.options"],
     ["config", "training.jobs"],
     ["pricing.picture"],

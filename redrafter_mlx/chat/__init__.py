@@ -1,0 +1,1 @@
+"""Chat with a model in a terminal: python -m redrafter_mlx.chat."""
