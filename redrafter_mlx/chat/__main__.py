@@ -76,18 +76,19 @@ def command(flags: Namespace) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without a letter must not end the chat
             stream.reconfigure(errors="replace")
     screen, interactive = Screen(), terminal.is_interactive()
-    if interactive:
-        screen.note(f"loading {flags.model}")
-    engine = Engine(lambda: _served(flags), from_flags(EngineOptions, flags)).start()
-    try:
-        chat = _chat(engine, screen, flags, settings)
+    with screen.notes_log():
         if interactive:
-            screen.note("/help lists commands and keys, Ctrl-D leaves", gap=True)
-            chat.talk(terminal.reader(chat.complete))
-        else:
-            chat.answer_all(terminal.piped())
-    finally:
-        engine.stop()
+            screen.note(f"loading {flags.model}")
+        engine = Engine(lambda: _served(flags), from_flags(EngineOptions, flags)).start()
+        try:
+            chat = _chat(engine, screen, flags, settings)
+            if interactive:
+                screen.note("/help lists commands and keys, Ctrl-D leaves", gap=True)
+                chat.talk(terminal.reader(chat.complete))
+            else:
+                chat.answer_all(terminal.piped())
+        finally:
+            engine.stop()
     return 0
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 PLAIN, DRAFTED = "", "drafted"
@@ -31,6 +34,7 @@ class Screen:
         self._out, self._err = out or sys.stdout, err or sys.stderr
         self._open: TextIO | None = None  # with a line that has not ended
         self._thinking = False
+        self._lock = threading.RLock()  # the engine's thread has things to note as well
         self.legend = "green: drafted" if has_colour(self._out) else "[...]: drafted"
 
     def answer(self, pieces: Iterable[tuple[str, str]]) -> None:
@@ -65,8 +69,10 @@ class Screen:
 
     def note(self, text: str, gap: bool = False) -> None:
         """Something about an answer; several lines perhaps. gap: an empty line after it."""
-        self.end_line()
-        self._write(self._err, self._painted(self._err, _FAINT, text) + ("\n\n" if gap else "\n"))
+        with self._lock:
+            self.end_line()
+            ends = "\n\n" if gap else "\n"
+            self._write(self._err, self._painted(self._err, _FAINT, text) + ends)
 
     def tell(self, text: str) -> None:
         """What a command was asked to show."""
@@ -77,6 +83,16 @@ class Screen:
         """What went wrong, in one line."""
         self.end_line()
         self._write(self._err, self._painted(self._err, _RED, text) + "\n")
+
+    @contextmanager
+    def notes_log(self) -> Iterator[None]:
+        """Log messages, of any thread, are notes while the block runs: none begins amid a line."""
+        root, notes = logging.getLogger(), _Notes(self)
+        before, root.handlers = root.handlers, [notes]
+        try:
+            yield
+        finally:
+            root.handlers = before
 
     def _marked(self, style: str, text: str) -> str:
         if style == PLAIN or not text:
@@ -95,9 +111,22 @@ class Screen:
     def _write(self, stream: TextIO, text: str) -> None:
         if not text:
             return
-        stream.write(text)
-        stream.flush()
-        self._open = None if text.endswith(("\n", f"\n{_RESET}")) else stream
+        with self._lock:
+            stream.write(text)
+            stream.flush()
+            self._open = None if text.endswith(("\n", f"\n{_RESET}")) else stream
+
+
+class _Notes(logging.Handler):
+    def __init__(self, screen: Screen):
+        super().__init__()
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._screen.note(self.format(record))
+        except Exception:  # as a log's own errors end no program
+            self.handleError(record)
 
 
 def _joined(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from redrafter_mlx.chat.answers import Answer, Asker, counted
-from redrafter_mlx.chat.commands import COMMANDS, KEYS, parse
+from redrafter_mlx.chat.commands import COMMANDS, KEYS, WITH_ARGUMENT, parse
 from redrafter_mlx.chat.conversation import Conversation, Message, load
 from redrafter_mlx.chat.screen import Screen
 from redrafter_mlx.chat.settings import (
@@ -67,6 +67,7 @@ class Chat:
     _again: int = 0
     _asked: tuple[list[Message], Settings] | None = None  # that `last` answered in full
     _note: str = ""
+    _knows_marks: bool = False
 
     def talk(self, read: Callable[[], str]) -> None:
         """Take what is typed until it ends; errors are told, and the chat goes on."""
@@ -110,12 +111,12 @@ class Chat:
         if before.startswith("/set "):
             parts = before.split(" ")
             if len(parts) == 2:
-                known = [setting_name(f.name) for f, _ in self.settings]
+                known = [f"{setting_name(f.name)} " for f, _ in self.settings]
             else:
                 found = [f for f, _ in self.settings if f.name == field_name(parts[1])]
                 known = values_of(found[0]) if found and len(parts) == 3 else []
         elif before.startswith("/") and word == before:
-            known = [f"/{name}" for name in COMMANDS]
+            known = [f"/{name}{' ' * (name in WITH_ARGUMENT)}" for name in COMMANDS]
         else:
             known = []
         return [name for name in known if name.startswith(word)], len(word)
@@ -150,7 +151,9 @@ class Chat:
         summary = answer.summary()
         if self.settings.chat.show_drafts and answer.stats.get("generation_tokens"):
             share = sum(answer.stats["accepted_at"]) / answer.stats["generation_tokens"]
-            summary += f", {share:.0%} drafted ({self.screen.legend})"
+            summary += f", {share:.0%} drafted"
+            summary += "" if self._knows_marks else f" ({self.screen.legend})"
+            self._knows_marks = True
         notes = [summary]
         if answer.finish_reason == "length":
             if answer.room is not None and answer.context >= answer.room:
@@ -169,7 +172,7 @@ class Chat:
 
     def _help(self, _: str) -> None:
         rows = [(f"/{name} {argument}", text) for name, (argument, text) in COMMANDS.items()]
-        self.screen.tell(_table([*rows, *KEYS]))
+        self.screen.tell(_table([*rows, ("", ""), *KEYS]))
 
     def _new(self, _: str) -> None:
         self.conversation = Conversation(self.conversation.system)
@@ -195,15 +198,16 @@ class Chat:
         self.screen.tell(told)
 
     def _list_settings(self) -> None:
+        """A line for each, and a star at those that are not at their defaults."""
+        changed = self.settings.changed()
         rows = [
-            (f"{setting_name(f.name)} {shown(value)}", f.metadata["help"])
+            (
+                f"{'*' if f.name in changed else ' '} {setting_name(f.name)} {shown(value)}",
+                f.metadata["help"],
+            )
             for f, value in self.settings
         ]
-        self.screen.tell(_table(rows))
-        changed = self.settings.changed()
-        if changed:
-            names = ", ".join(setting_name(name) for name in changed)
-            self.screen.tell(f"not at their defaults: {names}")
+        self.screen.tell(_table(rows, most_lines=1))
 
     def _retry(self, _: str) -> None:
         messages = self.conversation.asked_again()
@@ -275,14 +279,17 @@ def _rows_of(last: Answer) -> Iterator[tuple[str, str]]:
         yield "note", last.note
 
 
-def _table(rows: Iterable[tuple[str, str]]) -> str:
+def _table(rows: Iterable[tuple[str, str]], most_lines: int | None = None) -> str:
     """Two columns, the second one as wide as the terminal leaves it."""
     rows = list(rows)
     left = min(max(len(first) for first, _ in rows), 30) + 2
-    width = max(shutil.get_terminal_size().columns - left, 30)
+    width = max(shutil.get_terminal_size().columns - left - 1, 30)
     lines = []
     for first, second in rows:
-        head, *rest = textwrap.wrap(second, width) or [""]
-        lines.append(f"{first:{left}}{head}".rstrip())
-        lines += [" " * left + line for line in rest]
+        if len(first) >= left:  # the list of somebody's stop strings, say
+            first = f"{first[: left - 5]}...  "
+        wrapped = textwrap.wrap(second, width, max_lines=most_lines, placeholder=" ...")
+        for head in wrapped or [""]:
+            lines.append(f"{first:{left}}{head}".rstrip())
+            first = ""
     return "\n".join(lines)
