@@ -18,7 +18,7 @@ LAYERS = [
     ["training.features", "training.initial"],
     ["training.objective"],
     ["engine.conversation", "engine.engine"],
-    ["engine.run"],
+    ["engine.run", "engine.saved"],
     ["engine.prefixes"],
     ["engine.served"],
     ["engine.request"],
