@@ -1,6 +1,6 @@
 """Tables and pictures from the JSON that the benchmarks write.
 
-python -m benchmarks.report   # README.md's table and RESULTS.md's, from benchmarks/results/*.json
+python -m benchmarks.report   # the tables of README.md, docs/performance.md and RESULTS.md, from benchmarks/results/*.json
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from benchmarks.ratios import (
 from redrafter_mlx.pricing.picture import new_figure
 
 ROOT = Path(__file__).parent.parent
-README, DETAILS = ROOT / "README.md", Path(__file__).parent / "RESULTS.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+DETAILS = Path(__file__).parent / "RESULTS.md"
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 AUTO = "budget auto"
 
 
@@ -482,17 +482,42 @@ def details(results: list[tuple[str, dict]]) -> str:
     return "\n\n".join(f"## {name}\n\n{TABLES[r['kind']](r, name)}" for name, r in results)
 
 
-def with_tables(page: str, tables: str) -> str:
+def short(results: list[tuple[str, dict]]) -> str:
+    """Markdown: what the default drafter gives, a row for each run of it."""
+    lines = [
+        "| machine | prompts | speed | tokens per round |",
+        "|---|---|---|---|",
+    ]
+    for name, result in results:
+        if result["kind"] != "speed":
+            continue
+        settings, machine = result["settings"], result["machine"]["chip"]
+        prompts = len({run["prompt"] for run in result["runs"]})
+        where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
+        for method, speeds, tokens in _speeds(result):
+            if method == "auto":
+                mean = statistics.geometric_mean(speeds.values())
+                cores = name.split(".")[0].split("-")[2]
+                lines.append(f"| {machine}, {cores} | {where} | **{mean:.2f}** | {tokens:.2f} |")
+    return "\n".join(lines)
+
+
+def with_tables(page: str, tables: str, what: str = "results") -> str:
     """The page with what stands between its marks replaced."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+    begin, end = (f"<!-- {what}: {which} -->" for which in ("begin", "end"))
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
 def pages() -> dict[Path, str]:
     """The pages with tables, as the results say."""
     results = read(RESULTS)
-    made = {README: summary(results), DETAILS: details(results)}
-    return {p: with_tables(p.read_text(encoding="utf-8"), tables) for p, tables in made.items()}
+    text = lambda page: page.read_text(encoding="utf-8")
+    return {
+        README: with_tables(text(README), short(results), "short results"),
+        PERFORMANCE: with_tables(text(PERFORMANCE), summary(results)),
+        DETAILS: with_tables(text(DETAILS), details(results)),
+    }
 
 
 def main(args: list[str] | None = None) -> int:
