@@ -1,6 +1,6 @@
 """Tables and pictures from the JSON that the benchmarks write.
 
-python -m benchmarks.report   # the tables of README.md, docs/performance.md and RESULTS.md, from benchmarks/results/*.json
+python -m benchmarks.report   # from benchmarks/results/*.json, into README.md, docs/ and RESULTS.md
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.heads_table import table
-from benchmarks.ratios import (
+from redrafter_mlx.pricing.picture import new_figure
+
+from .heads_table import table
+from .ratios import (
     BASE,
     PLAIN,
     at_temperature,
@@ -25,7 +27,6 @@ from benchmarks.ratios import (
     ratios,
     tokens_per_round,
 )
-from redrafter_mlx.pricing.picture import new_figure
 
 ROOT = Path(__file__).parent.parent
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
@@ -432,7 +433,7 @@ def _speeds(result: dict):
 
 def _drafter_speeds(result: dict):
     """The same of a benchmark of drafters and rules."""
-    from benchmarks.drafters import ratios as drafter_ratios  # it imports this module
+    from .drafters import ratios as drafter_ratios  # it imports this module
 
     categories = list(by(result["runs"], "category"))
     for method, runs in by(result["runs"], "method").items():
@@ -446,7 +447,7 @@ _SUMMARIES = {"speed": _speeds, "drafters": _drafter_speeds}
 
 def drafter_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark of drafters and rules."""
-    from benchmarks.drafters import tables  # it imports this module
+    from .drafters import tables  # it imports this module
 
     return tables(result, name)
 

@@ -1,6 +1,6 @@
 """Which of mlx-lm's model types can verify a tree: each is tried, none is assumed.
 
-`python tests/test_families.py` writes the outcome into docs/models.md; a test checks it is up to date.
+`python tests/test_families.py` writes the outcome into docs/models.md, and a test checks that.
 """
 
 from __future__ import annotations

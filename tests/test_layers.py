@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "redrafter_mlx"
 LAYERS = [
+    ["__main__"],
     ["doctor", "generate", "train", "tune"],
     ["diagnosis"],
     ["training.run", "training.card"],
