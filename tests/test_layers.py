@@ -23,7 +23,7 @@ LAYERS = [
     ["engine.prefixes"],
     ["engine.served"],
     ["engine.request"],
-    ["check"],
+    ["check", "context"],
     ["analysis", "pricing.tuning", "stream"],
     ["pricing.knowledge"],
     ["pricing.acceptance", "pricing.measure", "pricing.profile"],
