@@ -366,3 +366,65 @@ def test_a_model_that_cannot_branch_decodes_plainly(monkeypatch, caplog):
         assert engine.served.target.branching is False
     assert "plain decoding, because llama cannot be a target" in caplog.text
     del model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5", "falcon_h1"])
+def test_what_is_kept_outlives_the_process(family, tmp_path):
+    options = EngineOptions(prompt_cache_dir=str(tmp_path / "new" / "directory"))
+    first = tiny_prompt(40)
+    with engine_of(family, united, options=options) as engine:
+        prompt = first + Answer(engine, first).tokens + tiny_prompt(9, seed=3)
+    with engine_of(family, united, options=options) as engine:
+        answer = Answer(engine, prompt)
+        assert answer.cached > len(first)
+        assert answer.tokens == plain(family, prompt)
+
+
+def files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_files_of_kept_texts(tmp_path, caplog):
+    """Those of the least use go, broken ones are told, those of other models stay."""
+    options = EngineOptions(prompt_cache_dir=str(tmp_path))
+    with engine_of(options=options) as engine:
+        Answer(engine, tiny_prompt(30, seed=1)).finish()
+        Answer(engine, tiny_prompt(30, seed=2)).finish()
+    one, two = files(tmp_path)
+    with engine_of("gemma3_text", options=options) as engine:
+        Answer(engine, tiny_prompt(30, seed=1)).finish()
+    assert len(files(tmp_path)) == 3
+    (tmp_path / one).write_bytes((tmp_path / one).read_bytes()[:-100])
+    assert not caplog.messages
+    with engine_of(options=options) as engine:
+        assert engine.status()["prefixes"] == 1
+        engine.cache_bytes = 0
+        Answer(engine, [1]).finish()
+    assert f"{one} is left out" in caplog.text
+    assert len(files(tmp_path)) == 1
+    assert one not in files(tmp_path)
+    assert two not in files(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_told(tmp_path, caplog):
+    (tmp_path / "file").write_text("not a directory")
+    with engine_of(options=EngineOptions(prompt_cache_dir=str(tmp_path / "file"))) as engine:
+        Answer(engine, tiny_prompt(30)).finish()
+    assert "prefixes cannot be saved in" in caplog.text
+
+
+def test_a_save_that_fails_leaves_the_older_file(tmp_path, monkeypatch):
+    options = EngineOptions(prompt_cache_dir=str(tmp_path))
+    with engine_of(options=options) as engine:
+        Answer(engine, tiny_prompt(30)).finish()
+    before = files(tmp_path)
+
+    def full(path, *_):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise RuntimeError("[write] Unable to write 100 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with engine_of(options=options) as engine:
+        Answer(engine, tiny_prompt(30, seed=7)).finish()
+    assert files(tmp_path) == before

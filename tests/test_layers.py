@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "redrafter_mlx"
 LAYERS = [
+    ["__main__"],
     ["chat.__main__", "doctor", "generate", "train", "tune"],
     ["chat.session"],
     ["chat.answers", "chat.terminal"],
@@ -22,11 +23,11 @@ LAYERS = [
     ["training.features", "training.initial"],
     ["training.objective"],
     ["engine.conversation", "engine.engine"],
-    ["engine.run"],
+    ["engine.run", "engine.saved"],
     ["engine.prefixes"],
     ["engine.served"],
     ["engine.request"],
-    ["check"],
+    ["check", "context"],
     ["analysis", "pricing.tuning", "stream"],
     ["pricing.knowledge"],
     ["pricing.acceptance", "pricing.measure", "pricing.profile"],
