@@ -36,7 +36,7 @@ from redrafter_mlx.model_flags import (
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.chat.session import Chat
-    from redrafter_mlx.engine import Served
+    from redrafter_mlx.engine.served import Served
 
 
 def make_parser() -> cli.Parser:
@@ -70,7 +70,7 @@ def command(flags: Namespace) -> int:
         settings.with_all(load(flags.load)[2])
 
     from redrafter_mlx.chat import terminal
-    from redrafter_mlx.engine import Engine
+    from redrafter_mlx.engine.engine import Engine
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without a letter must not end the chat
@@ -94,7 +94,7 @@ def command(flags: Namespace) -> int:
 
 def _served(flags: Namespace) -> Served:
     """Called in the engine's thread."""
-    from redrafter_mlx.engine import load_served
+    from redrafter_mlx.engine.served import load_served
 
     drafter, options = name_of_drafter(flags), from_flags(DrafterOptions, flags)
     served = load_served(flags.model, drafter, options, **loading(flags))

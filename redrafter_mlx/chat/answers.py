@@ -15,8 +15,9 @@ from redrafter_mlx.chat.conversation import Message
 from redrafter_mlx.chat.screen import DRAFTED, PLAIN, Screen
 from redrafter_mlx.chat.settings import Settings
 from redrafter_mlx.config import SamplingOptions
-from redrafter_mlx.engine import Engine, Request, Ticket, Turn
 from redrafter_mlx.engine.conversation import ANSWER, Channels, Prompt, prompt_of
+from redrafter_mlx.engine.engine import Engine
+from redrafter_mlx.engine.request import Request, Ticket, Turn
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.model_flags import PromptProgress
 
@@ -102,17 +103,18 @@ class Asker:
         channels = Channels(self._engine.served.tokenizer, prompt.channel)
         turns: queue.SimpleQueue[Turn] = queue.SimpleQueue()
         progress = PromptProgress()
-        ticket = self._engine.submit(request, turns.put)
+        stop = _Stop()
         try:
-            with _ended_by_ctrl_c(ticket):
-                for turn in self._turns(turns):
+            with stop.at_ctrl_c():
+                stop.ticket = self._engine.submit(request, turns.put)
+                for turn in self._turns(turns, stop):
                     if turn.pieces or turn.finish_reason:
                         progress.close()
                     elif turn.prompt_done < len(prompt.tokens) - 1:
                         progress(turn.prompt_done, len(prompt.tokens))
                     self._show(answer, channels, turn, settings.chat.show_drafts)
         finally:
-            ticket.cancel()
+            stop()  # whatever it was that ended this
             progress.close()
             self._screen.end_answer()
         answer.context = len(prompt.tokens) + answer.stats.get("generation_tokens", 0)
@@ -120,8 +122,10 @@ class Asker:
             raise turn.error
         return answer
 
-    def _turns(self, turns: queue.SimpleQueue[Turn]) -> Iterator[Turn]:
+    def _turns(self, turns: queue.SimpleQueue[Turn], stop: _Stop) -> Iterator[Turn]:
         while True:
+            if stop.is_wanted:
+                stop()
             try:
                 turn = turns.get(timeout=1.0)
             except queue.Empty:
@@ -182,22 +186,30 @@ def _request(prompt: Prompt, settings: Settings, room: int | None, again: int) -
     )
 
 
-@contextmanager
-def _ended_by_ctrl_c(ticket: Ticket) -> Iterator[None]:
-    """Ctrl-C cancels the ticket while the block runs, instead of ending whatever runs just then."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _Stop:
+    """Called, it ends a request, if there is one by then."""
 
-    def cancel(*_):
-        if not ticket.is_cancelled:  # a second Ctrl-C must not come in the middle of the first
-            ticket.cancel()
+    def __init__(self):
+        self.ticket: Ticket | None = None
+        self.is_wanted = False
 
-    before = signal.signal(signal.SIGINT, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __call__(self, *_) -> None:
+        self.is_wanted = True
+        # A second Ctrl-C must not come in the middle of the first one's `cancel`.
+        if self.ticket is not None and not self.ticket.is_cancelled:
+            self.ticket.cancel()
+
+    @contextmanager
+    def at_ctrl_c(self) -> Iterator[None]:
+        """Ctrl-C calls this while the block runs, instead of ending whatever runs just then."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def counted(number: int, noun: str) -> str:

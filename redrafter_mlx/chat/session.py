@@ -25,6 +25,7 @@ from redrafter_mlx.chat.settings import (
 from redrafter_mlx.chat.terminal import unechoed
 from redrafter_mlx.cli import is_text
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.places import expanded
 
 LEAVE = "Ctrl-D or /quit leaves"
 
@@ -236,10 +237,7 @@ class Chat:
     def _named(self, name: str) -> Path:
         if not name and self._file is None:
             raise UserError("/save needs the name of a file")
-        try:
-            return Path(name).expanduser() if name else self._file
-        except RuntimeError as error:
-            raise UserError(f"{name}: there is no such home directory") from error
+        return expanded(name) if name else self._file
 
     def _stats(self, _: str) -> None:
         self.screen.tell(_report(self.last, self._sums))

@@ -123,9 +123,11 @@ class Settings:
         """These settings with other values, as JSON has them; UserError as `put` raises it."""
         found = self
         for name, value in values.items():
-            if field_name(name) == "logit_bias" and isinstance(value, dict):
-                value = _parsed(self.find(name)[0], json.dumps(value))
-            found = found.put(name, value)
+            is_bias = isinstance(value, dict) and found.find(name)[0].metadata["type"] is dict
+            if is_bias:  # the keys of which were numbers
+                found = found.put_text(name, json.dumps(value))
+            else:
+                found = found.put(name, value)
         return found
 
     def changed(self) -> dict[str, Any]:
