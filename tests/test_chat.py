@@ -676,6 +676,20 @@ def test_ctrl_c_at_the_prompt_tells_how_to_leave():
     assert "Ctrl-D" in chat.err.getvalue()
 
 
+def test_ctrl_c_before_an_answer_begins_is_no_reason_to_leave():
+    chat, engine = scripted("fine")
+    submit, typed = engine.submit, iter(["a", "/retry", "/quit"])
+
+    def interrupted(*given):
+        engine.submit = submit
+        raise KeyboardInterrupt
+
+    engine.submit = interrupted
+    chat.talk(lambda: next(typed))
+    assert "stopped" in chat.err.getvalue()
+    assert chat.conversation == conversation("a", "fine")
+
+
 def test_an_engine_that_has_ended_ends_the_wait():
     chat, engine = scripted("x")
     engine.submit = lambda request, deliver: Ticket(request, deliver)

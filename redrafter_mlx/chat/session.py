@@ -74,12 +74,17 @@ class Chat:
         """Take what is typed until it ends; errors are told, and the chat goes on."""
         while True:
             try:
-                if not self.take(read()):
-                    return
+                typed = read()
             except EOFError:
                 return
             except KeyboardInterrupt:
                 self.screen.note(LEAVE)
+                continue
+            try:
+                if not self.take(typed):
+                    return
+            except KeyboardInterrupt:  # before the answer began
+                self.screen.note("stopped")
             except (UserError, OSError, RuntimeError) as error:
                 self.screen.error(" ".join(str(error).split()) or type(error).__name__)
 

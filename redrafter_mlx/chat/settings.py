@@ -123,11 +123,7 @@ class Settings:
         """These settings with other values, as JSON has them; UserError as `put` raises it."""
         found = self
         for name, value in values.items():
-            is_bias = isinstance(value, dict) and found.find(name)[0].metadata["type"] is dict
-            if is_bias:  # the keys of which were numbers
-                found = found.put_text(name, json.dumps(value))
-            else:
-                found = found.put(name, value)
+            found = found.put(name, _from_json(self.find(name)[0], value))
         return found
 
     def changed(self) -> dict[str, Any]:
@@ -191,15 +187,22 @@ def _parsed(f: dataclasses.Field, text: str) -> Any:
     if word == DEFAULT or (word == NONE and f.default in (None, ())):
         return f.default
     if kind is bool:
-        return (
-            {**dict.fromkeys(ON, True), **dict.fromkeys(OFF, False)}[word]
-            if word in ON + OFF
-            else text
-        )
+        return word in ON if word in ON + OFF else text
+    if kind is dict:
+        return token_biases(text)
     if isinstance(f.default, tuple):
         words = json.loads(text) if text.lstrip().startswith("[") else shlex.split(text)
         return tuple(kind(part) for part in words)
-    return token_biases(text) if kind is dict else kind(text.strip())
+    return kind(text.strip())
+
+
+def _from_json(f: dataclasses.Field, value: Any) -> Any:
+    if f.metadata["type"] is not dict or not isinstance(value, dict):
+        return value
+    try:
+        return token_biases(json.dumps(value))  # the keys of which were numbers
+    except ArgumentTypeError as error:
+        raise _wrong(f, value) from error
 
 
 def _wrong(f: dataclasses.Field, value: Any) -> UserError:
