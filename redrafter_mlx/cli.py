@@ -24,6 +24,8 @@ called_as = ""
 """What the user called the command, if that is not the module's own name."""
 NOT_WAITED_FOR = "redrafter_mlx download"
 """Name of a thread whose work ends with the command; Python waits for its threads otherwise."""
+ENGINE = "engine"
+"""Name of an engine's thread: alive at the end only if it is still loading, which nothing stops."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,7 +84,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
         if flags.debug:
             raise
         print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
-        if any(thread.name == NOT_WAITED_FOR for thread in threading.enumerate()):
+        if any(thread.name in (NOT_WAITED_FOR, ENGINE) for thread in threading.enumerate()):
             os._exit(INTERRUPTED)
         return INTERRUPTED
 

@@ -19,7 +19,7 @@ from test_generate_command import CHAT, save_target
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-m", "redrafter_mlx.chat"]
-COLOUR = re.compile(r"\x1b\[[0-9;]*[1-9][0-9]*m")
+COLOURS = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7]|38;[0-9;]+|2)m")
 
 PASTING = "\x1b[?2004h"
 """What a terminal is told when a line is about to be read: to say what is pasted."""
@@ -49,10 +49,10 @@ def environment(tiny: Path, **variables: str) -> dict[str, str]:
     )
 
 
-def start(tiny: Path, *words: str) -> subprocess.Popen:
+def start(tiny: Path, *words: str, program=PROGRAM) -> subprocess.Popen:
     """The command with pipes, where Ctrl-C is what it is in a terminal."""
     return subprocess.Popen(
-        [*PROGRAM, "--model", str(tiny / "chat"), *words],
+        [*program, "--model", str(tiny / "chat"), *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -226,6 +226,32 @@ def test_ctrl_c_ends_it_with_130(tiny, when):
     assert out.endswith(b"\n") or when == "between answers"
 
 
+LOADS_FOR_EVER = """
+import sys
+import redrafter_mlx.chat.__main__ as command
+
+load = command._served
+
+def loads(flags):
+    load(flags)
+    print("loading", flush=True)
+    while True:
+        load(flags)
+
+command._served = loads
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_ends_the_loading_of_a_model(tiny):
+    process = start(tiny, program=[sys.executable, "-c", LOADS_FOR_EVER])
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines() == [b"redrafter_mlx.chat: interrupted"]
+
+
 def test_a_reader_that_goes_away_ends_it(tiny):
     process = start(tiny, "--max-tokens", "-1")
     process.stdin.write(b"the end\n")
@@ -261,7 +287,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(terminal):
     until(chat, chat.prompt)
     chat.sendeof()
     assert ended(chat) == 0
-    assert COLOUR.search(chat.seen)
+    assert COLOURS.search(chat.seen)
 
 
 def test_lines_history_and_completion(terminal, tmp_path):
@@ -292,8 +318,7 @@ def test_no_color(terminal):
     until(chat, chat.prompt)
     chat.sendeof()
     assert ended(chat) == 0
-    coloured = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-7]|9[0-7]|38;[0-9;]+|2)m")
-    assert not coloured.search(chat.seen)
+    assert not COLOURS.search(chat.seen)
 
 
 def test_a_dumb_terminal(terminal):
