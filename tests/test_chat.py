@@ -370,6 +370,18 @@ def test_nothing_that_is_said_steers_a_terminal(colours):
     assert err.getvalue() == "\x1b[31m␛[2J\x1b[0m\n"
 
 
+def test_long_notes_break_between_words(colours, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    err = Terminal()
+    Screen(io.StringIO(), err).note(
+        "a note of several words\nthat-is-longer-than-any-line-that-there-is"
+    )
+    expected = "a note of several words\nthat-is-longer-than-any-line-that-there-is"
+    assert err.getvalue() == f"\x1b[2m{expected}\x1b[0m\n"
+    Screen(io.StringIO(), err).error("word " * 12)
+    assert max(map(len, err.getvalue().splitlines()[2:])) <= 30 + len("\x1b[31m")
+
+
 def test_a_pipe_gets_what_was_said(colours):
     out = io.StringIO()
     Screen(out, io.StringIO()).answer([(PLAIN, "a\x1b\r\n")])

@@ -79,7 +79,9 @@ def command(flags: Namespace) -> int:
     with screen.notes_log():
         if interactive:
             screen.note(f"loading {flags.model}")
-        engine = Engine(lambda: _served(flags), from_flags(EngineOptions, flags)).start()
+        engine = Engine(lambda: _served(flags), from_flags(EngineOptions, flags))
+        with terminal.unechoed():
+            engine.start()
         try:
             chat = _chat(engine, screen, flags, settings)
             if interactive:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,7 +74,7 @@ class Screen:
         with self._lock:
             self.end_line()
             ends = "\n\n" if gap else "\n"
-            self._write(self._err, self._painted(self._err, _FAINT, text) + ends)
+            self._write(self._err, self._painted(self._err, _FAINT, self._wrapped(text)) + ends)
 
     def tell(self, text: str) -> None:
         """What a command was asked to show."""
@@ -80,9 +82,9 @@ class Screen:
         self._write(self._err, self._safe(self._err, text) + "\n")
 
     def error(self, text: str) -> None:
-        """What went wrong, in one line."""
+        """What went wrong."""
         self.end_line()
-        self._write(self._err, self._painted(self._err, _RED, text) + "\n")
+        self._write(self._err, self._painted(self._err, _RED, self._wrapped(text)) + "\n")
 
     @contextmanager
     def notes_log(self) -> Iterator[None]:
@@ -104,6 +106,14 @@ class Screen:
     def _painted(self, stream: TextIO, style: str, text: str) -> str:
         safe = self._safe(stream, text)
         return f"{style}{safe}{_RESET}" if safe and has_colour(stream) else safe
+
+    def _wrapped(self, text: str) -> str:
+        """Lines that a terminal need not break amid a word."""
+        if not self._err.isatty():
+            return text
+        width = max(shutil.get_terminal_size().columns - 1, 20)
+        how = {"width": width, "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join(textwrap.fill(line, **how) for line in text.splitlines())
 
     def _safe(self, stream: TextIO, text: str) -> str:
         return text.translate(_VISIBLE) if stream.isatty() else text

@@ -28,6 +28,8 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.places import expanded
 
 LEAVE = "Ctrl-D or /quit leaves"
+MOST_DEPTHS = 8
+"""Depths of drafts that /stats shows; an index of the text may draft many more."""
 
 
 @dataclass
@@ -272,7 +274,9 @@ def _rows_of(last: Answer) -> Iterator[tuple[str, str]]:
     yield "last answer", last.summary()
     if stats.get("rounds"):
         yield "rounds", f"{stats['rounds']:,}, {stats['mean_nodes']:.1f} nodes in each"
-        shares = " ".join(f"{count / stats['rounds']:.0%}" for count in stats["accepted_at"])
+        depths = stats["accepted_at"]
+        shares = " ".join(f"{count / stats['rounds']:.0%}" for count in depths[:MOST_DEPTHS])
+        shares += " ..." if len(depths) > MOST_DEPTHS else ""
         yield "accepted", f"{shares or 'nothing'} (of rounds, by depth of the draft)"
         yield "rule", stats["rule"]
         yield "peak memory", f"{stats['peak_memory']:.2f} GB"
