@@ -557,6 +557,15 @@ def test_ctrl_c_ends_an_answer_and_keeps_what_was_said():
     assert engine.prompt() == "u:a|a:abcd|u:b|a:"
 
 
+@pytest.mark.parametrize("interrupted", [0, 2])
+def test_ctrl_c_ends_a_pipe(interrupted):
+    chat, engine = scripted("abcdef", interrupted=interrupted)
+    lines = iter(["a", "never"])
+    with pytest.raises(KeyboardInterrupt):
+        chat.answer_all(lines)
+    assert (len(engine.requests), next(lines)) == (1, "never")
+
+
 def test_ctrl_c_before_anything_was_said():
     chat, engine = scripted("abcdef", "fine", interrupted=0)
     chat.take("a")
@@ -668,10 +677,12 @@ def test_save_and_load_bring_everything_back(tmp_path):
 
 
 def test_an_error_of_the_engine_is_told_and_the_chat_goes_on():
-    chat, _ = scripted(RuntimeError("out of\nmemory"), "fine")
-    typed = iter(["a", "/nonsense", "/retry", "/quit", "never"])
+    chat, _ = scripted(RuntimeError("out of\nmemory"), KeyError("x"), UserError("no"), "fine")
+    typed = iter(["a", "/retry", "/retry", "/nonsense", "/retry", "/quit", "never"])
     chat.talk(lambda: next(typed))
-    assert "out of memory\n" in chat.err.getvalue()
+    assert "no answer: out of memory; --debug" in chat.err.getvalue()
+    assert "no answer: the key 'x' is missing; --debug" in chat.err.getvalue()
+    assert "\nno\n" in chat.err.getvalue()
     assert "/nonsense" in chat.err.getvalue()
     assert chat.out.getvalue() == "fine\n"
     assert next(typed) == "never"

@@ -20,6 +20,7 @@ from redrafter_mlx.engine.engine import Engine
 from redrafter_mlx.engine.request import Request, Ticket, Turn
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.model_flags import PromptProgress
+from redrafter_mlx.storage import one_line
 
 MOST_SEED = SamplingOptions.__dataclass_fields__["seed"].metadata["high"]
 
@@ -30,6 +31,7 @@ class Answer:
 
     reasoning      that led to it, not part of the text
     finish_reason  "stop", "length" or "cancelled"
+    interrupted    whether Ctrl-C was pressed; the answer may have been complete by then
     stats          as Stats.as_dict has them
     context        tokens of the conversation with the answer
     room           tokens that the model's context leaves it; None: no limit is known
@@ -38,6 +40,7 @@ class Answer:
     text: str = ""
     reasoning: str = ""
     finish_reason: str = ""
+    interrupted: bool = False
     stats: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     note: str = ""
@@ -95,7 +98,7 @@ class Asker:
 
         again  how many times it was answered before: a given seed moves on by as many
 
-        Raises UserError and whatever went wrong in the engine.
+        Raises UserError, also for whatever went wrong in the engine.
         """
         room = self._engine.served.context
         request = _request(prompt, settings, room, again)
@@ -113,13 +116,17 @@ class Asker:
                     elif turn.prompt_done < len(prompt.tokens) - 1:
                         progress(turn.prompt_done, len(prompt.tokens))
                     self._show(answer, channels, turn, settings.chat.show_drafts)
+                answer.interrupted = stop.is_wanted
         finally:
             stop()  # whatever it was that ended this
             progress.close()
             self._screen.end_answer()
         answer.context = len(prompt.tokens) + answer.stats.get("generation_tokens", 0)
-        if turn.error is not None:
+        if isinstance(turn.error, UserError):
             raise turn.error
+        if turn.error is not None:
+            reason = one_line(turn.error)
+            raise UserError(f"no answer: {reason}; --debug shows where") from turn.error
         return answer
 
     def _turns(self, turns: queue.SimpleQueue[Turn], stop: _Stop) -> Iterator[Turn]:

@@ -95,7 +95,7 @@ class Chat:
         for line in lines:
             if not self.take(line):
                 return
-            if self.last is not None and self.last.finish_reason == "cancelled":
+            if self.last is not None and self.last.interrupted:
                 raise KeyboardInterrupt
 
     def take(self, typed: str) -> bool:
