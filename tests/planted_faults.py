@@ -93,7 +93,7 @@ FAULTS = (
         "stop: the stop string itself is part of the text",
         "redrafter_mlx/stream.py",
         '        if name is None:\n            reason = "stop"',
-        '        if name is None:\n            text += run.options.stop[0]\n            reason = "stop"',
+        '        if name is None:\n            text, reason = text + run.options.stop[0], "stop"',
         ("test_stream.py",),
     ),
     Fault(
