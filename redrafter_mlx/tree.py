@@ -7,7 +7,7 @@ Pure numpy: no model, no device.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -252,7 +252,18 @@ class Candidates:
 
         A parent still scores no lower than its children, and every beam is still one.
         """
-        trie, beams, always = Trie(parts[0].root), [], set()
+        return cls.united(parts, lambda trie, places: None)
+
+    @classmethod
+    def united(
+        cls, parts: Sequence[Candidates], score: Callable[[Trie, list[list[int]]], None]
+    ) -> Candidates:
+        """The nodes of several searches under the same root, each once.
+
+        score  may change the scores of the nodes, which are the best that any part gives; it is
+               told where in the trie the nodes of each part are
+        """
+        trie, places, beams, always = Trie(parts[0].root), [], [], set()
         for part in parts:
             assert part.root == trie.tokens[0], "candidates must have the same root"
             place = []
@@ -261,8 +272,10 @@ class Candidates:
             )
             for token, parent, logprob in nodes:
                 place.append(trie.add(0 if parent < 0 else place[parent], token, logprob))
+            places.append(place)
             beams += [place[beam] for beam in part.beams]
             always.update(place[node] for node in np.flatnonzero(part.always))
+        score(trie, places)
         return trie.candidates(beams, always)
 
     @classmethod
