@@ -1,0 +1,190 @@
+"""What OpenAI's chat and completion requests may hold: checked by it, and described by it.
+
+A field that can be honoured in part has only those values; every other field is an error. The
+fields that are accepted and do nothing are those whose meaning asks for nothing here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from redrafter_mlx.config import MOST_BUDGET
+
+MOST_CHOICES, MOST_TOP_LOGPROBS = 128, 20
+
+
+class Schema(BaseModel):
+    """An object of a request; fields that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Stop = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class Extension(Schema):
+    """How the answer is drafted. Only `rule` can change what is said.
+
+    details  streamed chunks tell who wrote each piece, the round's tree and speeds
+    """
+
+    drafter: str | None = None
+    budget: Annotated[int, Field(ge=0, le=MOST_BUDGET)] | Literal["auto"] | None = None
+    beam_width: Annotated[int, Field(ge=1, le=64)] | None = None
+    beam_length: Annotated[int, Field(ge=2, le=64)] | None = None
+    rule: Literal["match", "rejection", "typical"] | None = None
+    details: bool | None = None
+
+
+class Sampled(Schema):
+    """What all requests say of sampling."""
+
+    model: str | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Share | None = None
+    redrafter: Extension | None = None
+
+
+class StreamOptions(Schema):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class OpenAISampled(Sampled):
+    """What OpenAI's two older requests have in common."""
+
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    max_tokens: Count | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_context_size: Count | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class CompletionRequest(OpenAISampled):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+        | list[int]
+        | Annotated[list[list[int]], Field(min_length=1, max_length=MOST_CHOICES)]
+    )
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    suffix: Literal[""] | None = None
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+
+
+class SystemMessage(Schema):
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Schema):
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class CalledFunction(Schema):
+    name: str
+    arguments: str
+
+
+class ToolCall(Schema):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class AssistantMessage(Schema):
+    """reasoning_content is what the server gave of that name."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    reasoning_content: str | None = None
+    refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolMessage(Schema):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+    name: str | None = None
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
+
+
+class Function(Schema):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: Function
+
+
+class TextFormat(Schema):
+    type: Literal["text"]
+
+
+class ChatRequest(OpenAISampled):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    safety_identifier: str | None = None
