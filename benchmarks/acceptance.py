@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import prompts as prompt_files
-from benchmarks.machine import Bench, add_prompts, document, machine, parser, write
-from benchmarks.report import acceptance_tables
 from redrafter_mlx.config import SamplingOptions
 from redrafter_mlx.pricing.acceptance import Draft, Recording, record, rounds_of, tokens_per_round
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.picture import new_figure
 from redrafter_mlx.target.adapter import adapt
+
+from . import prompts as prompt_files
+from .machine import Bench, add_prompts, document, machine, parser, write
+from .report import acceptance_tables
 
 MOST = 64
 

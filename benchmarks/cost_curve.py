@@ -13,12 +13,13 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from benchmarks.machine import Bench, document, machine, parser, write
-from benchmarks.report import cost_tables
 from redrafter_mlx.pricing.curve import CostCurve
 from redrafter_mlx.pricing.measure import curve_of, measure_passes
 from redrafter_mlx.pricing.picture import draw
 from redrafter_mlx.target.adapter import adapt
+
+from .machine import Bench, document, machine, parser, write
+from .report import cost_tables
 
 
 def measure(flags: argparse.Namespace) -> dict:

@@ -21,11 +21,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import prompts as prompt_files
-from benchmarks.machine import Bench, add_prompts, document, machine, parser, size, write
-from benchmarks.prompts import Prompt
-from benchmarks.ratios import PLAIN
-from benchmarks.report import headline
 from redrafter_mlx import analysis, device
 from redrafter_mlx.config import (
     AUTO,
@@ -45,6 +40,12 @@ from redrafter_mlx.stats import Stats
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.tree import TokenTree
+
+from . import prompts as prompt_files
+from .machine import Bench, add_prompts, document, machine, parser, size, write
+from .prompts import Prompt
+from .ratios import PLAIN
+from .report import headline
 
 LENGTHS = (100, 1000, 10_000, 100_000)
 """Of the texts that lookups are timed in."""

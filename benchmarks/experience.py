@@ -11,14 +11,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from benchmarks import prompts as prompt_files
-from benchmarks.machine import Bench, add_prompts, parser
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.pricing import experience
 from redrafter_mlx.pricing.acceptance import experience_from, record
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.storage import write_whole
 from redrafter_mlx.target.adapter import adapt
+
+from . import prompts as prompt_files
+from .machine import Bench, add_prompts, parser
 
 PROMPTS = Path(__file__).parent / "experience.jsonl"
 """Of the kinds of prompts.jsonl, and none of them: what is measured must not be known."""

@@ -25,11 +25,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from benchmarks import prompts as prompt_files
-from benchmarks.machine import RANDOM, Bench, document, machine, parser, write
-from benchmarks.report import first_run_tables
 from redrafter_mlx.drafters.checkpoint import save_head
 from redrafter_mlx.storage import CACHE_VARIABLE, cache_directory
+
+from . import prompts as prompt_files
+from .machine import RANDOM, Bench, document, machine, parser, write
+from .report import first_run_tables
 
 PLAIN, FIRST, SECOND = "plain", "auto", "auto, second run"
 FIXED = (

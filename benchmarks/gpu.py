@@ -21,15 +21,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import speed
-from benchmarks.machine import write
-from benchmarks.report import gpu_table
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.demo import demo_target
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.measure import measure_drafts, measure_passes
 from redrafter_mlx.storage import CACHE_VARIABLE
 from redrafter_mlx.target.adapter import adapt
+
+from . import speed
+from .machine import write
+from .report import gpu_table
 
 COLD = ("mlx_lm.generate", "redrafter_mlx.generate --no-draft", "redrafter_mlx.generate")
 ROWS = (1, 2, 4, 8, 16, 32, 64)

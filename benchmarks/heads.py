@@ -24,8 +24,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from benchmarks.heads_table import draw, table
-from benchmarks.machine import document, machine, parser, size, write
 from redrafter_mlx import hub, train
 from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters.eagle3 import reads_by_default
@@ -36,6 +34,9 @@ from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOpt
 from redrafter_mlx.training.replay import Answer, recall, replay
 from redrafter_mlx.training.run import Places, TrainingRun, first_tokens, held_out_answers
 from redrafter_mlx.tree import TokenTree
+
+from .heads_table import draw, table
+from .machine import document, machine, parser, size, write
 
 WIDTH, LENGTH = 4, 5
 BUDGETS = (4, 8, 16, 32, 64)
@@ -53,7 +54,7 @@ VARIANTS = (
 )
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
     made.add_argument("what", choices=["data", "train", "measure"])
     made.add_argument("directory", type=Path, metavar="OUTPUT")
@@ -61,8 +62,9 @@ def main() -> None:
     made.add_argument("--steps", type=int, help="of each head, instead of minutes")
     made.add_argument("--jobs", type=int, default=2, help="processes")
     made.add_argument("--variant", action="append", metavar="'NAME=VALUE ...'", help="to train")
-    flags = made.parse_args()
+    flags = made.parse_args(args)
     {"data": write_data, "train": train_all, "measure": measure}[flags.what](flags)
+    return 0
 
 
 def source(flags: argparse.Namespace, head: HeadOptions) -> train.Source:
@@ -187,4 +189,4 @@ def draft_times(target: Target, answer: Answer, drafters: dict) -> dict[str, lis
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,11 +23,12 @@ from mlx.utils import tree_map
 from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks.machine import document, machine, parser, write
-from benchmarks.report import hybrid_tables
 from redrafter_mlx.pricing.measure import bushy_tree
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.tree import TokenTree
+
+from .machine import document, machine, parser, write
+from .report import hybrid_tables
 
 SHAPE = {
     "model_type": "qwen3_5_text",

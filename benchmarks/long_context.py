@@ -11,11 +11,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.machine import Bench, add_prompt_file, document, machine, parser, write
-from benchmarks.report import context_tables
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.pricing.picture import new_figure
 from redrafter_mlx.stream import Generation
+
+from .machine import Bench, add_prompt_file, document, machine, parser, write
+from .report import context_tables
 
 
 def rate(bench: Bench, flags: argparse.Namespace, ids: list[int], budget) -> float:

@@ -17,9 +17,10 @@ import mlx_lm
 from mlx.utils import tree_flatten, tree_map
 
 import redrafter_mlx
-from benchmarks import prompts as prompt_files
 from redrafter_mlx import device
 from redrafter_mlx.drafters.protocol import Drafter
+
+from . import prompts as prompt_files
 
 RANDOM = "random"
 RESULTS = Path(__file__).parent / "results"

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ratios import bound, ratios, sizes
 from redrafter_mlx.pricing.curve import CostCurve
+
+from .ratios import bound, ratios, sizes
 
 
 @dataclass(frozen=True)

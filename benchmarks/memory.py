@@ -12,10 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from benchmarks.machine import Bench, add_prompt_file, document, machine, parser, size, write
-from benchmarks.report import memory_tables
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.stream import Generation
+
+from .machine import Bench, add_prompt_file, document, machine, parser, size, write
+from .report import memory_tables
 
 
 def measure(flags: argparse.Namespace) -> dict:

@@ -25,9 +25,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import prompts as prompt_files
-from benchmarks.machine import Bench, add_prompts, document, machine, parser, write
-from benchmarks.report import policy_tables
 from redrafter_mlx.budget import AutoBudget, Budget
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
@@ -42,6 +39,10 @@ from redrafter_mlx.pricing.policy import MOST_NODES, Policy, settings_within
 from redrafter_mlx.round import Context
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.tree import Candidates, TokenTree
+
+from . import prompts as prompt_files
+from .machine import Bench, add_prompts, document, machine, parser, write
+from .report import policy_tables
 
 HEAD, MAX_GRAM, UNION = "head", "max_gram", "union"
 FULL = Setting(DraftOptions.beam_width, DraftOptions.beam_length)

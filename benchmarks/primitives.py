@@ -18,13 +18,14 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.machine import Bench, parser
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.pricing.measure import bushy_tree
 from redrafter_mlx.round import Context
 from redrafter_mlx.sampling import Noise
 from redrafter_mlx.target.adapter import Target, adapt
+
+from .machine import Bench, parser
 
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Contiguous", "Depends", "ExpandDims", "Flatten",

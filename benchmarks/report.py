@@ -1,6 +1,6 @@
 """Tables and pictures from the JSON that the benchmarks write.
 
-python -m benchmarks.report   # README.md's table and RESULTS.md's, from benchmarks/results/*.json
+python -m benchmarks.report   # from benchmarks/results/*.json, into README.md, docs/ and RESULTS.md
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.heads_table import table
-from benchmarks.ratios import (
+from redrafter_mlx.pricing.picture import new_figure
+
+from .heads_table import table
+from .ratios import (
     BASE,
     PLAIN,
     at_temperature,
@@ -25,12 +27,11 @@ from benchmarks.ratios import (
     ratios,
     tokens_per_round,
 )
-from redrafter_mlx.pricing.picture import new_figure
 
 ROOT = Path(__file__).parent.parent
-README, DETAILS = ROOT / "README.md", Path(__file__).parent / "RESULTS.md"
+README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+DETAILS = Path(__file__).parent / "RESULTS.md"
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 AUTO = "budget auto"
 
 
@@ -432,7 +433,7 @@ def _speeds(result: dict):
 
 def _drafter_speeds(result: dict):
     """The same of a benchmark of drafters and rules."""
-    from benchmarks.drafters import ratios as drafter_ratios  # it imports this module
+    from .drafters import ratios as drafter_ratios  # it imports this module
 
     categories = list(by(result["runs"], "category"))
     for method, runs in by(result["runs"], "method").items():
@@ -446,7 +447,7 @@ _SUMMARIES = {"speed": _speeds, "drafters": _drafter_speeds}
 
 def drafter_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark of drafters and rules."""
-    from benchmarks.drafters import tables  # it imports this module
+    from .drafters import tables  # it imports this module
 
     return tables(result, name)
 
@@ -482,17 +483,42 @@ def details(results: list[tuple[str, dict]]) -> str:
     return "\n\n".join(f"## {name}\n\n{TABLES[r['kind']](r, name)}" for name, r in results)
 
 
-def with_tables(page: str, tables: str) -> str:
+def short(results: list[tuple[str, dict]]) -> str:
+    """Markdown: what the default drafter gives, a row for each run of it."""
+    lines = [
+        "| machine | prompts | speed | tokens per round |",
+        "|---|---|---|---|",
+    ]
+    for name, result in results:
+        if result["kind"] != "speed":
+            continue
+        settings, machine = result["settings"], result["machine"]["chip"]
+        prompts = len({run["prompt"] for run in result["runs"]})
+        where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
+        for method, speeds, tokens in _speeds(result):
+            if method == "auto":
+                mean = statistics.geometric_mean(speeds.values())
+                cores = name.split(".")[0].split("-")[2]
+                lines.append(f"| {machine}, {cores} | {where} | **{mean:.2f}** | {tokens:.2f} |")
+    return "\n".join(lines)
+
+
+def with_tables(page: str, tables: str, what: str = "results") -> str:
     """The page with what stands between its marks replaced."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
+    begin, end = (f"<!-- {what}: {which} -->" for which in ("begin", "end"))
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
 def pages() -> dict[Path, str]:
     """The pages with tables, as the results say."""
     results = read(RESULTS)
-    made = {README: summary(results), DETAILS: details(results)}
-    return {p: with_tables(p.read_text(encoding="utf-8"), tables) for p, tables in made.items()}
+    text = lambda page: page.read_text(encoding="utf-8")
+    return {
+        README: with_tables(text(README), short(results), "short results"),
+        PERFORMANCE: with_tables(text(PERFORMANCE), summary(results)),
+        DETAILS: with_tables(text(DETAILS), details(results)),
+    }
 
 
 def main(args: list[str] | None = None) -> int:

@@ -32,16 +32,17 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 import redrafter_mlx
-from benchmarks import prompts as prompt_files
-from benchmarks.machine import Bench, add_prompts, document, machine, parser, size, write
-from benchmarks.prompts import Prompt
-from benchmarks.ratios import BASE, PLAIN
-from benchmarks.report import draw_speed, speed_tables
 from redrafter_mlx.budget import Budget, FixedBudget
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.tree import Candidates, TokenTree
+
+from . import prompts as prompt_files
+from .machine import Bench, add_prompts, document, machine, parser, size, write
+from .prompts import Prompt
+from .ratios import BASE, PLAIN
+from .report import draw_speed, speed_tables
 
 MLX_LM_DRAFT = f"{BASE} with a draft model"
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)

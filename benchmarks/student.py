@@ -36,7 +36,6 @@ from mlx.utils import tree_map
 from mlx_lm.utils import save_config, save_model
 
 import redrafter_mlx
-from benchmarks.hybrid_student import hybrid_config, imitation, lessons, make_hybrid, quick
 from redrafter_mlx import blas, device
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.data import write_data
@@ -52,6 +51,8 @@ from redrafter_mlx.training.shards import (
     parts,
     training_shards,
 )
+
+from .hybrid_student import hybrid_config, imitation, lessons, make_hybrid, quick
 
 COLUMNS = 256
 """T: longer conversations are cut into pieces of it."""

@@ -20,6 +20,8 @@ from redrafter_mlx.storage import one_line
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+called_as = ""
+"""What the user called the command, if that is not the module's own name."""
 NOT_WAITED_FOR = "redrafter_mlx download"
 """Name of a thread whose work ends with the command; Python waits for its threads otherwise."""
 
@@ -32,6 +34,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
+        if called_as:
+            *_, command = f" {kwargs.get('prog', '')}".rpartition(" ")
+            kwargs["prog"] = called_as + (f" {command}" if command in ("inspect", "gguf") else "")
         super().__init__(allow_abbrev=False, **kwargs)
         self.add_argument("--debug", action="store_true", help="show tracebacks and log details")
 

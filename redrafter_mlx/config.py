@@ -245,6 +245,12 @@ class EngineOptions(Options):
         low=0.0,
         type=float,
     )
+    prompt_cache_dir: str | None = option(
+        None,
+        "directory in which the KV caches of texts are kept from one start to the next",
+        type=str,
+        metavar="DIR",
+    )
 
 
 @dataclass(frozen=True)

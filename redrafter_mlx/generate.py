@@ -66,6 +66,12 @@ def make_parser() -> cli.Parser:
         metavar="FILE",
         help="what mlx_lm.cache_prompt wrote: the message follows the text in it",
     )
+    flag(
+        "--truncate-prompt",
+        action="store_true",
+        help="leave out the middle of a prompt that is longer than the model's context "
+        "(default: refuse it)",
+    )
     flag("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
     flag(
         "--chat-template-config",
@@ -119,7 +125,7 @@ def command(flags: Namespace) -> int:
     _check_drafter(drafter_name, drafter_options)
     saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
-    from redrafter_mlx import check, hub, stream
+    from redrafter_mlx import check, context, hub, stream
 
     model, tokenizer = hub.load(
         flags.model,
@@ -129,6 +135,7 @@ def command(flags: Namespace) -> int:
         trust_remote_code=flags.trust_remote_code,
     )
     prompt = _encode(tokenizer, message, flags)
+    prompt = _fitting(prompt, context.known_positions(model), flags.truncate_prompt)
     drafter, asked_for = None, bool(flags.drafter)
     if drafter_name:
         drafter = _load_drafter(drafter_name, model, tokenizer, drafter_options, asked_for)
@@ -221,6 +228,15 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
         reason = " ".join(str(error).split())
         raise UserError(f"the chat template of {flags.model} failed: {reason}") from error
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _fitting(prompt: list[int], positions: int | None, truncate: bool) -> list[int]:
+    from redrafter_mlx.context import fitting
+
+    fit = fitting(prompt, positions, truncate)
+    if len(fit) < len(prompt):
+        _log.warning("%d tokens in the middle of the prompt are left out", len(prompt) - len(fit))
+    return fit
 
 
 def _check_drafter(name: str | None, options: DrafterOptions) -> None:

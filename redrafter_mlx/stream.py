@@ -177,6 +177,13 @@ class Generation:
         """What the user should know about the run so far; mostly nothing."""
         return self._budget.note if isinstance(self._budget, AutoBudget) else ""
 
+    @property
+    def plain_tps(self) -> float | None:
+        """Tokens per second that plain decoding would give here; None if nobody knows."""
+        if not isinstance(self._budget, AutoBudget):
+            return None
+        return 1 / float(self._budget.policy.costs.at(len(self.said), 1)[1])
+
     def __iter__(self) -> Iterator[Token]:
         return (token for token in self.turns() if token is not None)
 

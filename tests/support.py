@@ -61,6 +61,29 @@ class ScriptedDrafter:
     def reset(self) -> None:
         self.steps.clear()
 
+    def fork(self, length: int) -> ScriptedDrafter:
+        return ScriptedDrafter(self.text, self.right, self.wrong, self.decoys)
+
+
+class Numbers:
+    """A tokenizer for an engine with a tiny target: each token is its number, a space before it."""
+
+    def __init__(self, eos: Sequence[int] = ()):
+        self.eos_token_ids = set(eos)
+
+    @property
+    def detokenizer(self) -> Numbers.Detokenizer:
+        return self.Detokenizer()
+
+    class Detokenizer:
+        last_segment = ""
+
+        def add_token(self, token: int) -> None:
+            self.last_segment = f" {token}"
+
+        def finalize(self) -> None:
+            pass
+
 
 def random_drafter(model, seed: int = 0, d2t=None, **shape) -> RecurrentDrafter:
     """A recurrent drafter with random weights for a target."""

@@ -656,8 +656,8 @@ def test_code_in_a_pickle_is_not_run(file, tmp_path, capsys):
 # The command
 
 
-def test_every_kind_is_in_the_readme_and_in_the_help(capsys):
-    text = (ROOT / "README.md").read_text()
+def test_every_kind_is_in_the_docs_and_in_the_help(capsys):
+    text = (ROOT / "docs" / "conversion.md").read_text()
     assert [name for name in NAMES if f"| `{name}` |" not in text] == []
     assert run("--help") == 0
     told = capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Which of mlx-lm's model types can verify a tree: each is tried, none is assumed.
 
-`python tests/test_families.py` writes the outcome into README.md; a test checks it is up to date.
+`python tests/test_families.py` writes the outcome into docs/models.md, and a test checks that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.probe import tree_difference
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 WINDOW = 8  # of the sliding layers; contexts here are longer
 TOKENS = 16
@@ -88,16 +88,16 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, table: str) -> str:
-    before, rest = readme.split(BEGIN)
+def with_table(page: str, table: str) -> str:
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def test_the_readme_shows_the_outcome():
-    readme = README.read_text(encoding="utf-8")
-    assert readme == with_table(readme, support_table()), "run python tests/test_families.py"
+def test_the_page_shows_the_outcome():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page, support_table()), "run python tests/test_families.py"
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8"), support_table()), "utf-8")
-    print(f"wrote the table into {README}", file=sys.stderr)
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), support_table()), "utf-8")
+    print(f"wrote the table into {PAGE}", file=sys.stderr)

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "redrafter_mlx"
 LAYERS = [
+    ["__main__"],
     ["doctor", "generate", "train", "tune"],
     ["diagnosis"],
     ["training.run", "training.card"],
@@ -18,10 +19,11 @@ LAYERS = [
     ["training.features", "training.initial"],
     ["training.objective"],
     ["engine.conversation", "engine.engine"],
-    ["engine.prefixes", "engine.run"],
+    ["engine.run", "engine.saved"],
+    ["engine.prefixes"],
     ["engine.served"],
     ["engine.request"],
-    ["check"],
+    ["check", "context"],
     ["analysis", "pricing.tuning", "stream"],
     ["pricing.knowledge"],
     ["pricing.acceptance", "pricing.measure", "pricing.profile"],

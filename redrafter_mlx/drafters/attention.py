@@ -149,6 +149,7 @@ class TextLayers(ABC):
         other._transcript, other._layers = None, []
         if self._transcript is not None and length > 0:
             self.catch_up()
+        if length > 0:
             places = max(length - self._start, 0)
             other._layers = [layer.fork(places) for layer in self._layers]
         return other

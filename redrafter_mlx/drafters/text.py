@@ -55,6 +55,7 @@ class TextMemory:
         other = TextMemory(self._head, self._embed, self._view)
         if self._transcript is not None and length > 0:
             self.of(self._transcript, self._trail)
+        if self._places and length > 0:
             other._start = self._start
             other._places = min(self._places, max(length - self._start, 0))
             other._keys, other._values = self._keys[...], self._values[...]

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import wired_limit
@@ -17,8 +18,10 @@ from redrafter_mlx.config import EngineOptions
 from redrafter_mlx.engine.prefixes import UNREAD, Prefix, Prefixes
 from redrafter_mlx.engine.request import Request, Ticket, Turn
 from redrafter_mlx.engine.run import Run
+from redrafter_mlx.engine.saved import load_prefixes, save_prefixes
 from redrafter_mlx.engine.served import Served
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.places import expanded
 from redrafter_mlx.stream import quantization
 from redrafter_mlx.target.adapter import STEPS_BACK
 
@@ -75,7 +78,8 @@ class Engine:
         given = self.options.cache_memory
         self.cache_bytes = device.machine_memory() // 4 if given is None else int(given * 1e9)
         self._waiting: deque[Ticket] = deque()
-        self._running: deque[Run] = deque()
+        self._running: deque[Run] = deque()  # in the order of their turns
+        self._at_turn: Run | None = None
         self._prefixes = Prefixes()
         self._changed = threading.Condition()
         self._closing, self._failure = False, None
@@ -129,7 +133,7 @@ class Engine:
     def status(self) -> dict[str, Any]:
         """What it is doing: counts for any thread."""
         return {
-            "running": len(self._running),
+            "running": len(self._running) + (self._at_turn is not None),
             "waiting": len(self._waiting),
             "prefixes": len(self._prefixes),
             "prefix_bytes": self._prefixes.nbytes,
@@ -142,6 +146,7 @@ class Engine:
     def _work(self) -> None:
         try:
             self.served = self._load()
+            self._load_prefixes()
         except BaseException as error:
             self._failure = error
             self._ready.set()
@@ -149,8 +154,28 @@ class Engine:
         self._ready.set()
         with wired_limit(self.served.model):
             while self._admit():
-                self._turn(self._running.popleft())
+                self._at_turn = self._running.popleft()
+                self._turn(self._at_turn)
+                self._at_turn = None
+            self._save_prefixes()
         device.leave_thread()
+
+    def _load_prefixes(self) -> None:
+        if self.options.prompt_cache_dir and self.served.target.branching:
+            for prefix in load_prefixes(self._directory, self.served.target):
+                self._prefixes.keep(prefix)
+            self._prefixes.shrink(self.cache_bytes)
+
+    def _save_prefixes(self) -> None:
+        if self.options.prompt_cache_dir and self.served.target.branching:
+            try:
+                save_prefixes(self._directory, self._prefixes, self.served.target)
+            except UserError as error:
+                _log.warning("%s", error)
+
+    @property
+    def _directory(self) -> Path:
+        return expanded(self.options.prompt_cache_dir)
 
     def _admit(self) -> bool:
         """Let waiting requests begin, wait for one if there is nothing to do; False at the end."""

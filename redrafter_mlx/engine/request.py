@@ -69,7 +69,8 @@ class Turn:
 
     pieces         tokens of the answer; none while the prompt is read
     prompt_done    tokens of the prompt that are read
-    stats          counts and speeds so far, as Stats.as_dict has them
+    stats          counts and speeds so far, as Stats.as_dict has them; plain_tps beside them, if it
+                   is known what plain decoding costs here
     tree           of the round
     finish_reason  of the last turn: "stop", "length", "cancelled" or "error"
     error          what went wrong, if that is it

@@ -10,6 +10,7 @@ import numpy as np
 
 from redrafter_mlx import device
 from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.engine.prefixes import UNREAD
 from redrafter_mlx.engine.request import DraftedTree, Piece, Request, Ticket, Turn
 from redrafter_mlx.engine.served import Served
 from redrafter_mlx.stream import Generation, GenerationResponse, Place, turns_of_text
@@ -52,7 +53,8 @@ class Run:
         request = ticket.request
         self.ticket, self.drafter, self.caches = ticket, drafter, caches
         self._clock = OwnTime()
-        place = Place(caches, request.marks, alone, self._clock, served.knowledge(request.drafter))
+        marks = [mark - UNREAD for mark in request.marks]
+        place = Place(caches, marks, alone, self._clock, served.knowledge(request.drafter))
         self._generation = Generation(
             served.model,
             request.prompt,
@@ -90,20 +92,16 @@ class Run:
                 reason = event.finish_reason
                 if event.end_of_round:
                     break
-        run = self._generation
-        tree = None
+        run, tree = self._generation, None
+        stats = run.stats.as_dict()
         if pieces:
             found, path = run.tree
             tree = DraftedTree(found.tokens.tolist(), found.parents.tolist(), list(path))
-        return Turn(
-            pieces,
-            min(self.caches.length, len(run.prompt)),
-            run.stats.as_dict(),
-            tree,
-            reason,
-            seed=run.seed,
-            note=run.note if reason else "",
-        )
+            if (plain := run.plain_tps) is not None:
+                stats["plain_tps"] = round(plain, 3)
+        read = min(self.caches.length + 1, len(run.prompt))
+        note = run.note if reason else ""
+        return Turn(pieces, read, stats, tree, reason, seed=run.seed, note=note)
 
     def close(self) -> None:
         """No more turns."""

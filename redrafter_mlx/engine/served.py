@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from redrafter_mlx import hub
 from redrafter_mlx.config import DrafterOptions
+from redrafter_mlx.context import known_positions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.spec import AUTO, MAX_GRAM
@@ -50,7 +51,7 @@ class Served:
         if not self.target.branching:
             self.drafters = dict.fromkeys(self.drafters)
         if self.context is None:
-            self.context = _context_of(self.model)
+            self.context = known_positions(self.model)
 
     def knowledge(self, name: str) -> Knowledge | None:
         """What is known of a drafter here; shared by all texts it drafts."""
@@ -84,16 +85,3 @@ def load_served(
                 raise
             _log.warning("plain decoding, because %s", error)
     return Served(model, loaded, tokenizer, drafters)
-
-
-def _context_of(model: nn.Module) -> int | None:
-    arguments = getattr(model, "args", None)
-    for holder in (arguments, getattr(arguments, "text_config", None)):
-        get = (
-            holder.get if isinstance(holder, dict) else lambda key, h=holder: getattr(h, key, None)
-        )
-        for key in ("max_position_embeddings", "max_sequence_length", "n_positions"):
-            found = get(key)
-            if isinstance(found, int) and found > 0:
-                return found
-    return None

@@ -1,0 +1,43 @@
+"""How long a text may be for a model, and what becomes of a prompt that is longer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.nn as nn
+
+from redrafter_mlx.errors import UserError
+
+NAMES = ("max_position_embeddings", "max_sequence_length", "n_positions")
+"""What models call it in their config."""
+
+
+def known_positions(model: nn.Module) -> int | None:
+    """Tokens that the model was made for, prompt and answer; None if its config does not say."""
+    arguments = getattr(model, "args", None)
+    for holder in (arguments, getattr(arguments, "text_config", None)):
+        known = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        for name in NAMES:
+            if isinstance(known.get(name), int) and known[name] > 0:
+                return known[name]
+    return None
+
+
+def fitting(prompt: Sequence[int], positions: int | None, truncate: bool) -> list[int]:
+    """A prompt that leaves room for an answer's first token.
+
+    truncate  leave out the middle of one that is too long
+
+    Raises UserError, in tokens, for one that is too long.
+    """
+    prompt = list(prompt)
+    if positions is None or len(prompt) < positions:
+        return prompt
+    if not truncate:
+        raise UserError(
+            f"the prompt has {len(prompt):,} tokens, and the model knows {positions:,} positions, "
+            "the answer's included: shorten it, or --truncate-prompt leaves out its middle"
+        )
+    kept = positions - max(1, positions // 8)
+    begin = kept // 4  # where instructions stand; what is asked stands at the end
+    return prompt[:begin] + prompt[len(prompt) - (kept - begin) :]
