@@ -164,11 +164,15 @@ def _path(location: tuple, kind: str, body: bytes) -> list[str | int]:
     path = []
     for place, step in enumerate(location):
         is_last = place == len(location) - 1
-        if isinstance(here, dict) and step in here:
-            here = here[step]
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
+        if _holds(here, step):
             here = here[step]
         elif not (is_last and kind == "missing"):
             continue
         path.append(step)
     return path
+
+
+def _holds(here: Any, step: str | int) -> bool:
+    if isinstance(here, list):
+        return isinstance(step, int) and step < len(here)
+    return isinstance(here, dict) and step in here

@@ -187,7 +187,7 @@ class ChatWriter(_OpenAIWriter):
     def feed(self, index: int, turn: Turn) -> list[str]:
         """Chunks of a turn."""
         speech = self.speeches[index]
-        calls = len(speech.calls)
+        calls, root = len(speech.calls), speech.last_token
         heard = speech.hear(turn)
         chunks = []
         if index not in self._begun:
@@ -205,11 +205,11 @@ class ChatWriter(_OpenAIWriter):
         if self.details and not (heard or turn.finish_reason):
             chunks.append(({}, None, ()))
         return [
-            event(self._chunk(index, turn, *chunk, is_last=number == len(chunks)))
+            event(self._chunk(index, turn, *chunk, number == len(chunks), root))
             for number, chunk in enumerate(chunks, start=1)
         ]
 
-    def _chunk(self, index, turn, delta, reason, pieces, is_last: bool) -> dict[str, Any]:
+    def _chunk(self, index, turn, delta, reason, pieces, is_last, root) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "finish_reason": reason}
         if self._asked.logprobs and is_last:
             choice["logprobs"] = {"content": self._new_logprobs(index), "refusal": None}
@@ -217,7 +217,7 @@ class ChatWriter(_OpenAIWriter):
         if self._asked.stream_options and self._asked.stream_options.include_usage:
             chunk["usage"] = None
         if self.details:
-            chunk["redrafter"] = details_of(pieces, turn, self._text_of, is_last)
+            chunk["redrafter"] = details_of(pieces, turn, self._text_of, is_last, root)
         return chunk
 
     def whole(self) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class CompletionWriter(_OpenAIWriter):
     def feed(self, index: int, turn: Turn) -> list[str]:
         """Chunks of a turn."""
         speech = self.speeches[index]
-        at = len(speech.text)
+        at, root = len(speech.text), speech.last_token
         text = "".join(part.text for part in speech.hear(turn))
         if not (text or turn.finish_reason or self.details):
             return []
@@ -254,7 +254,7 @@ class CompletionWriter(_OpenAIWriter):
         chunk = self._object([choice])
         if self.details:
             pieces = [(piece.text, piece.from_draft) for piece in turn.pieces if piece.text]
-            chunk["redrafter"] = details_of(pieces, turn, self._text_of, True)
+            chunk["redrafter"] = details_of(pieces, turn, self._text_of, True, root)
         return [event(chunk)]
 
     def whole(self) -> dict[str, Any]:

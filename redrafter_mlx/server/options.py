@@ -48,10 +48,6 @@ class ServerOptions(Options):
     grace: float = option(
         30.0, "seconds that running requests have to end after Ctrl-C or SIGTERM", low=0.0
     )
-    prompt_cache_dir: str | None = option(
-        None, "directory in which what was read of texts outlives the server", type=str,
-        metavar="DIR",
-    )  # fmt: skip
     log_text: bool = option(False, "write what is asked and answered to the log as well")
 
     def __post_init__(self):

@@ -138,9 +138,7 @@ def template_prompt(
     return prompt_of(tokenizer, messages, toolbox.tools or None, continue_last, **template)
 
 
-def effort_arguments(
-    tokenizer: TokenizerWrapper, effort: str | None, param: str
-) -> dict[str, Any]:
+def effort_arguments(tokenizer: TokenizerWrapper, effort: str | None, param: str) -> dict[str, Any]:
     """How hard the model should think, as arguments of its chat template.
 
     Raises ApiError, which names `param`, where the template does not know how to say it.
@@ -183,16 +181,20 @@ def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) ->
     }
 
 
-def details_of(said, turn: Turn, text_of, with_tree: bool) -> dict[str, Any]:
+def details_of(said, turn: Turn, text_of, tree: bool, root: int | None = None) -> dict[str, Any]:
     """What our extension tells of a turn, for pictures.
 
     said     (text, drafted) pieces of the chunk
     text_of  the text of a token id
+    tree     whether the round's tree is told as well
+    root     token that the tree begins with, where the tree itself does not say it: a draft may be
+             made before it is known
     """
-    stats, tree = turn.stats, None
-    if with_tree and turn.tree is not None:
-        tree = {
-            "tokens": [text_of(token) for token in turn.tree.tokens],
+    stats, told = turn.stats, None
+    if tree and turn.tree is not None:
+        known = [root if token < 0 else token for token in turn.tree.tokens]
+        told = {
+            "tokens": ["" if token is None else text_of(token) for token in known],
             "parents": [int(parent) for parent in turn.tree.parents],
             "accepted": [int(row) for row in turn.tree.accepted],
         }
@@ -203,7 +205,7 @@ def details_of(said, turn: Turn, text_of, with_tree: bool) -> dict[str, Any]:
     shown = {name: stats[name] for name in names if stats.get(name) is not None}
     return {
         "pieces": [{"text": text, "drafted": drafted} for text, drafted in said],
-        "tree": tree,
+        "tree": told,
         "stats": shown | {"prompt_done": turn.prompt_done},
     }
 

@@ -65,7 +65,7 @@ class ReasoningItem(Schema):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: Annotated[list[Any], Field(max_length=0)] = []
+    summary: Annotated[list[Any], Field(max_length=0)] | None = None
     content: list[ReasoningText] | None = None
     encrypted_content: None = None
     status: Status | None = None

@@ -55,6 +55,11 @@ class Speech:
         self._tokens: list[int] = []
 
     @property
+    def last_token(self) -> int | None:
+        """Of those heard so far."""
+        return self._tokens[-1] if self._tokens else None
+
+    @property
     def is_enough(self) -> bool:
         """Whether the model may stop: it has made the one call that it may make."""
         return bool(self.calls) and self.toolbox.single

@@ -91,9 +91,7 @@ def toolbox(
             "unsupported_value",
             "tools",
         )
-    functions = [
-        {key: value for key, value in tool.items() if value is not None} for tool in tools
-    ]
+    functions = [{key: value for key, value in tool.items() if value is not None} for tool in tools]
     templated = [{"type": "function", "function": function} for function in functions]
     return Toolbox(templated, single=parallel is False)
 
