@@ -49,6 +49,8 @@ from redrafter_mlx.server.schemas_responses import ResponsesRequest
 BEAT_SECONDS = 5.0
 SLOW_SECONDS = 10.0
 """That a client has to read the end of its answer when the time of its request is over."""
+AT_ONCE = 100_000
+"""Bytes of a body up to which the event loop reads it itself."""
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -179,7 +181,7 @@ class Count:
 
     async def _guarded(self, body: bytes, reply: _Reply) -> None:
         try:
-            asked = _validated(self.schema, body)
+            asked = await _validated(self.schema, body)
             if self._server.options.log_text:
                 _log.info("asked: %s", body.decode(errors="replace"))
             await self._answer(asked, reply)
@@ -268,7 +270,13 @@ class _Reply:
         _log.info("POST %s %d, %s%.2f s", self._path, self.status, told, spent)
 
 
-def _validated(schema: type[BaseModel], body: bytes) -> Any:
+async def _validated(schema: type[BaseModel], body: bytes) -> Any:
+    if len(body) > AT_ONCE:
+        return await asyncio.to_thread(_validated_now, schema, body)
+    return _validated_now(schema, body)
+
+
+def _validated_now(schema: type[BaseModel], body: bytes) -> Any:
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:

@@ -47,6 +47,9 @@ NOT_TEXT = {
 }  # fmt: skip
 
 
+MOST_FAULTS = 1000
+
+
 class ApiError(Exception):
     """A request that is not answered.
 
@@ -132,12 +135,18 @@ def anthropic_shape(error: ApiError) -> dict[str, Any]:
 
 
 def of_validation(error: ValidationError, body: bytes) -> ApiError:
-    """The first thing that is wrong with a request's body."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """What is wrong with a request's body."""
+    if error.error_count() > MOST_FAULTS:
+        return ApiError(400, f"the body has {error.error_count()} mistakes", "invalid_value")
+    found = error.errors(include_url=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        message = f"the body is not JSON: {found[0]['msg'].lower()}"
+        return ApiError(400, message, "invalid_json")
+    given = _parsed(body)
+    paths = [_path(one["loc"], one["type"], given) for one in found]
+    deepest = max(range(len(found)), key=lambda place: len(paths[place]))  # of a union's members
+    first, path = found[deepest], paths[deepest]
     kind, given = first["type"], first.get("input")
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['msg'].lower()}", "invalid_json")
-    path = _path(first["loc"], kind, body)
     name = next((part for part in reversed(path) if isinstance(part, str)), "")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
     shown = param or "the body"
@@ -155,12 +164,15 @@ def of_validation(error: ValidationError, body: bytes) -> ApiError:
     return ApiError(400, f"{shown}: {message}", "invalid_value", param or None)
 
 
-def _path(location: tuple, kind: str, body: bytes) -> list[str | int]:
-    """Where in the body an error is; pydantic's names of unions' members are left out of it."""
+def _parsed(body: bytes) -> Any:
     try:
-        here = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
-        return list(location)
+        return None
+
+
+def _path(location: tuple, kind: str, here: Any) -> list[str | int]:
+    """Where in the body an error is; pydantic's names of unions' members are left out of it."""
     path = []
     for place, step in enumerate(location):
         is_last = place == len(location) - 1

@@ -63,7 +63,7 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
 def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults) -> Plan:
     """What a completion request asks of the engine; errors as of `plan_chat`."""
     given = asked.prompt
-    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
+    is_one = isinstance(given, str) or not given or isinstance(given[0], int)
     prompts = [_tokens(served, prompt) for prompt in ([given] if is_one else given)]
     if len(prompts) * (asked.n or 1) > 128:
         raise ApiError(400, "n: these are more than 128 answers", "invalid_value", "n")

@@ -94,6 +94,11 @@ def plan_requests(
     Raises ApiError for what does not fit the model; UserError for options out of range.
     """
     extension = asked.redrafter or Extension()
+    drafter = extension.drafter or DEFAULT
+    if drafter not in served.drafters:
+        param, known = "redrafter.drafter", ", ".join(sorted(served.drafters))
+        message = f"{param} {drafter[:100]!r} is not loaded; there are: {known}"
+        raise ApiError(400, message, "invalid_value", param)
     draft = {name: getattr(extension, name) for name in ("budget", "beam_width", "beam_length")}
     requests = []
     for prompt in prompts:
@@ -103,7 +108,7 @@ def plan_requests(
             "marks": prompt.marks,
             "generation": _generation(served, defaults, prompt, stops, max_tokens),
             "draft": _replace(defaults.draft, draft),
-            "drafter": extension.drafter or DEFAULT,
+            "drafter": drafter,
             "top_logprobs": top_logprobs,
         }
         for choice in range(getattr(asked, "n", None) or 1):

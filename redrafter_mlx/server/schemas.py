@@ -6,13 +6,18 @@ fields that are accepted and do nothing are those whose meaning asks for nothing
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from redrafter_mlx.config import MOST_BUDGET
 
 MOST_CHOICES, MOST_TOP_LOGPROBS = 128, 20
+
+
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]  # of a million mistakes one is told
+"""A list."""
 
 
 class Schema(BaseModel):
@@ -65,7 +70,7 @@ class OpenAISampled(Sampled):
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
     max_tokens: Count | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Penalty | None = None
@@ -83,9 +88,9 @@ class CompletionRequest(OpenAISampled):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
-        | list[int]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[Many[str], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Many[int]
+        | Annotated[Many[Many[int]], Field(min_length=1, max_length=MOST_CHOICES)]
     )
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
@@ -98,7 +103,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Many[TextPart]
 
 
 class SystemMessage(Schema):
@@ -131,10 +136,10 @@ class AssistantMessage(Schema):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[Many[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
 
@@ -170,17 +175,17 @@ class TextFormat(Schema):
 class ChatRequest(OpenAISampled):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     metadata: dict[str, Any] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None

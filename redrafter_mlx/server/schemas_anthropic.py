@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from redrafter_mlx.server.schemas import Count, Effort, Sampled, Schema, Seed, Stop
+from redrafter_mlx.server.schemas import Count, Effort, Many, Sampled, Schema, Seed, Stop
 
 
 class CacheControl(Schema):
@@ -20,7 +20,7 @@ class TextBlock(Schema):
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
-    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+    citations: Annotated[Many[Any], Field(max_length=0)] | None = None
 
 
 class ThinkingBlock(Schema):
@@ -40,7 +40,7 @@ class ToolUseBlock(Schema):
 class ToolResultBlock(Schema):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Many[TextBlock] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -51,12 +51,12 @@ AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discr
 
 class UserTurn(Schema):
     role: Literal["user"]
-    content: str | list[UserBlock]
+    content: str | Many[UserBlock]
 
 
 class AssistantTurn(Schema):
     role: Literal["assistant"]
-    content: str | list[AssistantBlock]
+    content: str | Many[AssistantBlock]
 
 
 class AnthropicTool(Schema):
@@ -90,11 +90,11 @@ class Conversation(Schema):
 
     model: str | None = None
     messages: Annotated[
-        list[Annotated[UserTurn | AssistantTurn, Field(discriminator="role")]],
+        Many[Annotated[UserTurn | AssistantTurn, Field(discriminator="role")]],
         Field(min_length=1),
     ]
-    system: str | list[TextBlock] | None = None
-    tools: list[AnthropicTool] | None = None
+    system: str | Many[TextBlock] | None = None
+    tools: Many[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -111,7 +111,7 @@ class MessagesRequest(Conversation, Sampled):
 
     max_tokens: Count
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
+    stop_sequences: Annotated[Many[Stop], Field(max_length=64)] | None = None
     seed: Seed | None = None
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -10,6 +10,7 @@ from redrafter_mlx.server.schemas import (
     MOST_TOP_LOGPROBS,
     Count,
     Effort,
+    Many,
     Sampled,
     Schema,
     Seed,
@@ -23,8 +24,8 @@ Status = Literal["in_progress", "completed", "incomplete"]
 class InputText(Schema):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = None
+    annotations: Annotated[Many[Any], Field(max_length=0)] | None = None
+    logprobs: Many[Any] | None = None
 
 
 class InputMessage(Schema):
@@ -32,7 +33,7 @@ class InputMessage(Schema):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
+    content: str | Many[InputText]
     id: str | None = None
     status: Status | None = None
     phase: Literal["commentary", "final_answer"] | None = None
@@ -50,7 +51,7 @@ class FunctionCall(Schema):
 class FunctionCallOutput(Schema):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Many[InputText]
     id: str | None = None
     status: Status | None = None
 
@@ -65,8 +66,8 @@ class ReasoningItem(Schema):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: Annotated[list[Any], Field(max_length=0)] | None = None
-    content: list[ReasoningText] | None = None
+    summary: Annotated[Many[Any], Field(max_length=0)] | None = None
+    content: Many[ReasoningText] | None = None
     encrypted_content: None = None
     status: Status | None = None
 
@@ -112,19 +113,19 @@ class ResponsesStreamOptions(Schema):
 class ResponsesRequest(Sampled):
     """POST /v1/responses. seed, stop and chat_template_kwargs are as in chat requests."""
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[Many[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Many[FunctionTool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Many[Literal["message.output_text.logprobs"]] | None = None
     stream_options: ResponsesStreamOptions | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
