@@ -68,7 +68,7 @@ def _post(route: str, schema: dict[str, Any], told: str) -> dict[str, Any]:
     media: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
     if not route.endswith("count_tokens"):
         told += _STREAMS
-        media["text/event-stream"] = {"schema": {"type": "string"}}
+        media["text/event-stream"] = {}
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
     responses = _responses("The answer", media)
     return {

@@ -47,6 +47,7 @@ NOT_TEXT = {
 }  # fmt: skip
 
 
+REFUSALS = ("extra_forbidden", "less_than_equal", "literal_error", "missing", "too_long")
 MOST_FAULTS = 1000
 
 
@@ -155,7 +156,7 @@ def of_validation(error: ValidationError, body: bytes) -> ApiError:
         return ApiError(400, f"{shown}: {unread} cannot be read: this server reads text only",
                         "unsupported_content", param)  # fmt: skip
     reason = next((CANNOT[part] for part in reversed(path) if part in CANNOT), None)
-    if reason is not None and kind in ("extra_forbidden", "literal_error", "missing"):
+    if reason is not None and kind in REFUSALS:
         return ApiError(400, f"{shown} cannot be honoured: {reason}", "unsupported_value", param)
     if kind == "extra_forbidden":
         message = f"{shown} is not known here: leave {name} out"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from redrafter_mlx.config import MOST_BUDGET
 
@@ -26,6 +27,14 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _off(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("literal_error", "Input should be false")
+    return value
+
+
+Off = Annotated[bool, AfterValidator(_off), Field(json_schema_extra={"const": False})]
+Empty = tuple[()]
 Stop = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
@@ -62,7 +71,7 @@ class Sampled(Schema):
 
 class StreamOptions(Schema):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class OpenAISampled(Sampled):
@@ -92,8 +101,8 @@ class CompletionRequest(OpenAISampled):
         | Many[int]
         | Annotated[Many[Many[int]], Field(min_length=1, max_length=MOST_CHOICES)]
     )
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    echo: Off | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     suffix: Literal[""] | None = None
 
@@ -139,7 +148,7 @@ class AssistantMessage(Schema):
     tool_calls: Many[ToolCall] | None = None
     reasoning_content: str | None = None
     refusal: None = None
-    annotations: Annotated[Many[Any], Field(max_length=0)] | None = None
+    annotations: Empty | None = None
     audio: None = None
     function_call: None = None
 
@@ -160,7 +169,7 @@ class Function(Schema):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: Off | None = None
 
 
 class Tool(Schema):
@@ -187,7 +196,7 @@ class ChatRequest(OpenAISampled):
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: Many[Literal["text"]] | None = None
     metadata: dict[str, Any] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Literal["auto", "default"] | None = None
     verbosity: Literal["medium"] | None = None
     prompt_cache_key: str | None = None

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from redrafter_mlx.server.schemas import Count, Effort, Many, Sampled, Schema, Seed, Stop
+from redrafter_mlx.server.schemas import (
+    Count,
+    Effort,
+    Empty,
+    Many,
+    Off,
+    Sampled,
+    Schema,
+    Seed,
+    Stop,
+)
 
 
 class CacheControl(Schema):
@@ -20,7 +30,7 @@ class TextBlock(Schema):
     type: Literal["text"]
     text: str
     cache_control: CacheControl | None = None
-    citations: Annotated[Many[Any], Field(max_length=0)] | None = None
+    citations: Empty | None = None
 
 
 class ThinkingBlock(Schema):
@@ -65,7 +75,7 @@ class AnthropicTool(Schema):
     description: str | None = None
     input_schema: dict[str, Any]
     cache_control: CacheControl | None = None
-    strict: Literal[False] | None = None
+    strict: Off | None = None
 
 
 class ToolChoice(Schema):

@@ -10,7 +10,9 @@ from redrafter_mlx.server.schemas import (
     MOST_TOP_LOGPROBS,
     Count,
     Effort,
+    Empty,
     Many,
+    Off,
     Sampled,
     Schema,
     Seed,
@@ -24,7 +26,7 @@ Status = Literal["in_progress", "completed", "incomplete"]
 class InputText(Schema):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Annotated[Many[Any], Field(max_length=0)] | None = None
+    annotations: Empty | None = None
     logprobs: Many[Any] | None = None
 
 
@@ -66,7 +68,7 @@ class ReasoningItem(Schema):
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: Annotated[Many[Any], Field(max_length=0)] | None = None
+    summary: Empty | None = None
     content: Many[ReasoningText] | None = None
     encrypted_content: None = None
     status: Status | None = None
@@ -92,7 +94,7 @@ class FunctionTool(Schema):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: Off | None = None
 
 
 class Reasoning(Schema):
@@ -107,7 +109,7 @@ class TextOptions(Schema):
 
 
 class ResponsesStreamOptions(Schema):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class ResponsesRequest(Sampled):
@@ -128,8 +130,8 @@ class ResponsesRequest(Sampled):
     stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: Off | None = None
+    background: Off | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     prompt_cache_key: str | None = None
