@@ -356,6 +356,22 @@ def test_only_models_that_are_named(start, tokenizer):
         assert httpx.get(f"{address}/v1/models/org/a").json()["redrafter"]["loaded"]
 
 
+def test_waiting_for_a_model_has_an_end(start, tokenizer, monkeypatch):
+    monkeypatch.setattr(app, "SLOW_SECONDS", 0.1)
+    made = []
+
+    def make(name):
+        time.sleep(1.5)
+        made.append(ScriptedEngine(tokenizer, lambda _: name, name=name))
+        return made[-1]
+
+    with start("x", make=make, allowed=(), request_timeout=0.3) as (address, *_):
+        reply = post(address, CHAT | {"model": "org/second"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+        wait_until(lambda: made)  # it is loaded all the same
+        wait_until(lambda: httpx.get(f"{address}/health").json().get("model") == "org/second")
+
+
 def test_metrics_are_of_prometheus_form(start):
     with start() as (address, *_):
         post(address)

@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import anthropic
 import httpx
 import mlx.core as mx
 import openai
@@ -239,3 +240,23 @@ def test_logprobs_of_the_model(real):
     assert len(entries) == 8
     for entry in entries:  # greedy: the token itself is the likeliest
         assert entry["logprob"] == max(top["logprob"] for top in entry["top_logprobs"])
+
+
+def test_the_demo_model_answers_both_apis(demo_path):
+    """The one test with a real model, its template and the drafter that it gets by itself."""
+    engine = Engine(lambda: load_served("demo")).start()
+    with serving(engine) as (address, _):
+        openais = openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0)
+        anthropics = anthropic.Anthropic(base_url=address, api_key="-", max_retries=0)
+        request = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "Why is the sky blue?"}],
+            "max_tokens": 6,
+            "extra_body": {"redrafter": {"budget": 6}},  # nothing is measured before
+        }
+        said = openais.chat.completions.create(**request)
+        message = anthropics.messages.create(**request)
+        text = said.choices[0].message.content
+        assert message.content[0].text == text
+        assert len(text.split()) > 2
+        assert message.usage.cache_read_input_tokens > 0.8 * said.usage.prompt_tokens

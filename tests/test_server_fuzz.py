@@ -146,7 +146,6 @@ def test_requests_that_are_nearly_right(address, path):
     """What they have wrong lies deep, where schemathesis seldom comes."""
     rng, statuses = random.Random(1), set()
     with httpx.Client(base_url=address, timeout=30) as client:
-        assert client.post(path, json=FULL[path]).status_code == 200
         for _ in range(5 * EXAMPLES):
             body = json.dumps(mutated(FULL[path], rng))
             reply = client.post(path, content=body)

@@ -212,6 +212,9 @@ def test_one_call_is_enough_without_parallel_calls(ask):
     reply, _ = ask(script, tools=[WEATHER], parallel_tool_calls=False)
     assert len(reply.choices[0].message.tool_calls) == 1
     assert reply.choices[0].finish_reason == "tool_calls"
+    most = len(ask.engine.served.tokenizer.encode(CALL))
+    reply, _ = ask(script, tools=[WEATHER], parallel_tool_calls=False, max_tokens=most)
+    assert reply.choices[0].finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+import logging
 import os
 import sys
 from argparse import Namespace
@@ -28,6 +29,7 @@ from redrafter_mlx.server.options import AnswerOptions, ServerOptions
 
 DEMO = "demo"
 KEY_VARIABLE = "REDRAFTER_MLX_API_KEY"
+_log = logging.getLogger("redrafter_mlx")
 
 
 def make_parser() -> cli.Parser:
@@ -72,6 +74,8 @@ def command(flags: Namespace) -> int:
         flags.api_key = [*flags.api_key, os.environ[KEY_VARIABLE]]
     options = from_flags(ServerOptions, flags)
     drafter = _drafter(flags)
+    if not (options.is_local or options.api_key):
+        _log.warning("everybody who reaches %s may ask: give --api-key", options.host)
     from redrafter_mlx.server.plan import Defaults
 
     defaults = Defaults(

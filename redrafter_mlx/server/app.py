@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from redrafter_mlx.engine import Served
 from redrafter_mlx.server.anthropic import count_tokens, plan_message
-from redrafter_mlx.server.asking import Asking
+from redrafter_mlx.server.asking import Asking, too_late
 from redrafter_mlx.server.document import document
 from redrafter_mlx.server.faults import ApiError, of_validation, told
 from redrafter_mlx.server.guard import Guard
@@ -165,10 +165,14 @@ class Count:
             body = await read_body(scope, receive, int(self._server.options.max_body * 1e6))
             work = asyncio.create_task(self._guarded(body, reply))
             gone = asyncio.create_task(until_gone(receive))
-            longest = self._server.options.request_timeout + SLOW_SECONDS
-            await asyncio.wait({work, gone}, timeout=longest, return_when="FIRST_COMPLETED")
-            if not work.done():
+            seconds = self._server.options.request_timeout
+            await asyncio.wait(
+                {work, gone}, timeout=seconds + SLOW_SECONDS, return_when="FIRST_COMPLETED"
+            )
+            if gone.done() and not work.done():
                 raise ClientGone
+            if not work.done() and not reply.status:  # before the engine was asked
+                raise too_late(seconds)
         except ApiError as error:
             await reply.fail(error)
         except ClientGone:

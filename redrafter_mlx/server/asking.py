@@ -78,8 +78,7 @@ class Asking:
         except TimeoutError:
             if time.monotonic() < self._ends:
                 return None
-            message = f"the request took longer than {self._seconds:g} seconds: ask for less"
-            raise ApiError(504, message, "timeout") from None
+            raise too_late(self._seconds) from None
 
     def _why_cancelled(self) -> ApiError:
         if self._is_unread:
@@ -102,3 +101,9 @@ class Asking:
     def _cancel(self) -> None:
         for ticket in self._tickets:
             ticket.cancel()
+
+
+def too_late(seconds: float) -> ApiError:
+    """A request has had all the time that it may have."""
+    message = f"the request took longer than {seconds:g} seconds: ask for less"
+    return ApiError(504, message, "timeout")

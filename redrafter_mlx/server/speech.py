@@ -133,7 +133,7 @@ class Speech:
         self.finish_reason = turn.finish_reason
         if turn.finish_reason == "stop" and not (turn.pieces and self._is_end(turn.pieces[-1])):
             self.stopped_by = self._stop_in(self.tokenizer.decode(self._tokens))
-        if self.calls and turn.finish_reason != "length":
+        if self.is_enough or (self.calls and turn.finish_reason != "length"):
             self.finish_reason = "tool_calls"
 
     def _stop_in(self, text: str) -> str | None:
