@@ -1,0 +1,171 @@
+// The tree of a round as a picture: from left to right as text runs, a branch for each guess.
+
+import { count, el, svg } from "./dom.js";
+
+const LETTER = 6.7; // pixels of a letter of the labels
+const LONGEST = 11; // letters of a label
+const HEIGHT = 20;
+const GAP = { across: 22, down: 7 };
+const MARGIN = 6;
+
+/** A token as it is shown: blanks can be seen. */
+export function label(token) {
+  const seen = token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ +| +$/g, (blanks) => "·".repeat(blanks.length));
+  const letters = [...seen];
+  return letters.length > LONGEST ? `${letters.slice(0, LONGEST - 1).join("")}…` : seen || "∅";
+}
+
+/** What a picture of a round shows, in a sentence or two. */
+export function caption(round) {
+  const guessed = Math.max((round.tree?.tokens.length ?? 0) - 1, 0);
+  if (!guessed) {
+    return "No guess in this round: the model wrote one token by itself.";
+  }
+  const kept = round.drafted;
+  const all = `The drafter guessed ${count(guessed, "token")}; the model checked them in one pass.`;
+  const total = kept + round.own;
+  const inAll = `${count(total, "token")} for the price of one pass`;
+  if (!kept) return `${all} None was what it would have said, so it wrote its own.`;
+  const was = kept === 1 ? "was" : "were";
+  const own = round.own ? ", and it added one of its own" : "";
+  return `${all} ${kept} of them ${was} just what it would have said${own}: ${inAll}.`;
+}
+
+/** Nodes of a round's tree with their places: parents come before their children. */
+export function layOut({ tree, next }) {
+  const accepted = new Set(tree.accepted);
+  const nodes = tree.tokens.map((token, row) => ({
+    token,
+    parent: tree.parents[row],
+    kind: row === 0 ? "root" : accepted.has(row) ? "accepted" : "rejected",
+  }));
+  if (next) {
+    // The target's own token goes on from the last node that was accepted.
+    const from = Math.max(0, ...tree.accepted);
+    nodes.push({ token: next, parent: from, kind: "next" });
+  }
+  const children = nodes.map(() => []);
+  nodes.forEach((node, row) => {
+    node.depth = node.parent < 0 ? 0 : nodes[node.parent].depth + 1;
+    node.label = label(node.token);
+    node.width = Math.max([...node.label].length * LETTER + 12, 20);
+    if (node.parent >= 0) children[node.parent].push(row);
+  });
+  // What was said runs straight on at the top; the other guesses hang below.
+  const said = (row) => nodes[row].kind !== "rejected";
+  for (const rows of children) rows.sort((a, b) => said(b) - said(a) || a - b);
+  let line = 0;
+  const stack = nodes.length ? [0] : [];
+  while (stack.length) {
+    const row = stack.pop();
+    const { parent } = nodes[row];
+    if (parent >= 0 && children[parent][0] !== row) line += 1;
+    nodes[row].line = line;
+    stack.push(...children[row].toReversed());
+  }
+  return nodes;
+}
+
+/** A picture of a round; `show` is called with the text that leads to a node, or with "". */
+export function picture(round, show = () => {}) {
+  const nodes = layOut(round);
+  const widths = [];
+  for (const { depth, width } of nodes) widths[depth] = Math.max(widths[depth] ?? 0, width);
+  const lefts = widths.map((_, depth) =>
+    widths.slice(0, depth).reduce((sum, width) => sum + width + GAP.across, MARGIN),
+  );
+  const width = lefts.at(-1) + widths.at(-1) + MARGIN;
+  const lines = Math.max(...nodes.map((node) => node.line)) + 1;
+  const height = lines * (HEIGHT + GAP.down) - GAP.down + 2 * MARGIN;
+  for (const node of nodes) {
+    node.x = lefts[node.depth];
+    node.y = MARGIN + node.line * (HEIGHT + GAP.down);
+  }
+  const root = svg("svg", {
+    class: "tree",
+    viewBox: `0 0 ${width} ${height}`,
+    width,
+    height,
+    role: "img",
+    "aria-label": caption(round),
+  });
+  // The path that was taken is drawn last, over the others.
+  const order = nodes.map((_, row) => row).sort((a, b) => rank(nodes[a]) - rank(nodes[b]));
+  for (const row of order) if (nodes[row].parent >= 0) root.append(edge(nodes, row));
+  const boxes = nodes.map(box);
+  root.append(...boxes);
+  follow(root, nodes, boxes, show);
+  return root;
+}
+
+const rank = (node) => (node.kind === "rejected" ? 0 : 1);
+
+function edge(nodes, row) {
+  const node = nodes[row];
+  const from = nodes[node.parent];
+  const [x, y] = [from.x + from.width, from.y + HEIGHT / 2];
+  const [toX, toY] = [node.x, node.y + HEIGHT / 2];
+  const bend = toX - GAP.across / 2;
+  const d = `M${x} ${y}H${bend - 6}C${bend} ${y} ${bend} ${toY} ${bend + 6} ${toY}H${toX}`;
+  return svg("path", { d, class: `edge ${node.kind}` });
+}
+
+const MEANING = {
+  root: "the token before",
+  accepted: "guessed, and what the model says",
+  rejected: "guessed, but not what the model says",
+  next: "the model's own",
+};
+
+function box(node, row) {
+  const { x, y, width } = node;
+  return svg(
+    "g",
+    { class: `node ${node.kind}`, "data-row": row },
+    svg("title", {}, `${JSON.stringify(node.token)}: ${MEANING[node.kind]}`),
+    svg("rect", { x, y, width, height: HEIGHT, rx: 6 }),
+    svg("text", { x: x + width / 2, y: y + HEIGHT / 2 + 4, "text-anchor": "middle" }, node.label),
+  );
+}
+
+/** Under the pointer, a node and what leads to it stand out. */
+function follow(root, nodes, boxes, show) {
+  root.addEventListener("pointerover", (event) => {
+    const target = event.target.closest(".node");
+    for (const other of boxes) other.classList.remove("on-path");
+    let text = "";
+    for (let row = Number(target?.dataset.row ?? -1); row >= 0; row = nodes[row].parent) {
+      boxes[row].classList.add("on-path");
+      text = nodes[row].token + text;
+    }
+    show(text);
+  });
+  root.addEventListener("pointerleave", () => {
+    for (const other of boxes) other.classList.remove("on-path");
+    show("");
+  });
+}
+
+/** A round made up for explanation. */
+export const EXAMPLE = {
+  tree: {
+    tokens: ["The", " sky", " is", " blue", " because", " grey", " clear", " sun", " is"],
+    parents: [-1, 0, 1, 2, 3, 2, 2, 0, 7],
+    accepted: [0, 1, 2, 3],
+  },
+  drafted: 3,
+  own: 1,
+  next: " when",
+};
+
+/** What the colours mean, as they are in the picture. */
+export function legend() {
+  const entry = (kind, text) => el("li", {}, el("i", { class: `key ${kind}` }), text);
+  return el(
+    "ul",
+    { class: "legend" },
+    entry("accepted", "guessed and kept"),
+    entry("next", "the model's own"),
+    entry("rejected", "guessed, not kept"),
+  );
+}
