@@ -1,12 +1,14 @@
 """A server for tests of the page: scripted answers in the real server's format, no model.
 
-What is asked chooses the answer, by its first word; see `SCRIPTS`. Rounds guess two tokens of the
+The first word of what is asked, or of its last line, chooses the answer: one of `SCRIPTS`, or what
+`PageServer` does with it. Rounds guess two tokens of the
 text and keep them, every other round, so that all counts are known.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import threading
@@ -72,10 +74,14 @@ SCRIPTS = {
     "plain": "one two three four five six seven eight nine ten eleven twelve",
     "markdown": MARKDOWN,
     "hostile": HOSTILE,
-    "long": "\n\n".join(f"Paragraph {n}: " + "many words in a row. " * 8 for n in range(60)),
-    "code": "```python\n" + "".join(f"value_{n} = {n} * {n}\n" for n in range(2500)) + "```\n",
+    "long": "\n\n".join(f"Paragraph {n}: " + "many words in a row. " * 8 for n in range(25)),
+    "code": "```python\n" + "".join(f"value_{n} = {n} * {n}\n" for n in range(500)) + "```\n",
+    "wide": f"| {'wide' * 60} | b |\n|---|---|\n| a | {'c' * 300} |\n\n`{'x' * 300}` {'y' * 300}",
     "think": "<think>\nLet me see.\n</think>\n\nIt is **four**.",
 }
+
+AT_ONCE = ("long", "code")
+"""Scripts that come as fast as they can."""
 
 
 def tokens_of(text: str) -> list[str]:
@@ -115,15 +121,18 @@ class PageServer:
 
     requests  bodies of /v1/chat/completions, as they came
     left      how many streams their client has left before the end
+    key       that requests must bear
+    busy      whether requests are answered with 429
+    reading   whether "prompt" goes on reading the prompt
     pause     seconds between two rounds
     """
 
-    def __init__(self, pause: float = 0.004):
+    def __init__(self, pause: float = 0.01):
         self.pause = pause
         self.requests: list[dict] = []
         self.left = 0
-        self.refusals = 0  # requests still to be answered with 429
         self.key: str | None = None
+        self.busy = self.reading = False
         app = Starlette(
             routes=[
                 Route("/", lambda request: self._file("index.html")),
@@ -172,11 +181,10 @@ class PageServer:
             return refusal
         body = await request.json()
         self.requests.append(body)
-        if self.refusals:
-            self.refusals -= 1
+        if self.busy:
             error = {"error": {"message": "8 requests are waiting already"}}
             return JSONResponse(error, 429, headers={"Retry-After": "0.3"})
-        word = body["messages"][-1]["content"].split()[0].lower()
+        word = body["messages"][-1]["content"].splitlines()[-1].split()[0].lower()
         if word == "refuse":
             return JSONResponse({"error": {"message": "the prompt has 9000 tokens: too long"}}, 400)
         return StreamingResponse(self._counted(word), media_type="text/event-stream")
@@ -193,14 +201,14 @@ class PageServer:
         yield ": the connection is alive\n\n"
         if word == "prompt":
             for done in (512, 1024, 1536):
-                await asyncio.sleep(0.15)
                 yield chunk_of({}, details([], None, stats_of(0, 0) | {"prompt_done": done}))
-        text = SCRIPTS.get(word, SCRIPTS["plain"])
-        if word == "endless":
-            text *= 100000
+            while self.reading:
+                await asyncio.sleep(0.01)
+        rounds = rounds_of(SCRIPTS.get(word, SCRIPTS["plain"]))
+        endless = itertools.cycle([*rounds, [(" ", False)]])
         written, root, thinking = 0, "?", False
-        for n, pieces in enumerate(rounds_of(text), start=1):
-            await asyncio.sleep(0.02 if word == "endless" else self.pause)
+        for n, pieces in enumerate(endless if word == "endless" else rounds, start=1):
+            await asyncio.sleep(0 if word in AT_ONCE else self.pause)
             written += len(pieces)
             delta = {"content": ""}
             for token, _ in pieces:

@@ -157,7 +157,9 @@ function openDrawer(name, isOpen) {
 }
 
 function closeDrawers() {
-  const shown = ["sidebar", "panel"].filter((one) => document.body.classList.contains(`show-${one}`));
+  const shown = ["sidebar", "panel"].filter((one) =>
+    document.body.classList.contains(`show-${one}`),
+  );
   shown.forEach((one) => openDrawer(one, false));
   return shown.length > 0;
 }

@@ -1,18 +1,20 @@
 // Markdown's blocks, found line by line. Each line is a range of the source, so that every
 // character keeps its place there: that is how tokens keep their shade.
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
+// No pattern has two parts side by side that take the same signs: long lines would take forever.
+const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(?=\S)/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])[ \t]+(?=\S)/;
-const TABLE_RULE = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const TABLE_RULE = /^[|: \t-]+$/;
+const CELL_RULE = /^:?-+:?$/;
 const DEEPEST = 6; // lists and quotes in one another; deeper ones are read as paragraphs
 
 /** The lines of a source from an offset on: where each starts and ends, without its line break. */
 export function linesOf(source, from = 0) {
   const lines = [];
-  for (let start = from; start < source.length; ) {
+  for (let start = from; start < source.length;) {
     const found = source.indexOf("\n", start);
     const end = found < 0 ? source.length : found;
     lines.push({ start, end });
@@ -95,9 +97,15 @@ class Reader {
 
   #heading([prefix, signs]) {
     const { start } = this.lines[this.here];
-    const text = this.text().replace(/[ \t]+#+$/, "");
+    const text = this.text();
+    let { length } = text;
+    while (text[length - 1] === "#") length -= 1; // a heading may be closed by its own signs
+    if (!/[ \t]/.test(text[length - 1])) length = text.length;
     this.here += 1;
-    const line = { start: start + prefix.length, end: start + text.length };
+    const line = {
+      start: start + prefix.length,
+      end: start + text.slice(0, length).trimEnd().length,
+    };
     return { type: "heading", level: signs.length, lines: [line] };
   }
 
@@ -147,7 +155,9 @@ class Reader {
   #isTable(index = this.here) {
     const rule = this.text(index + 1);
     if (!this.text(index).includes("|") || !TABLE_RULE.test(rule)) return false;
-    return this.#cells(index).length === this.#cells(index + 1).length;
+    const rules = this.#cells(index + 1).map(({ start, end }) => this.source.slice(start, end));
+    const fits = rules.length === this.#cells(index).length;
+    return fits && rules.every((cell) => CELL_RULE.test(cell));
   }
 
   /** The ranges between a row's bars. */
@@ -159,7 +169,10 @@ class Reader {
     const add = (to) => {
       const cell = text.slice(from, to);
       const left = cell.length - cell.trimStart().length;
-      cells.push({ start: start + from + left, end: start + from + Math.max(left, cell.trimEnd().length) });
+      cells.push({
+        start: start + from + left,
+        end: start + from + Math.max(left, cell.trimEnd().length),
+      });
     };
     for (let here = 0; here < text.length; here += 1) {
       if (text[here] === "\\") here += 1;

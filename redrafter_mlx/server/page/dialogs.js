@@ -21,7 +21,8 @@ function field(name, label, help, control) {
   return el("div", { class: "field" }, el("label", { for: control.id }, label), control, hint);
 }
 
-const numeric = (more) => el("input", { type: "number", inputmode: "decimal", placeholder: "server's", ...more });
+const numeric = (more) =>
+  el("input", { type: "number", inputmode: "decimal", placeholder: "server's", ...more });
 
 const whole = (more) => numeric({ step: 1, inputmode: "numeric", ...more });
 
@@ -48,7 +49,12 @@ function fields() {
     el(
       "div",
       { class: "fields" },
-      field("temperature", "Temperature", "0 takes the likeliest word.", numeric({ min: 0, max: 2, step: "any" })),
+      field(
+        "temperature",
+        "Temperature",
+        "0 takes the likeliest word.",
+        numeric({ min: 0, max: 2, step: "any" }),
+      ),
       field("top_p", "Top p", "1 leaves all words in.", numeric({ min: 0, max: 1, step: "any" })),
       field("max_tokens", "Most tokens", "of an answer.", whole({ min: 1 })),
       field("seed", "Seed", "Same seed, same text.", whole({ min: 0 })),
@@ -68,7 +74,11 @@ export function settingsDialog(store) {
   };
   const close = () => dialog.close();
   form.append(
-    el("p", { class: "faint" }, "They hold from the next answer on. Empty: as the server was started."),
+    el(
+      "p",
+      { class: "faint" },
+      "They hold from the next answer on. Empty: as the server was started.",
+    ),
     el(
       "div",
       { class: "buttons" },
@@ -109,7 +119,11 @@ export function shortcutsDialog() {
     el("dt", {}, ...keys.split(" ").map((key) => (key === "/" ? " or " : el("kbd", {}, key)))),
     el("dd", {}, what),
   ]);
-  const close = el("button", { type: "button", class: "main", onclick: () => dialog.close() }, "Close");
+  const close = el(
+    "button",
+    { type: "button", class: "main", onclick: () => dialog.close() },
+    "Close",
+  );
   const dialog = frame(
     "shortcuts",
     "Keyboard shortcuts",
@@ -122,7 +136,12 @@ export function shortcutsDialog() {
 
 /** Asks for an API key; resolves to it, or to null if there is none or `signal` ends the question. */
 export function keyDialog() {
-  const input = el("input", { type: "password", autocomplete: "off", required: true, spellcheck: "false" });
+  const input = el("input", {
+    type: "password",
+    autocomplete: "off",
+    required: true,
+    spellcheck: "false",
+  });
   const words = el("p");
   const form = el(
     "form",

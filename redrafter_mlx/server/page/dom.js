@@ -99,7 +99,13 @@ export function toast(text, action, act, seconds = 8) {
     el("button", { type: "button", class: "link", onclick: () => (close(), act()) }, action);
   clearTimeout(forget);
   place.replaceChildren(
-    el("div", { class: "toast" }, el("span", {}, text), button, iconButton("close", "Close", close)),
+    el(
+      "div",
+      { class: "toast" },
+      el("span", {}, text),
+      button,
+      iconButton("close", "Close", close),
+    ),
   );
   forget = setTimeout(close, seconds * 1000);
 }

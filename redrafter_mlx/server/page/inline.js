@@ -9,7 +9,8 @@ const WORD = /[\p{L}\p{N}]/u;
 const ADDRESS = /https?:\/\/[^\s<>"'`]+/iy;
 const IN_ANGLES = /<(https?:\/\/[^\s<>]+)>/iy;
 const BREAK = /<br ?\/?>/iy;
-const TARGET = /\(\s*<?([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
+const TARGET =
+  /\(\s{0,3}<?([^\s<>()]*(?:\([^\s<>()]*\)[^\s<>()]*)*)>?(?:\s{1,3}(?:"[^"]*"|'[^']*'))?\s{0,3}\)/y;
 const TAGS = { "*": "em", _: "em", "**": "strong", __: "strong", "~~": "del" };
 
 /** The address of a link if it is one to follow: http and https only. */
@@ -220,7 +221,8 @@ export class Inline {
     if (here > 0 && WORD.test(this.text[here - 1])) return null;
     const found = match(ADDRESS, this.text, here);
     if (!found) return null;
-    let address = found[0].slice(0, to - here).replace(/[.,;:!?*_~\]]+$/, "");
+    let address = found[0].slice(0, to - here);
+    while (/[.,;:!?*_~\]]/.test(address.at(-1))) address = address.slice(0, -1);
     if (address.endsWith(")") && !address.includes("(")) address = address.slice(0, -1);
     const href = safeAddress(address);
     if (!href) return null;

@@ -21,7 +21,7 @@ export class MarkdownView {
 
   /** Show the text so far. live: more will come. */
   update(source, live) {
-    if (live && this.code && this.#growCode(source)) return;
+    if (this.code && this.#growCode(source, live)) return;
     this.#dropTail();
     const blocks = blocksOf(source, linesOf(source, this.settled));
     const sure = live ? settledBlocks(blocks, source) : blocks.length;
@@ -45,32 +45,39 @@ export class MarkdownView {
 
   #place(block, source, live) {
     const context = { source, shades: this.shades, live, depth: 0 };
-    if (!live || block.type !== "code" || block.closed) return place(this.root, block, context);
+    const grows = live && block.type === "code" && !block.closed && block.begin <= source.length;
+    if (!grows) return place(this.root, block, context);
     const node = codeBlock(this.root, { ...block, lines: [] }, context);
     const { begin, fence, indent } = block;
     this.code = { element: node.querySelector("code"), line: begin, shown: begin, fence, indent };
-    this.#growCode(source);
+    this.#growCode(source, live);
     return node;
   }
 
-  /** Add to the open code block what has come; false if that ends it. */
-  #growCode(source) {
+  /** Add to the open code block what has come; true if it stays open. */
+  #growCode(source, live) {
     const { code, shades } = this;
     while (code.line <= source.length) {
       const found = source.indexOf("\n", code.line);
       const end = found < 0 ? source.length : found;
       const text = source.slice(code.line, end);
-      if (found >= 0 && closesFence(text, code.fence)) return false;
-      if (found < 0 && MAY_CLOSE.test(text)) return true; // wait for the rest of the line
+      if ((found >= 0 || !live) && closesFence(text, code.fence)) break;
+      if (found < 0 && live && MAY_CLOSE.test(text)) return true; // wait for the rest of the line
       const spaces = Math.min(text.search(/\S|$/), code.indent);
       const from = Math.max(code.shown, code.line + spaces);
       const to = found < 0 ? end : end + 1;
       if (from < to) shades.append(code.element, source.slice(from, to), from);
       code.shown = to;
-      if (found < 0) return true;
-      code.line = to;
+      if (found < 0 && live) return true;
+      code.line = end + 1;
     }
-    return true;
+    if (live && code.line > source.length) return true;
+    // It stays as it is, and so does what is before it.
+    const closing = source.indexOf("\n", code.line);
+    this.settled = closing < 0 ? source.length : closing + 1;
+    this.tail = [];
+    this.code = null;
+    return false;
   }
 }
 

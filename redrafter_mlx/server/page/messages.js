@@ -36,7 +36,11 @@ export class QuestionView {
     this.message = message;
     this.body = el("div", { class: "bubble" }, message.text);
     this.node = el("article", { class: "question", "aria-label": "You" }, this.body);
-    this.tools = el("div", { class: "tools" }, copyButton("Copy", () => message.text));
+    this.tools = el(
+      "div",
+      { class: "tools" },
+      copyButton("Copy", () => message.text),
+    );
     this.node.append(this.tools);
     this.allowEdit(edit);
   }
@@ -89,12 +93,21 @@ export class AnswerView {
     this.progress = el("div", { class: "progress" });
     this.thoughts = el("div", { class: "thoughts" });
     this.summary = el("summary");
-    this.reasoning = el("details", { class: "reasoning", hidden: true }, this.summary, this.thoughts);
+    this.reasoning = el(
+      "details",
+      { class: "reasoning", hidden: true },
+      this.summary,
+      this.thoughts,
+    );
     this.summary.addEventListener("click", () => (this.touched = true));
     this.body = el("div", { class: "text" });
     this.end = el("div", { class: "end" });
     this.line = el("span", { class: "faint speed" });
-    this.tools = el("div", { class: "tools" }, copyButton("Copy the answer", () => message.text));
+    this.tools = el(
+      "div",
+      { class: "tools" },
+      copyButton("Copy the answer", () => message.text),
+    );
     this.foot = el("footer", {}, this.line, this.tools);
     this.node = el(
       "article",
@@ -139,7 +152,8 @@ export class AnswerView {
     // Open while it comes, unless the reader has decided otherwise.
     if (!this.touched && reasoning.open !== thinking) reasoning.open = thinking;
     const seconds = message.thoughtSeconds;
-    const thought = seconds >= 1 ? `Thought for ${count(Math.round(seconds), "second")}` : "Thought";
+    const thought =
+      seconds >= 1 ? `Thought for ${count(Math.round(seconds), "second")}` : "Thought";
     this.summary.textContent = thinking ? "Thinking…" : thought;
     if (message.reasoning !== this.thoughtShown || !thinking) {
       if (!this.thoughtDone) this.thinking.update(message.reasoning, thinking);
@@ -177,8 +191,7 @@ export class AnswerView {
     bar.max = Math.max(all, 1);
     bar.value = done;
     const known = cached ? `, ${number(cached)} known from before` : "";
-    this.progress.firstChild.textContent =
-      `Reading the conversation: ${number(done)} of ${count(all, "token")}${known}`;
+    this.progress.firstChild.textContent = `Reading the conversation: ${number(done)} of ${count(all, "token")}${known}`;
   }
 
   #showEnd() {
@@ -189,7 +202,9 @@ export class AnswerView {
     this.ended = key;
     const retry =
       error && this.again && el("button", { type: "button", onclick: this.again }, "Try again");
-    this.end.replaceChildren(...(said ? [el("p", { class: error ? "error" : "faint" }, said)] : []));
+    this.end.replaceChildren(
+      ...(said ? [el("p", { class: error ? "error" : "faint" }, said)] : []),
+    );
     if (retry) this.end.append(retry);
   }
 }

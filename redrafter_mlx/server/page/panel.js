@@ -41,7 +41,12 @@ export class Panel {
     this.speed = pair("Tokens a second");
     this.yield = pair("Tokens a round, one pass of the model");
     this.gain = el("p", { class: "gain" });
-    this.frame = el("div", { class: "picture", tabindex: "0", role: "group", "aria-label": "Tree of the round" });
+    this.frame = el("div", {
+      class: "picture",
+      tabindex: "0",
+      role: "group",
+      "aria-label": "Tree of the round",
+    });
     this.path = el("output", { class: "path faint" });
     this.words = el("p", { class: "caption" });
     this.strip = el("div", { class: "strip", "aria-hidden": "true" });
@@ -137,7 +142,8 @@ export class Panel {
     const n = chosen ?? rounds.length;
     const round = rounds[n - 1] ?? this.message.round;
     this.#drawStrip(n);
-    this.which.textContent = chosen == null ? "The last round" : `Round ${number(n)} of ${number(rounds.length)}`;
+    this.which.textContent =
+      chosen == null ? "The last round" : `Round ${number(n)} of ${number(rounds.length)}`;
     this.slider.setAttribute("aria-valuetext", `Round ${n}: ${round ? caption(round) : ""}`);
     if (round === this.shown) return;
     this.shown = round;
@@ -149,7 +155,9 @@ export class Panel {
     }
     this.words.textContent = caption(round);
     const tree = round.tree ?? { tokens: ["…"], parents: [-1], accepted: [0] };
-    this.frame.replaceChildren(picture({ ...round, tree }, (text) => (this.path.textContent = text)));
+    this.frame.replaceChildren(
+      picture({ ...round, tree }, (text) => (this.path.textContent = text)),
+    );
   }
 
   /** A bar for each of the rounds around the one that is shown: how many tokens it brought. */
@@ -159,7 +167,10 @@ export class Panel {
     const first = Math.min(Math.max(n - BARS / 2, 0), Math.max(rounds.length - BARS, 0));
     const some = rounds.slice(first, first + BARS);
     const most = Math.max(...some.map((round) => round.drafted + round.own), 4);
-    const root = svg("svg", { viewBox: `0 0 ${Math.max(some.length, 20) * 5} 32`, preserveAspectRatio: "none" });
+    const root = svg("svg", {
+      viewBox: `0 0 ${Math.max(some.length, 20) * 5} 32`,
+      preserveAspectRatio: "none",
+    });
     some.forEach((round, index) => {
       const kept = (30 * round.drafted) / most;
       const own = (30 * round.own) / most;

@@ -10,7 +10,10 @@ const MARGIN = 6;
 
 /** A token as it is shown: blanks can be seen. */
 export function label(token) {
-  const seen = token.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replace(/^ +| +$/g, (blanks) => "·".repeat(blanks.length));
+  const seen = token
+    .replaceAll("\n", "⏎")
+    .replaceAll("\t", "⇥")
+    .replace(/^ +| +$/g, (blanks) => "·".repeat(blanks.length));
   const letters = [...seen];
   return letters.length > LONGEST ? `${letters.slice(0, LONGEST - 1).join("")}…` : seen || "∅";
 }

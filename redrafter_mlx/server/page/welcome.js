@@ -22,7 +22,13 @@ export function welcome(ask) {
   byId("welcome").append(
     el("h2", {}, "The same words, sooner"),
     el("ol", { class: "steps" }, ...steps),
-    el("figure", {}, el("div", { class: "picture" }, example), legend(), el("figcaption", {}, caption(EXAMPLE))),
+    el(
+      "figure",
+      {},
+      el("div", { class: "picture" }, example),
+      legend(),
+      el("figcaption", {}, caption(EXAMPLE)),
+    ),
     el(
       "p",
       { class: "faint" },
