@@ -70,6 +70,8 @@ HOSTILE = """<img src=x onerror="window.hacked=1"> <script>window.hacked=2</scri
 
 ![picture](javascript:window.hacked=10)"""
 
+THOUGHT = "<think>\nLet me see.\n</think>\n\nIt is **four**."
+
 SCRIPTS = {
     "plain": "one two three four five six seven eight nine ten eleven twelve",
     "markdown": MARKDOWN,
@@ -77,7 +79,8 @@ SCRIPTS = {
     "long": "\n\n".join(f"Paragraph {n}: " + "many words in a row. " * 8 for n in range(25)),
     "code": "```python\n" + "".join(f"value_{n} = {n} * {n}\n" for n in range(500)) + "```\n",
     "wide": f"| {'wide' * 60} | b |\n|---|---|\n| a | {'c' * 300} |\n\n`{'x' * 300}` {'y' * 300}",
-    "think": "<think>\nLet me see.\n</think>\n\nIt is **four**.",
+    "think": THOUGHT,
+    "apart": THOUGHT,  # a chunk for each piece, without marks, and one for the tree
 }
 
 AT_ONCE = ("long", "code")
@@ -210,14 +213,20 @@ class PageServer:
         for n, pieces in enumerate(endless if word == "endless" else rounds, start=1):
             await asyncio.sleep(0 if word in AT_ONCE else self.pause)
             written += len(pieces)
+            stats, tree = stats_of(n, written), tree_of(root, pieces)
             delta = {"content": ""}
-            for token, _ in pieces:
+            for token, drafted in pieces:
                 if token.strip() in ("<think>", "</think>"):
                     thinking = token.strip() == "<think>"
-                else:
-                    name = "reasoning_content" if thinking else "content"
-                    delta[name] = delta.get(name, "") + token
-            yield chunk_of(delta, details(pieces, tree_of(root, pieces), stats_of(n, written)))
+                    continue
+                name = "reasoning_content" if thinking else "content"
+                delta[name] = delta.get(name, "") + token
+                if word == "apart":
+                    yield chunk_of({name: token}, details([(token, drafted)], None, stats))
+            if word == "apart":
+                yield chunk_of({}, details([], tree, stats))
+            else:
+                yield chunk_of(delta, details(pieces, tree, stats))
             root = pieces[-1][0]
             if n == 3 and word == "fail":
                 yield {"error": {"message": "the engine failed: out of memory"}}
@@ -225,7 +234,8 @@ class PageServer:
             if n == 3 and word == "drop":
                 return
         yield chunk_of({}, None, "stop")
-        yield {"choices": [], "usage": {"completion_tokens": written}}
+        usage = {"completion_tokens": written, "redrafter": {"rules": ["match"]}}
+        yield {"choices": [], "usage": usage}
         yield "data: [DONE]\n\n"
 
 

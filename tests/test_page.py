@@ -156,8 +156,8 @@ def test_the_tree_shows_the_round_and_says_what_is_seen(visit):
     expect(tree.locator(".node.rejected")).to_have_count(5)
     expect(tree.locator(".node.next")).to_have_count(1)
     expect(page.locator("#panel .caption")).to_have_text(
-        "The drafter guessed 7 tokens; the model checked them in one pass. 2 of them were just "
-        "what it would have said, and it added one of its own: 3 tokens for the price of one pass."
+        "The drafter guessed 7 tokens; one pass of the model checked them. 2 are just what the "
+        "model says, and it added one of its own: 3 tokens for one pass."
     )
     tree.locator(".node.next").hover()
     expect(page.locator("#panel output")).to_have_text("?" + "".join(t for t, _ in rounds[0]))
@@ -239,8 +239,8 @@ def test_a_text_that_grows_ends_as_if_it_had_come_at_once(visit):
 def test_a_long_answer_is_not_made_anew(visit):
     page = visit()
     send(page, "long")
-    first = page.locator("article.answer .text p").first.element_handle()
     expect(page.locator("article.answer .text p").nth(2)).to_be_attached()
+    first = page.locator("article.answer .text p").first.element_handle()
     text = first.text_content()
     expect(page.locator("#stop")).to_be_hidden()
     assert first.evaluate("node => node.isConnected")
@@ -249,10 +249,15 @@ def test_a_long_answer_is_not_made_anew(visit):
     assert words(page.locator("article.answer")) == "".join(paragraphs)
 
 
-def test_reasoning_is_folded_apart_from_the_answer(visit, server):
+@pytest.mark.parametrize("chunks", ["think", "apart"])
+def test_reasoning_is_folded_apart_from_the_answer(visit, server, chunks):
     page = visit()
-    answer = ask(page, "think")
+    answer = ask(page, chunks)
     assert words(answer) == "It is four."
+    rounds = rounds_of(SCRIPTS[chunks])
+    drafted = sum(was_drafted for some in rounds for _, was_drafted in some)
+    written = f"{drafted} of {sum(map(len, rounds))} tokens were guessed and kept"
+    expect(page.locator(".written")).to_contain_text(written)
     reasoning = answer.locator("details")
     expect(reasoning).to_have_js_property("open", False)
     assert "Let me see." in reasoning.text_content()

@@ -22,7 +22,7 @@ function field(name, label, help, control) {
 }
 
 const numeric = (more) =>
-  el("input", { type: "number", inputmode: "decimal", placeholder: "server's", ...more });
+  el("input", { type: "number", inputmode: "decimal", placeholder: "as the server", ...more });
 
 const whole = (more) => numeric({ step: 1, inputmode: "numeric", ...more });
 
@@ -40,7 +40,7 @@ function fields() {
     type: "text",
     inputmode: "numeric",
     pattern: "auto|[0-9]{1,4}",
-    placeholder: "server's",
+    placeholder: "as the server",
     title: "auto or a whole number",
   });
   const system = el("textarea", { rows: 3, placeholder: "None" });
@@ -57,7 +57,12 @@ function fields() {
       ),
       field("top_p", "Top p", "1 leaves all words in.", numeric({ min: 0, max: 1, step: "any" })),
       field("max_tokens", "Most tokens", "of an answer.", whole({ min: 1 })),
-      field("seed", "Seed", "Same seed, same text.", whole({ min: 0 })),
+      field(
+        "seed",
+        "Seed",
+        "Same seed, same text.",
+        whole({ min: 0, max: Number.MAX_SAFE_INTEGER }),
+      ),
       field("drafter", "Drafter", "Who guesses. The words stay the same.", drafter),
       field("budget", "Budget", "auto, or how many guesses a round checks.", budget),
     ),

@@ -103,11 +103,8 @@ export class AnswerView {
     this.body = el("div", { class: "text" });
     this.end = el("div", { class: "end" });
     this.line = el("span", { class: "faint speed" });
-    this.tools = el(
-      "div",
-      { class: "tools" },
-      copyButton("Copy the answer", () => message.text),
-    );
+    this.copy = copyButton("Copy the answer", () => message.text);
+    this.tools = el("div", { class: "tools" }, this.copy);
     this.foot = el("footer", {}, this.line, this.tools);
     this.node = el(
       "article",
@@ -129,7 +126,7 @@ export class AnswerView {
     this.repeat?.remove();
     this.repeat = again && iconButton("again", "Ask for another answer", again);
     if (again) this.tools.append(this.repeat);
-    this.#showEnd();
+    this.update();
   }
 
   /** Show what there is by now. */
@@ -142,7 +139,8 @@ export class AnswerView {
     if (message.text !== this.shown || live !== this.wasLive) this.text.update(message.text, live);
     Object.assign(this, { shown: message.text, wasLive: live });
     this.line.textContent = speedLine(message);
-    this.tools.hidden = live;
+    this.tools.hidden = live || !(message.text || this.again);
+    this.copy.hidden = !message.text;
     this.#showEnd();
   }
 

@@ -58,7 +58,7 @@ export class Panel {
     this.shading.addEventListener("change", () => onShading(this.shading.checked));
     this.slider.addEventListener("input", () => this.#choose(Number(this.slider.value)));
     this.toggle = byId("open-panel");
-    this.shown = null;
+    this.shown = null; // a round
     this.drawnAt = 0;
     byId("panel").append(...this.#parts());
   }
@@ -105,9 +105,11 @@ export class Panel {
     this.yield.set(stats.tokens_per_round, stats.tokens_per_round && 1);
     this.yield.node.hidden = !stats.tokens_per_round;
     this.gain.hidden = !gain;
+    // Other rules than the default one may change what is said.
+    const same = message.rules?.some((rule) => rule !== "match") ? "" : ", with the same words";
     this.gain.replaceChildren(
       el("b", {}, gain ? `${decimal(gain)}×` : ""),
-      " as fast as without drafts, with the same words",
+      ` as fast as without drafts${same}`,
     );
     const { drafted, own } = message;
     this.written.textContent =
@@ -145,8 +147,12 @@ export class Panel {
     this.which.textContent =
       chosen == null ? "The last round" : `Round ${number(n)} of ${number(rounds.length)}`;
     this.slider.setAttribute("aria-valuetext", `Round ${n}: ${round ? caption(round) : ""}`);
-    if (round === this.shown) return;
-    this.shown = round;
+    // A round that is shown may still get its tree, or its last token.
+    const now = round && { tree: round.tree, next: round.next, words: caption(round) };
+    const same =
+      round === this.shown && Object.keys(now ?? {}).every((k) => now[k] === this.seen[k]);
+    if (same) return;
+    Object.assign(this, { shown: round, seen: now });
     this.path.textContent = "";
     if (!round) {
       this.frame.replaceChildren();

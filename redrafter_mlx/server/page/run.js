@@ -49,6 +49,7 @@ export function emptyAnswer() {
     own: 0,
     stats: null,
     round: null,
+    rules: null,
     finish: null,
     error: null,
   };
@@ -142,6 +143,7 @@ export class Run {
     const choice = chunk.choices?.[0];
     const details = chunk.redrafter;
     if (details) this.#takeDetails(details);
+    message.rules = chunk.usage?.redrafter?.rules ?? message.rules;
     const { content, reasoning_content: reasoning } = choice?.delta ?? {};
     if (reasoning) {
       this._thinkingSince ||= Date.now();
@@ -171,18 +173,37 @@ export class Run {
 
   #takeDetails({ pieces = [], tree = null, stats = null }) {
     const { message } = this;
-    if (stats) message.stats = { ...message.stats, ...stats };
-    if (!pieces.length) {
-      if (this.phase === "waiting" && stats?.prompt_tokens) this.phase = "reading";
-      return;
-    }
+    const before = message.stats ?? {};
+    if (stats) message.stats = { ...before, ...stats };
     this._aligner.add(pieces);
-    const drafted = pieces.filter((piece) => piece.drafted).length;
-    message.drafted += drafted;
-    message.own += pieces.length - drafted;
+    const isNext = stats?.rounds == null ? pieces.length > 0 : stats.rounds > (before.rounds ?? 0);
+    if (isNext) {
+      const said = message.drafted + message.own;
+      this.rounds.push({ tree: null, drafted: 0, own: 0, next: "", said, pieces: 0, kept: 0 });
+    } else if (this.phase === "waiting" && stats?.prompt_tokens && !this.rounds.length) {
+      this.phase = "reading";
+    }
+    // A round may come in several chunks: of its reasoning, of its answer, of its end.
+    if (this.rounds.length) this.#addToRound(this.rounds.at(-1), pieces, tree);
+  }
+
+  #addToRound(round, pieces, tree) {
+    const { message } = this;
+    round.tree = tree ?? round.tree;
+    round.pieces += pieces.length;
+    round.kept += pieces.filter((piece) => piece.drafted).length;
     // The target's own token ends a round; a round that an end cut short may have none.
-    const next = pieces.findLast((piece) => !piece.drafted)?.text ?? "";
-    message.round = { tree, drafted, own: pieces.length - drafted, next };
-    this.rounds.push(message.round);
+    round.next = pieces.findLast((piece) => !piece.drafted)?.text ?? round.next;
+    // Counts are of tokens: one that has no text yet, or is a mark, is no piece.
+    const tokens = message.stats?.generation_tokens ?? round.said + round.pieces;
+    const total = Math.max(tokens - round.said, 0);
+    const kept = round.tree ? round.tree.accepted.filter((row) => row > 0).length : round.kept;
+    message.drafted -= round.drafted;
+    message.own -= round.own;
+    round.drafted = Math.min(kept, total);
+    round.own = total - round.drafted;
+    message.drafted += round.drafted;
+    message.own += round.own;
+    message.round = round;
   }
 }

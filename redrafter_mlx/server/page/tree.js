@@ -1,6 +1,6 @@
 // The tree of a round as a picture: from left to right as text runs, a branch for each guess.
 
-import { count, el, svg } from "./dom.js";
+import { count, el, number, svg } from "./dom.js";
 
 const LETTER = 6.7; // pixels of a letter of the labels
 const LONGEST = 11; // letters of a label
@@ -24,21 +24,20 @@ export function caption(round) {
   if (!guessed) {
     return "No guess in this round: the model wrote one token by itself.";
   }
-  const kept = round.drafted;
-  const all = `The drafter guessed ${count(guessed, "token")}; the model checked them in one pass.`;
-  const total = kept + round.own;
-  const inAll = `${count(total, "token")} for the price of one pass`;
-  if (!kept) return `${all} None was what it would have said, so it wrote its own.`;
-  const was = kept === 1 ? "was" : "were";
-  const own = round.own ? ", and it added one of its own" : "";
-  return `${all} ${kept} of them ${was} just what it would have said${own}: ${inAll}.`;
+  const [kept, own] = [round.drafted, round.own];
+  const all = `The drafter guessed ${count(guessed, "token")}; one pass of the model checked`;
+  const which = `${all} ${guessed === 1 ? "it" : "them"}.`;
+  if (!kept) return `${which} None is what the model says here, so it wrote its own.`;
+  const said = `${number(kept)} ${kept === 1 ? "is" : "are"} just what the model says`;
+  const added = own ? ", and it added one of its own" : "";
+  return `${which} ${said}${added}: ${count(kept + own, "token")} for one pass.`;
 }
 
 /** Nodes of a round's tree with their places: parents come before their children. */
 export function layOut({ tree, next }) {
   const accepted = new Set(tree.accepted);
   const nodes = tree.tokens.map((token, row) => ({
-    token,
+    token: token || (row ? token : "…"),
     parent: tree.parents[row],
     kind: row === 0 ? "root" : accepted.has(row) ? "accepted" : "rejected",
   }));
