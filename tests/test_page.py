@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -161,6 +160,40 @@ def test_the_tree_shows_the_round_and_says_what_is_seen(visit):
     )
     tree.locator(".node.next").hover()
     expect(page.locator("#panel output")).to_have_text("?" + "".join(t for t, _ in rounds[0]))
+
+
+def test_trees_of_all_shapes_are_drawn_without_overlaps(visit):
+    """Random trees, deep and wide: inside the width, and no box on another."""
+    page = visit()
+    faults = page.evaluate(
+        """async () => {
+          const { layOut } = await import("/page/tree.js");
+          let seed = 1;
+          const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+          const faults = [];
+          for (let turn = 0; turn < 300; turn += 1) {
+            const size = 1 + random(40);
+            const reach = 1 + random(4); // 1: a single path
+            const parents = [-1];
+            while (parents.length < size) {
+              parents.push(Math.max(parents.length - 1 - random(reach), 0));
+            }
+            const tokens = parents.map(() => "token".repeat(3).slice(0, random(14)));
+            const accepted = [0];
+            for (let row = 1; row < size && random(4); row += 1) {
+              if (parents[row] === accepted.at(-1)) accepted.push(row);
+            }
+            const nodes = layOut({ tree: { tokens, parents, accepted }, next: " own" }, 280);
+            const right = Math.max(...nodes.map((node) => node.x + node.width));
+            const overlap = nodes.some((one, row) => nodes.slice(row + 1).some((other) =>
+              one.line === other.line && one.x < other.x + other.width
+                && other.x < one.x + one.width));
+            if (overlap || right > 280 || nodes.length !== size + 1) faults.push(parents);
+          }
+          return faults;
+        }"""
+    )
+    assert faults == []
 
 
 def test_markdown_becomes_what_it_means(visit):
@@ -454,8 +487,12 @@ def test_two_tabs_see_each_others_conversations(visit):
     titles = page.locator("#conversations .open span")
     expect(titles).to_have_text(["plain second", "plain first"])
     ask(page, "plain third")
-    assert json.loads(page.evaluate("localStorage['redrafter.conversations']")) != []
-    expect(other.locator("#conversations .open span")).to_have_text(["plain first", "plain second"])
+    titles = other.locator("#conversations .open span")
+    expect(titles).to_have_text(["plain first", "plain second"])
+    row = page.locator("#conversations li", has_text="plain second")
+    row.hover()
+    row.get_by_role("button", name="Delete").click()
+    expect(titles).to_have_text(["plain first"])
 
 
 FULL = """

@@ -141,6 +141,7 @@ function send() {
 function ask(text) {
   write(text);
   send();
+  question.focus();
 }
 
 // --- Drawers: the list on a narrow window, the panel beside it ------------------------------------

@@ -102,7 +102,7 @@ export class Chat {
   #answer() {
     const { conversation } = this;
     const request = requestOf(conversation.messages, this.store.settings, this.hooks.model());
-    const message = emptyAnswer();
+    const message = emptyAnswer(request.redrafter.drafter);
     conversation.messages.push(message);
     const run = new Run(conversation, message, request, {
       changed: () => this.#schedule(run),

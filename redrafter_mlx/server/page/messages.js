@@ -11,6 +11,7 @@ export function speedLine(message) {
   if (!stats || !tokens) return "";
   const parts = [count(tokens, "token")];
   if (stats.generation_tps) parts.push(`${decimal(stats.generation_tps)} tokens/s`);
+  if (message.drafter === "none") return parts.join(" · ");
   if (stats.tokens_per_round) parts.push(`${decimal(stats.tokens_per_round)} a round`);
   const gain = speedUp(stats);
   if (gain) parts.push(`${decimal(gain)}× plain`);

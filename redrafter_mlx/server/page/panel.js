@@ -5,18 +5,21 @@ import { speedLine, speedUp } from "./messages.js";
 import { caption, legend, picture } from "./tree.js";
 
 const CALM = 450; // milliseconds between two pictures while an answer comes
+const NARROWEST = 280; // pixels of the picture, where it is not to be seen yet
 const BARS = 60; // rounds in the strip
 
 /** One of two bars that are compared. */
-function bar(name, kind) {
+function bar(text, kind) {
   const value = el("b");
   const fill = el("i", { class: kind });
-  const node = el("div", { class: "bar" }, el("span", {}, name), el("div", {}, fill), value);
+  const title = el("span", {}, text);
+  const node = el("div", { class: "bar" }, title, el("div", {}, fill), value);
+  const name = (other) => (title.textContent = other);
   const set = (amount, most) => {
     value.textContent = amount ? decimal(amount) : "–";
     fill.style.width = `${amount ? Math.min((100 * amount) / most, 100) : 0}%`;
   };
-  return { node, set };
+  return { node, set, name };
 }
 
 /** Two bars under a heading: with drafts, and without. */
@@ -28,7 +31,7 @@ function pair(title) {
     ours.set(amount, most);
     plain.set(other, most);
   };
-  return { node, set };
+  return { node, set, name: ours.name };
 }
 
 export class Panel {
@@ -104,7 +107,10 @@ export class Panel {
     this.speed.node.classList.toggle("alone", !stats.plain_tps);
     this.yield.set(stats.tokens_per_round, stats.tokens_per_round && 1);
     this.yield.node.hidden = !stats.tokens_per_round;
-    this.gain.hidden = !gain;
+    const plain = message.drafter === "none";
+    this.speed.name(plain ? "plain" : "with drafts");
+    this.yield.node.hidden ||= plain;
+    this.gain.hidden = !gain || plain;
     // Other rules than the default one may change what is said.
     const same = message.rules?.some((rule) => rule !== "match") ? "" : ", with the same words";
     this.gain.replaceChildren(
@@ -161,9 +167,9 @@ export class Panel {
     }
     this.words.textContent = caption(round);
     const tree = round.tree ?? { tokens: ["…"], parents: [-1], accepted: [0] };
-    this.frame.replaceChildren(
-      picture({ ...round, tree }, (text) => (this.path.textContent = text)),
-    );
+    const show = (text) => (this.path.textContent = text);
+    const width = this.frame.clientWidth || NARROWEST;
+    this.frame.replaceChildren(picture({ ...round, tree }, width, show));
   }
 
   /** A bar for each of the rounds around the one that is shown: how many tokens it brought. */

@@ -37,10 +37,11 @@ function spoken(messages, system) {
   return turns;
 }
 
-/** A message that an answer will be written to. */
-export function emptyAnswer() {
+/** A message that an answer will be written to; `drafter` is who guesses. */
+export function emptyAnswer(drafter) {
   return {
     role: "assistant",
+    drafter,
     text: "",
     shades: "",
     reasoning: "",

@@ -37,6 +37,7 @@ export class Store {
   constructor(full = () => {}) {
     this.full = full;
     this.open = new Map(); // conversations that were read or made, by id
+    this.unsaved = new Set(); // ids of those that the browser would not keep
   }
 
   /** {id, title, updated} of each conversation, the latest first. */
@@ -44,8 +45,9 @@ export class Store {
     const kept = read(INDEX);
     const entries = Array.isArray(kept) ? kept.filter((entry) => entry?.id) : [];
     const known = new Map(entries.map((entry) => [entry.id, entry]));
-    for (const { id, title, updated, messages } of this.open.values()) {
-      if (messages.length) known.set(id, { id, title, updated }); // also if storage is full
+    for (const id of this.unsaved) {
+      const { title, updated } = this.open.get(id);
+      known.set(id, { id, title, updated });
     }
     return [...known.values()].sort((a, b) => b.updated - a.updated);
   }
@@ -71,13 +73,16 @@ export class Store {
     this.open.set(conversation.id, conversation);
     if (!conversation.messages.length) return;
     const { id, title, updated } = conversation;
-    this.#write(ONE + id, conversation) && this.#writeIndex(id, { id, title, updated });
+    const kept = this.#write(ONE + id, conversation);
+    if (kept && this.#writeIndex(id, { id, title, updated })) this.unsaved.delete(id);
+    else this.unsaved.add(id);
   }
 
   /** Remove a conversation; the function returned brings it back. */
   remove(id) {
     const conversation = this.get(id);
     this.open.delete(id);
+    this.unsaved.delete(id);
     try {
       localStorage.removeItem(ONE + id);
     } catch {
@@ -90,7 +95,7 @@ export class Store {
   /** Forget what was read, as another tab has changed it; `except`: answers are being written. */
   refresh(except) {
     for (const id of this.open.keys()) {
-      if (!except.has(id) && localStorage.getItem(ONE + id) !== null) this.open.delete(id);
+      if (!except.has(id) && !this.unsaved.has(id)) this.open.delete(id);
     }
   }
 
@@ -123,7 +128,7 @@ export class Store {
     // Read again: other tabs write it too.
     const kept = read(INDEX);
     const others = (Array.isArray(kept) ? kept : []).filter((other) => other?.id !== id);
-    this.#write(INDEX, entry ? [...others, entry] : others);
+    return this.#write(INDEX, entry ? [...others, entry] : others);
   }
 
   #write(key, value) {

@@ -5,8 +5,9 @@ import { count, el, number, svg } from "./dom.js";
 const LETTER = 6.7; // pixels of a letter of the labels
 const LONGEST = 11; // letters of a label
 const HEIGHT = 20;
-const GAP = { across: 22, down: 7 };
+const GAP = { branch: 20, chain: 7, down: 7 };
 const MARGIN = 6;
+const INDENT = 16; // of a line that goes on with the one before
 
 /** A token as it is shown: blanks can be seen. */
 export function label(token) {
@@ -33,8 +34,11 @@ export function caption(round) {
   return `${which} ${said}${added}: ${count(kept + own, "token")} for one pass.`;
 }
 
-/** Nodes of a round's tree with their places: parents come before their children. */
-export function layOut({ tree, next }) {
+/**
+ * Nodes of a round's tree with their places, in pixels and lines; parents come before their
+ * children. A path that is too long for `width` goes on in the next line, as text does.
+ */
+export function layOut({ tree, next }, width) {
   const accepted = new Set(tree.accepted);
   const nodes = tree.tokens.map((token, row) => ({
     token: token || (row ? token : "…"),
@@ -43,56 +47,56 @@ export function layOut({ tree, next }) {
   }));
   if (next) {
     // The target's own token goes on from the last node that was accepted.
-    const from = Math.max(0, ...tree.accepted);
-    nodes.push({ token: next, parent: from, kind: "next" });
+    nodes.push({ token: next, parent: Math.max(0, ...tree.accepted), kind: "next" });
   }
   const children = nodes.map(() => []);
   nodes.forEach((node, row) => {
-    node.depth = node.parent < 0 ? 0 : nodes[node.parent].depth + 1;
     node.label = label(node.token);
     node.width = Math.max([...node.label].length * LETTER + 12, 20);
     if (node.parent >= 0) children[node.parent].push(row);
   });
   // What was said runs straight on at the top; the other guesses hang below.
   const said = (row) => nodes[row].kind !== "rejected";
-  for (const rows of children) rows.sort((a, b) => said(b) - said(a) || a - b);
-  let line = 0;
-  const stack = nodes.length ? [0] : [];
+  for (const rows of children) rows.sort((one, other) => said(other) - said(one) || one - other);
+  let line = -1;
+  const stack = [0];
   while (stack.length) {
     const row = stack.pop();
-    const { parent } = nodes[row];
-    if (parent >= 0 && children[parent][0] !== row) line += 1;
-    nodes[row].line = line;
+    const node = nodes[row];
+    const from = nodes[node.parent];
+    const siblings = children[node.parent] ?? [row];
+    node.x = from ? from.x + from.width + (siblings.length > 1 ? GAP.branch : GAP.chain) : MARGIN;
+    node.wraps = node.x + node.width > width - MARGIN && node.x > INDENT;
+    if (node.wraps) node.x = INDENT;
+    if (siblings[0] !== row || node.wraps || !from) line += 1;
+    node.line = line;
+    node.y = MARGIN + line * (HEIGHT + GAP.down);
     stack.push(...children[row].toReversed());
   }
   return nodes;
 }
 
-/** A picture of a round; `show` is called with the text that leads to a node, or with "". */
-export function picture(round, show = () => {}) {
-  const nodes = layOut(round);
-  const widths = [];
-  for (const { depth, width } of nodes) widths[depth] = Math.max(widths[depth] ?? 0, width);
-  const lefts = widths.map((_, depth) =>
-    widths.slice(0, depth).reduce((sum, width) => sum + width + GAP.across, MARGIN),
-  );
-  const width = lefts.at(-1) + widths.at(-1) + MARGIN;
-  const lines = Math.max(...nodes.map((node) => node.line)) + 1;
-  const height = lines * (HEIGHT + GAP.down) - GAP.down + 2 * MARGIN;
-  for (const node of nodes) {
-    node.x = lefts[node.depth];
-    node.y = MARGIN + node.line * (HEIGHT + GAP.down);
-  }
+/**
+ * A picture of a round.
+ *
+ * width  in pixels, that it should keep to
+ * show   called with the text that leads to the node under the pointer, or with ""
+ */
+export function picture(round, width, show = () => {}) {
+  const nodes = layOut(round, width);
+  const right = Math.max(...nodes.map((node) => node.x + node.width)) + MARGIN;
+  const bottom = Math.max(...nodes.map((node) => node.y)) + HEIGHT + MARGIN;
   const root = svg("svg", {
     class: "tree",
-    viewBox: `0 0 ${width} ${height}`,
-    width,
-    height,
+    viewBox: `0 0 ${right} ${bottom}`,
+    width: right,
+    height: bottom,
     role: "img",
     "aria-label": caption(round),
   });
   // The path that was taken is drawn last, over the others.
-  const order = nodes.map((_, row) => row).sort((a, b) => rank(nodes[a]) - rank(nodes[b]));
+  const rank = (row) => (nodes[row].kind === "rejected" ? 0 : 1);
+  const order = nodes.map((_, row) => row).sort((one, other) => rank(one) - rank(other));
   for (const row of order) if (nodes[row].parent >= 0) root.append(edge(nodes, row));
   const boxes = nodes.map(box);
   root.append(...boxes);
@@ -100,16 +104,21 @@ export function picture(round, show = () => {}) {
   return root;
 }
 
-const rank = (node) => (node.kind === "rejected" ? 0 : 1);
-
 function edge(nodes, row) {
   const node = nodes[row];
   const from = nodes[node.parent];
   const [x, y] = [from.x + from.width, from.y + HEIGHT / 2];
   const [toX, toY] = [node.x, node.y + HEIGHT / 2];
-  const bend = toX - GAP.across / 2;
-  const d = `M${x} ${y}H${bend - 6}C${bend} ${y} ${bend} ${toY} ${bend + 6} ${toY}H${toX}`;
-  return svg("path", { d, class: `edge ${node.kind}` });
+  let d = `M${x} ${y}H${toX}`;
+  if (node.wraps) {
+    const between = node.y - GAP.down / 2;
+    d = `M${x - 8} ${from.y + HEIGHT}V${between}H${toX - 6}V${toY}H${toX}`;
+  } else if (node.line !== from.line) {
+    const bend = x + GAP.branch / 2;
+    d = `M${x} ${y}C${bend} ${y} ${bend} ${y} ${bend} ${y + 8}V${toY - 8}`;
+    d += `C${bend} ${toY} ${bend} ${toY} ${toX} ${toY}`;
+  }
+  return svg("path", { d, class: `edge ${node.kind}${node.wraps ? " wraps" : ""}` });
 }
 
 const MEANING = {

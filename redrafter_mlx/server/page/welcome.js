@@ -18,7 +18,7 @@ const QUESTIONS = [
 /** Fill the empty conversation's place; `ask` is called with a question that is chosen. */
 export function welcome(ask) {
   const steps = STEPS.map(([name, text]) => el("li", {}, el("b", {}, name), text));
-  const example = picture(EXAMPLE);
+  const example = picture(EXAMPLE, 330);
   byId("welcome").append(
     el("h2", {}, "The same words, sooner"),
     el("ol", { class: "steps" }, ...steps),
