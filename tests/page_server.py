@@ -77,6 +77,7 @@ SCRIPTS = {
     "markdown": MARKDOWN,
     "hostile": HOSTILE,
     "long": "\n\n".join(f"Paragraph {n}: " + "many words in a row. " * 8 for n in range(25)),
+    "forever": "\n\n".join(f"Paragraph {n} has few words." for n in range(20)) + "\n\n",
     "code": "```python\n" + "".join(f"value_{n} = {n} * {n}\n" for n in range(500)) + "```\n",
     "wide": f"| {'wide' * 60} | b |\n|---|---|\n| a | {'c' * 300} |\n\n`{'x' * 300}` {'y' * 300}",
     "think": THOUGHT,
@@ -210,7 +211,7 @@ class PageServer:
         rounds = rounds_of(SCRIPTS.get(word, SCRIPTS["plain"]))
         endless = itertools.cycle([*rounds, [(" ", False)]])
         written, root, thinking = 0, "?", False
-        for n, pieces in enumerate(endless if word == "endless" else rounds, start=1):
+        for n, pieces in enumerate(endless if word in ("endless", "forever") else rounds, start=1):
             await asyncio.sleep(0 if word in AT_ONCE else self.pause)
             written += len(pieces)
             stats, tree = stats_of(n, written), tree_of(root, pieces)
