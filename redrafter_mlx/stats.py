@@ -96,6 +96,8 @@ class Stats:
             "generation_tps": round(self.generation_tps, 3),
             "rounds": self.rounds,
             "tokens_per_round": round(self.tokens_per_round, 4),
+            "drafted_tokens": self.nodes - self.rounds,
+            "accepted_tokens": sum(self.accepted_at),
             "mean_nodes": round(self.nodes / self.rounds, 2) if self.rounds else 0.0,
             "accepted_at": self.accepted_at,
             "draft_seconds": round(self.draft_seconds, 4),

@@ -1,0 +1,287 @@
+"""OpenAI's chat completions and completions."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from redrafter_mlx.engine import Served, Turn
+from redrafter_mlx.engine.conversation import REASONING, Prompt
+from redrafter_mlx.server.faults import ApiError, openai_shape
+from redrafter_mlx.server.plan import (
+    Defaults,
+    Plan,
+    details_of,
+    effort_arguments,
+    event,
+    plan_requests,
+    refuse_details,
+    stop_strings,
+    template_prompt,
+    usage_of,
+)
+from redrafter_mlx.server.schemas import (
+    AssistantMessage,
+    ChatRequest,
+    CompletionRequest,
+    Content,
+    Message,
+    OpenAISampled,
+    ToolMessage,
+)
+from redrafter_mlx.server.speech import Said, Speech
+from redrafter_mlx.server.tools import Call, called, new_id, toolbox
+
+BEAT = ": the answer is still to come\n\n"
+
+
+def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
+    """What a chat request asks of the engine; ApiError or UserError if it cannot be honoured."""
+    tokenizer = served.tokenizer
+    tools = [tool.function.model_dump() for tool in asked.tools or ()]
+    box = toolbox(tokenizer, tools, asked.tool_choice, asked.parallel_tool_calls)
+    template = effort_arguments(tokenizer, asked.reasoning_effort, "reasoning_effort")
+    template |= asked.chat_template_kwargs or {}
+    messages = [_templated(message, place) for place, message in enumerate(asked.messages)]
+    prompt = template_prompt(tokenizer, messages, box, template)
+    stops = stop_strings(asked.stop, defaults)
+    most = asked.max_tokens
+    if asked.max_completion_tokens is not None:
+        most = min(most or asked.max_completion_tokens, asked.max_completion_tokens)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        message = "top_logprobs needs logprobs: set logprobs to true"
+        raise ApiError(400, message, "invalid_value", "top_logprobs")
+    top = (asked.top_logprobs or 0) if asked.logprobs else None
+    requests = plan_requests(served, defaults, asked, [prompt], stops, most, top)
+    speeches = [Speech(tokenizer, prompt.channel, box, stops) for _ in requests]
+    writer = ChatWriter(served, asked, speeches)
+    return Plan(requests, writer, bool(asked.stream), writer.details)
+
+
+def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults) -> Plan:
+    """What a completion request asks of the engine; errors as of `plan_chat`."""
+    given = asked.prompt
+    is_one = isinstance(given, str) or not given or isinstance(given[0], int)
+    prompts = [_tokens(served, prompt) for prompt in ([given] if is_one else given)]
+    if len(prompts) * (asked.n or 1) > 128:
+        raise ApiError(400, "n: these are more than 128 answers", "invalid_value", "n")
+    stops = stop_strings(asked.stop, defaults)
+    requests = plan_requests(
+        served, defaults, asked, prompts, stops, asked.max_tokens, asked.logprobs
+    )
+    speeches = [Speech(served.tokenizer, None, stops=stops) for _ in requests]
+    writer = CompletionWriter(served, asked, speeches)
+    return Plan(requests, writer, bool(asked.stream), writer.details)
+
+
+def text_of(content: Content | None) -> str:
+    """The text of a message's content."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
+def _templated(message: Message, place: int) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    role = "system" if message.role == "developer" else message.role
+    made: dict[str, Any] = {"role": role, "content": text_of(message.content)}
+    if message.name is not None:
+        made["name"] = message.name
+    if isinstance(message, ToolMessage):
+        made["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage):
+        if message.reasoning_content:
+            made["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            param = f"messages[{place}].tool_calls[{{}}].function.arguments"
+            made["tool_calls"] = [
+                called(call.id, call.function.name, call.function.arguments, param.format(number))
+                for number, call in enumerate(message.tool_calls)
+            ]
+    return made
+
+
+def _tokens(served: Served, prompt: str | Sequence[int]) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(served.tokenizer.encode(prompt))
+    size = served.target.vocab_size
+    if beyond := [token for token in prompt if not 0 <= token < size]:
+        message = f"prompt: {beyond[0]} is no token id below {size}"
+        raise ApiError(400, message, "invalid_value", "prompt")
+    return Prompt(list(prompt))
+
+
+class _OpenAIWriter:
+    """What answers of the two APIs have in common."""
+
+    beat, object, prefix = BEAT, "", ""
+
+    def __init__(self, served: Served, asked: OpenAISampled, speeches: Sequence[Speech]):
+        self.speeches, self._asked = speeches, asked
+        self.details = bool(asked.redrafter and asked.redrafter.details)
+        if self.details and not asked.stream:
+            refuse_details("only streamed answers have them: set stream to true")
+        self._id, self._created = new_id(self.prefix), int(time.time())
+        self._model = served.name
+        self._text_of = functools.lru_cache(4096)(lambda token: served.tokenizer.decode([token]))
+        self._shown = [0] * len(speeches)  # log-probabilities that have been sent
+
+    def is_enough(self, index: int) -> bool:
+        """Whether the engine may stop with a request."""
+        return self.speeches[index].is_enough
+
+    def end(self) -> list[str]:
+        """After the last turn."""
+        options = self._asked.stream_options
+        wanted = options is not None and options.include_usage
+        last = [event(self._object([]) | {"usage": self.usage()})] if wanted else []
+        return [*last, "data: [DONE]\n\n"]
+
+    def failed(self, error: ApiError) -> list[str]:
+        """An error in the midst of it."""
+        return [event(openai_shape(error)), "data: [DONE]\n\n"]
+
+    def usage(self) -> dict[str, Any]:
+        """Counts of tokens, a prompt of several answers once, and our extension."""
+        stats = [speech.stats for speech in self.speeches]
+        first = stats[:: self._asked.n or 1]
+        prompt = sum(one.get("prompt_tokens", 0) for one in first)
+        tokens = sum(one.get("generation_tokens", 0) for one in stats)
+        reasoning = sum(speech.reasoning_tokens for speech in self.speeches)
+        cached = sum(one.get("cached_tokens", 0) for one in first)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": tokens,
+            "total_tokens": prompt + tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+            "redrafter": usage_of(stats, [speech.seed for speech in self.speeches]),
+        }
+
+    def _object(self, choices: list[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": self.object + suffix,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _new_logprobs(self, index: int) -> list[dict[str, Any]]:
+        entries = self.speeches[index].logprobs
+        shown, self._shown[index] = self._shown[index], len(entries)
+        return entries[shown:]
+
+
+class ChatWriter(_OpenAIWriter):
+    """Answers of /v1/chat/completions."""
+
+    object, prefix = "chat.completion", "chatcmpl"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._begun = set()
+
+    def feed(self, index: int, turn: Turn) -> list[str]:
+        """Chunks of a turn."""
+        speech = self.speeches[index]
+        calls, root = len(speech.calls), speech.last_token
+        heard = speech.hear(turn)
+        chunks = []
+        if index not in self._begun:
+            self._begun.add(index)
+            chunks.append(({"role": "assistant", "content": ""}, None, ()))
+        for part in heard:
+            if isinstance(part, Said):
+                name = "reasoning_content" if part.channel == REASONING else "content"
+                chunks.append(({name: part.text}, None, part.pieces))
+            else:
+                chunks.append(({"tool_calls": [_called(part) | {"index": calls}]}, None, ()))
+                calls += 1
+        if turn.finish_reason:
+            chunks.append(({}, speech.finish_reason, ()))
+        if self.details and not (heard or turn.finish_reason):
+            chunks.append(({}, None, ()))
+        return [
+            event(self._chunk(index, turn, *chunk, number == len(chunks), root))
+            for number, chunk in enumerate(chunks, start=1)
+        ]
+
+    def _chunk(self, index, turn, delta, reason, pieces, is_last, root) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "finish_reason": reason}
+        if self._asked.logprobs and is_last:
+            choice["logprobs"] = {"content": self._new_logprobs(index), "refusal": None}
+        chunk = self._object([choice], ".chunk")
+        if self._asked.stream_options and self._asked.stream_options.include_usage:
+            chunk["usage"] = None
+        if self.details:
+            chunk["redrafter"] = details_of(pieces, turn, self._text_of, is_last, root)
+        return chunk
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        return self._object([self._choice(*one) for one in enumerate(self.speeches)]) | {
+            "usage": self.usage()
+        }
+
+    def _choice(self, index: int, speech: Speech) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": speech.text, "refusal": None}
+        if speech.reasoning:
+            message["reasoning_content"] = speech.reasoning
+        if speech.calls:
+            message["content"] = speech.text or None
+            message["tool_calls"] = [_called(call) for call in speech.calls]
+        logprobs = {"content": speech.logprobs, "refusal": None} if self._asked.logprobs else None
+        reason = speech.finish_reason
+        return {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
+
+
+class CompletionWriter(_OpenAIWriter):
+    """Answers of /v1/completions."""
+
+    object, prefix = "text_completion", "cmpl"
+
+    def feed(self, index: int, turn: Turn) -> list[str]:
+        """Chunks of a turn."""
+        speech = self.speeches[index]
+        at, root = len(speech.text), speech.last_token
+        text = "".join(part.text for part in speech.hear(turn))
+        if not (text or turn.finish_reason or self.details):
+            return []
+        choice = self._choice(index, text, speech.finish_reason, self._new_logprobs(index), at)
+        chunk = self._object([choice])
+        if self.details:
+            pieces = [(piece.text, piece.from_draft) for piece in turn.pieces if piece.text]
+            chunk["redrafter"] = details_of(pieces, turn, self._text_of, True, root)
+        return [event(chunk)]
+
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [
+            self._choice(index, speech.text, speech.finish_reason, speech.logprobs, 0)
+            for index, speech in enumerate(self.speeches)
+        ]
+        return self._object(choices) | {"usage": self.usage()}
+
+    def _choice(self, index, text, reason, entries, at) -> dict[str, Any]:
+        logprobs = None
+        if self._asked.logprobs is not None:
+            offsets = []
+            for entry in entries:
+                offsets.append(at)
+                at += len(entry["token"])
+            tops = [{e["token"]: e["logprob"] for e in one["top_logprobs"]} for one in entries]
+            logprobs = {
+                "tokens": [entry["token"] for entry in entries],
+                "token_logprobs": [entry["logprob"] for entry in entries],
+                "top_logprobs": tops,
+                "text_offset": offsets,
+            }
+        return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
+
+
+def _called(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}

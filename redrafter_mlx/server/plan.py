@@ -1,0 +1,298 @@
+"""A request of either API becomes requests to the engine, and a writer of its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
+from redrafter_mlx.engine import Request, Served, Turn
+from redrafter_mlx.engine.conversation import Prompt, prompt_of
+from redrafter_mlx.engine.request import DEFAULT
+from redrafter_mlx.server.faults import ApiError
+from redrafter_mlx.server.schemas import Extension, Sampled
+from redrafter_mlx.server.tools import Toolbox
+
+WHOLE_TEXT = 2**31 - 1
+"""Tokens that penalties reach back, where an API means all of the text."""
+
+_SAMPLING = {
+    "temperature": "temp",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "repetition_context_size": "repetition_context_size",
+    "xtc_probability": "xtc_probability",
+    "xtc_threshold": "xtc_threshold",
+}
+_OWN = {
+    "add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize",
+    "tools",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where a request says nothing.
+
+    context  most tokens of prompt and answer; None: what the model knows
+    """
+
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    draft: DraftOptions = field(default_factory=DraftOptions)
+    context: int | None = None
+
+
+class Writer(Protocol):
+    """Puts an answer into an API's form.
+
+    beat   server-sent event that says nothing but that the answer is still to come
+
+    `feed` takes the turns of the plan's requests; it and `end` return server-sent events.
+    `whole` is the answer in one piece, after the last turn.
+    """
+
+    beat: str
+
+    def feed(self, index: int, turn: Turn) -> list[str]: ...
+    def is_enough(self, index: int) -> bool: ...
+    def end(self) -> list[str]: ...
+    def failed(self, error: ApiError) -> list[str]: ...
+    def whole(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of the engine for one request, and what puts the answers into form."""
+
+    requests: Sequence[Request]
+    writer: Writer
+    stream: bool = False
+    details: bool = False
+
+
+def plan_requests(
+    served: Served,
+    defaults: Defaults,
+    asked: Sampled,
+    prompts: Sequence[Prompt],
+    stops: Sequence[str],
+    max_tokens: int | None,
+    top_logprobs: int | None = None,
+) -> list[Request]:
+    """The engine's requests for prompts: each as often as asked, with seeds one after the other.
+
+    Raises ApiError for what does not fit the model; UserError for options out of range.
+    """
+    extension = asked.redrafter or Extension()
+    drafter = extension.drafter or DEFAULT
+    if drafter not in served.drafters:
+        param, known = "redrafter.drafter", ", ".join(sorted(served.drafters))
+        message = f"{param} {drafter[:100]!r} is not loaded; there are: {known}"
+        raise ApiError(400, message, "invalid_value", param)
+    draft = {name: getattr(extension, name) for name in ("budget", "beam_width", "beam_length")}
+    requests = []
+    for prompt in prompts:
+        _check_context(served, defaults, prompt)
+        shared = {
+            "prompt": prompt.tokens,
+            "marks": prompt.marks,
+            "generation": _generation(served, defaults, prompt, stops, max_tokens),
+            "draft": _replace(defaults.draft, draft),
+            "drafter": drafter,
+            "top_logprobs": top_logprobs,
+        }
+        for choice in range(getattr(asked, "n", None) or 1):
+            sampling = _sampling(served, defaults, asked, choice)
+            requests.append(Request(sampling=sampling, **shared))
+    return requests
+
+
+def template_prompt(
+    tokenizer: TokenizerWrapper,
+    messages: Sequence[Mapping[str, Any]],
+    toolbox: Toolbox,
+    template: Mapping[str, Any] | None,
+    continue_last: bool = False,
+) -> Prompt:
+    """The prompt of a conversation.
+
+    template  arguments that the request gives to the chat template
+
+    Raises ApiError for arguments that are not its to give, UserError if the template fails.
+    """
+    template = dict(template or {})
+    if taken := sorted(template.keys() & _OWN):
+        param = f"chat_template_kwargs.{taken[0]}"
+        raise ApiError(400, f"{param} is set by the server: leave it out", "invalid_value", param)
+    if template and not tokenizer.has_chat_template:
+        param = "chat_template_kwargs"
+        raise ApiError(400, f"{param}: this model has no chat template", "invalid_value", param)
+    if not tokenizer.has_chat_template and any("tool_calls" in one for one in messages):
+        message = "messages: this model has no chat template, so it cannot be shown calls of tools"
+        raise ApiError(400, message, "invalid_value", "messages")
+    return prompt_of(tokenizer, messages, toolbox.tools or None, continue_last, **template)
+
+
+def effort_arguments(tokenizer: TokenizerWrapper, effort: str | None, param: str) -> dict[str, Any]:
+    """How hard the model should think, as arguments of its chat template.
+
+    Raises ApiError, which names `param`, where the template does not know how to say it.
+    """
+    if effort is None:
+        return {}
+    if effort == "none":
+        return thinking_arguments(tokenizer, False)
+    source = tokenizer.chat_template if tokenizer.has_chat_template else ""
+    if "reasoning_effort" in str(source):
+        return {"reasoning_effort": effort}
+    message = f"{param} {effort!r} cannot be honoured: this model's chat template knows no effort"
+    raise ApiError(400, message, "unsupported_value", param)
+
+
+def thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, Any]:
+    """Whether the model should think, as arguments of its chat template."""
+    if tokenizer.has_thinking:
+        return {"enable_thinking": wanted}
+    if wanted:
+        message = "thinking: this model does not think before it answers"
+        raise ApiError(400, message, "unsupported_value", "thinking")
+    return {}
+
+
+def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) -> dict[str, Any]:
+    """What our extension tells of answers: sums of their statistics."""
+    total = lambda name: sum(one.get(name, 0) for one in stats)
+    rounds, tokens = total("rounds"), total("generation_tokens")
+    seconds = total("decode_seconds")
+    return {
+        "drafted_tokens": total("drafted_tokens"),
+        "accepted_tokens": total("accepted_tokens"),
+        "rounds": rounds,
+        "tokens_per_round": round(tokens / rounds, 4) if rounds else 0.0,
+        "generation_tps": round(tokens / seconds, 3) if seconds else 0.0,
+        "cached_tokens": total("cached_tokens"),
+        "rules": sorted({str(one["rule"]) for one in stats if "rule" in one}),
+        "seeds": list(seeds),
+    }
+
+
+def details_of(said, turn: Turn, text_of, tree: bool, root: int | None = None) -> dict[str, Any]:
+    """What our extension tells of a turn, for pictures.
+
+    said     (text, drafted) pieces of the chunk
+    text_of  the text of a token id
+    tree     whether the round's tree is told as well
+    root     token that the tree begins with, where the tree itself does not say it: a draft may be
+             made before it is known
+    """
+    stats, told = turn.stats, None
+    if tree and turn.tree is not None:
+        known = [root if token < 0 else token for token in turn.tree.tokens]
+        told = {
+            "tokens": ["" if token is None else text_of(token) for token in known],
+            "parents": [int(parent) for parent in turn.tree.parents],
+            "accepted": [int(row) for row in turn.tree.accepted],
+        }
+    names = (
+        "generation_tps", "plain_tps", "tokens_per_round", "rounds", "generation_tokens",
+        "prompt_tokens", "cached_tokens",
+    )  # fmt: skip
+    shown = {name: stats[name] for name in names if stats.get(name) is not None}
+    return {
+        "pieces": [{"text": text, "drafted": drafted} for text, drafted in said],
+        "tree": told,
+        "stats": shown | {"prompt_done": turn.prompt_done},
+    }
+
+
+def refuse_details(reason: str) -> NoReturn:
+    """Raise ApiError: `details` cannot be honoured."""
+    param = "redrafter.details"
+    raise ApiError(400, f"{param} cannot be honoured: {reason}", "unsupported_value", param)
+
+
+def event(data: Mapping[str, Any], name: str | None = None) -> str:
+    """A server-sent event."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text}\n\n"
+
+
+def stop_strings(stop: str | Sequence[str] | None, defaults: Defaults) -> Sequence[str]:
+    """The strings that end an answer: those of the request, else those of the server."""
+    if stop is None:
+        return tuple(defaults.generation.stop)
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def context_of(served: Served, defaults: Defaults) -> int | None:
+    """Most tokens of prompt and answer; None: nobody knows of a limit."""
+    return defaults.context if defaults.context is not None else served.context
+
+
+def _check_context(served: Served, defaults: Defaults, prompt: Prompt) -> None:
+    limit, tokens = context_of(served, defaults), len(prompt.tokens)
+    if tokens == 0:
+        raise ApiError(400, "the prompt is empty: it must hold at least one token", "empty_prompt")
+    if limit is not None and tokens >= limit:
+        raise ApiError(
+            400,
+            f"the prompt has {tokens} tokens and the context of this model holds {limit}, the "
+            f"answer included: shorten the prompt by at least {tokens - limit + 1} tokens",
+            "context_length_exceeded",
+            "messages",
+        )
+
+
+def _generation(served, defaults, prompt, stops, max_tokens) -> GenerationOptions:
+    limit = context_of(served, defaults)
+    most = defaults.generation.max_tokens if max_tokens is None else max_tokens
+    if limit is not None:
+        room = limit - len(prompt.tokens)
+        most = room if most < 0 else min(most, room)
+    return dataclasses.replace(defaults.generation, max_tokens=most, stop=tuple(stops))
+
+
+def _sampling(served: Served, defaults: Defaults, asked: Sampled, choice: int) -> SamplingOptions:
+    given = {ours: getattr(asked, name, None) for name, ours in _SAMPLING.items()}
+    if given["top_p"] == 0:  # which is off in mlx-lm, and the likeliest token alone in the APIs
+        given |= {"top_p": 1.0, "top_k": 1}
+    for name in ("presence", "frequency"):
+        if given[f"{name}_penalty"] is not None:
+            given[f"{name}_context_size"] = WHOLE_TEXT
+    seed = getattr(asked, "seed", None)
+    seed = defaults.sampling.seed if seed is None else seed
+    if seed is not None:
+        given["seed"] = (seed + choice) % 2**64
+    bias = getattr(asked, "logit_bias", None)
+    if bias is not None:
+        given["logit_bias"] = _bias(bias, served.target.vocab_size)
+    given["rule"] = asked.redrafter.rule if asked.redrafter else None
+    return _replace(defaults.sampling, given)
+
+
+def _bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
+    found = {}
+    for token, added in bias.items():
+        if not (token.isascii() and token.isdigit() and int(token[:12]) < vocabulary):
+            message = f"logit_bias: {token!r} is no token id below {vocabulary}"
+            raise ApiError(400, message, "invalid_value", "logit_bias")
+        found[int(token)] = added
+    return found
+
+
+def _replace(options, given: Mapping[str, Any]):
+    """Options with what is given, where it is."""
+    return dataclasses.replace(
+        options, **{name: value for name, value in given.items() if value is not None}
+    )

@@ -1,0 +1,140 @@
+"""What OpenAI's Responses requests may hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from redrafter_mlx.server.schemas import (
+    MOST_TOP_LOGPROBS,
+    Count,
+    Effort,
+    Empty,
+    Many,
+    Off,
+    Sampled,
+    Schema,
+    Seed,
+    Stop,
+    TextFormat,
+)
+
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class InputText(Schema):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Empty | None = None
+    logprobs: Many[Any] | None = None
+
+
+class InputMessage(Schema):
+    """A message of either side; those of the server's answers among them."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Many[InputText]
+    id: str | None = None
+    status: Status | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class FunctionCall(Schema):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: Status | None = None
+
+
+class FunctionCallOutput(Schema):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | Many[InputText]
+    id: str | None = None
+    status: Status | None = None
+
+
+class ReasoningText(Schema):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(Schema):
+    """Reasoning that the server gave before."""
+
+    type: Literal["reasoning"]
+    id: str | None = None
+    summary: Empty | None = None
+    content: Many[ReasoningText] | None = None
+    encrypted_content: None = None
+    status: Status | None = None
+
+
+def _kind(item: Any) -> str:
+    """Messages need not say that they are messages."""
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return "message" if kind is None else str(kind)
+
+
+Item = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+class FunctionTool(Schema):
+    type: Literal["function"]
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Off | None = None
+
+
+class Reasoning(Schema):
+    effort: Effort | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
+class TextOptions(Schema):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesStreamOptions(Schema):
+    include_obfuscation: Off | None = None
+
+
+class ResponsesRequest(Sampled):
+    """POST /v1/responses. seed, stop and chat_template_kwargs are as in chat requests."""
+
+    input: str | Annotated[Many[Item], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    tools: Many[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    include: Many[Literal["message.output_text.logprobs"]] | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    store: Off | None = None
+    background: Off | None = None
+    truncation: Literal["disabled"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    safety_identifier: str | None = None
+    user: str | None = None

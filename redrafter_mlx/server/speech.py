@@ -1,0 +1,154 @@
+"""What a model says, told apart turn by turn: reasoning, answer, calls, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from redrafter_mlx.engine import Piece, Turn
+from redrafter_mlx.engine.conversation import ANSWER, REASONING, TOOL, Channels
+from redrafter_mlx.server.tools import Call, Toolbox
+
+LEAST_LOGPROB = -9999.0
+"""JSON has no infinity."""
+
+
+@dataclass
+class Said:
+    """Text of one channel, and which parts of it were drafted."""
+
+    channel: str
+    text: str = ""
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+
+
+class Speech:
+    """One answer.
+
+    channel  that it begins in; None: everything is the answer, marks as well
+    stops    strings that end it
+
+    After the last turn: finish_reason, stopped_by (the string), stats, seed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        channel: str | None = ANSWER,
+        toolbox: Toolbox | None = None,
+        stops: Sequence[str] = (),
+    ):
+        self.tokenizer, self.toolbox, self.stops = tokenizer, toolbox or Toolbox(), stops
+        self.channels = None if channel is None else Channels(tokenizer, channel)
+        self._channel = channel or ANSWER
+        self._call_text, self._after_mark = "", False
+        self.text, self.reasoning, self.calls = "", "", []
+        self.logprobs: list[dict[str, Any]] = []
+        self.reasoning_tokens = 0
+        self.finish_reason: str | None = None
+        self.stopped_by: str | None = None
+        self.stats: dict[str, Any] = {}
+        self.seed: int | None = None
+        self._tokens: list[int] = []
+
+    @property
+    def last_token(self) -> int | None:
+        """Of those heard so far."""
+        return self._tokens[-1] if self._tokens else None
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the model may stop: it has made the one call that it may make."""
+        return bool(self.calls) and self.toolbox.single
+
+    def hear(self, turn: Turn) -> list[Said | Call]:
+        """What a turn brought, in order."""
+        heard: list[Said | Call] = []
+        self.stats, self.seed = turn.stats or self.stats, turn.seed
+        for piece in turn.pieces:
+            if self.is_enough:
+                break
+            self._tokens.append(piece.token)
+            before, length = self._channel, len(self.text)
+            segments = self.channels.split(piece.text) if self.channels else [(ANSWER, piece.text)]
+            self._take(segments, piece.from_draft, heard)
+            self.reasoning_tokens += self._channel == REASONING
+            is_answer = len(self.text) > length or before == ANSWER == self._channel
+            if piece.logprob is not None and is_answer and not self._is_end(piece):
+                self.logprobs.append(self._logprob(piece))
+        if turn.finish_reason:
+            self._finish(turn, heard)
+        return heard
+
+    def _take(self, segments, drafted: bool, heard: list[Said | Call]) -> None:
+        for channel, text in segments:
+            channel = channel or self._channel
+            if channel != self._channel:
+                if self._channel == TOOL:
+                    self._end_call(drafted, heard)
+                self._channel, self._after_mark = channel, True
+            if channel == TOOL:
+                self._call_text += text
+            else:
+                self._say(channel, text, drafted, heard)
+
+    def _say(self, channel: str, text: str, drafted: bool, heard: list[Said | Call]) -> None:
+        if self._after_mark:  # the blank lines after a mark belong to it
+            text = text.lstrip()
+        if not text or self.is_enough:
+            return
+        self._after_mark = False
+        last = heard[-1] if heard else None
+        if not isinstance(last, Said) or last.channel != channel:
+            last = Said(channel)
+            heard.append(last)
+        last.text += text
+        last.pieces.append((text, drafted))
+        if channel == REASONING:
+            self.reasoning += text
+        else:
+            self.text += text
+
+    def _end_call(self, drafted: bool, heard: list[Said | Call], is_whole: bool = True) -> None:
+        text, self._call_text = self._call_text, ""
+        calls = self.toolbox.calls(self.tokenizer, text) if self.toolbox.tools else []
+        if not calls:
+            end = self.tokenizer.tool_call_end if is_whole else ""
+            self._after_mark = False
+            self._say(ANSWER, f"{self.tokenizer.tool_call_start}{text}{end}", drafted, heard)
+        if not self.is_enough:
+            calls = calls[:1] if self.toolbox.single else calls
+            self.calls += calls
+            heard += calls
+
+    def _finish(self, turn: Turn, heard: list[Said | Call]) -> None:
+        drafted = bool(turn.pieces) and turn.pieces[-1].from_draft
+        if self.channels and not self.is_enough:
+            self._take(self.channels.finish(), drafted, heard)
+            if self._channel == TOOL:
+                self._end_call(drafted, heard, is_whole=False)
+        self.finish_reason = turn.finish_reason
+        if turn.finish_reason == "stop" and not (turn.pieces and self._is_end(turn.pieces[-1])):
+            self.stopped_by = self._stop_in(self.tokenizer.decode(self._tokens))
+        if self.is_enough or (self.calls and turn.finish_reason != "length"):
+            self.finish_reason = "tool_calls"
+
+    def _stop_in(self, text: str) -> str | None:
+        """The stop string that comes first in a text; several may be of its last token."""
+        ends = {stop: text.find(stop) + len(stop) for stop in self.stops if stop in text}
+        return min(ends, key=ends.get) if ends else None
+
+    def _is_end(self, piece: Piece) -> bool:
+        return piece.token in self.tokenizer.eos_token_ids
+
+    def _logprob(self, piece: Piece) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.tokenizer.decode([token])
+            data = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": data}
+
+        top = [entry(token, logprob) for token, logprob in piece.top_logprobs]
+        return entry(piece.token, piece.logprob) | {"top_logprobs": top}
