@@ -8,19 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from page_server import HOSTILE, KEY, MARKDOWN, SCRIPTS, PageServer, rounds_of
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ON_A_MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 CHROMIUM = next(filter(None, map(shutil.which, [*NAMES, ON_A_MAC])), None)
-if CHROMIUM is None:
-    pytest.skip(
-        "no Chromium on this machine: apt-get install chromium, or install Google Chrome",
-        allow_module_level=True,
-    )
-playwright = pytest.importorskip("playwright.sync_api")
-expect = playwright.expect
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 720}
 NOT_HAPPENING = 5_000  # milliseconds after which what should come has not
@@ -29,9 +23,11 @@ REFUSED = "Failed to load resource"  # what a browser says of each answer that i
 
 @pytest.fixture(scope="module")
 def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium, or install Google Chrome")
     # A container's root has no sandbox; the pages are our own.
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield browser
         browser.close()

@@ -180,7 +180,7 @@ export class Panel {
     const some = rounds.slice(first, first + BARS);
     const most = Math.max(...some.map((round) => round.drafted + round.own), 4);
     const root = svg("svg", {
-      viewBox: `0 0 ${Math.max(some.length, 20) * 5} 32`,
+      viewBox: `0 0 ${Math.max(some.length, 10) * 5} 32`,
       preserveAspectRatio: "none",
     });
     some.forEach((round, index) => {
