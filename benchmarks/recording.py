@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from redrafter_mlx import stream_generate
-from redrafter_mlx.storage import write_whole
+from redrafter_mlx.machine.storage import write_whole
 
 from .machine import Bench, machine, parser
 

@@ -13,17 +13,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from redrafter_mlx import blas
 from redrafter_mlx.config import NOT_HONOURED
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine import blas
+from redrafter_mlx.machine.storage import NOT_WAITED_FOR, one_line
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
 called_as = ""
 """What the user called the command, if that is not the module's own name."""
-NOT_WAITED_FOR = "redrafter_mlx download"
-"""Name of a thread whose work ends with the command; Python waits for its threads otherwise."""
 ENGINE = "engine"
 """Name of an engine's thread: alive at the end only if it is still loading, which nothing stops."""
 

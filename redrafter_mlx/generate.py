@@ -100,7 +100,8 @@ def command(flags: Namespace) -> int:
     check_drafter(drafter_name, drafter_options)
     saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
-    from redrafter_mlx import check, context, hub, stream
+    from redrafter_mlx import check, stream
+    from redrafter_mlx.loading import context, hub
 
     model, tokenizer = hub.load(flags.model, **loading(flags))
     prompt = _encode(tokenizer, message, flags)
@@ -195,7 +196,7 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
 
 
 def _fitting(prompt: list[int], positions: int | None, truncate: bool) -> list[int]:
-    from redrafter_mlx.context import fitting
+    from redrafter_mlx.loading.context import fitting
 
     fit = fitting(prompt, positions, truncate)
     if len(fit) < len(prompt):
@@ -207,7 +208,7 @@ def _load_drafter(
     name: str, model: Any, tokenizer: Any, options: DrafterOptions, asked_for: bool
 ) -> Drafter | None:
     """The drafter; None, with one line, where nobody asked for it and the model cannot draft."""
-    from redrafter_mlx import hub
+    from redrafter_mlx.loading import hub
 
     try:
         return hub.load_drafter(name, model, tokenizer=tokenizer, **dataclasses.asdict(options))

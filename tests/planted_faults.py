@@ -56,7 +56,7 @@ FAULTS = (
     ),
     Fault(
         "noise: depends on where a token lies in its tree",
-        "redrafter_mlx/verification.py",
+        "redrafter_mlx/rounds/verification.py",
         "token = self.sampler.choose(rows[path[-1]], context.position + len(path), history)",
         "token = self.sampler.choose(rows[path[-1]], context.position + 1 + path[-1], history)",
         ("test_same_text.py",),
@@ -98,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         "profile: what earlier runs left is ignored",
-        "redrafter_mlx/pricing/knowledge.py",
+        "redrafter_mlx/measuring/knowledge.py",
         "        stored = load(self._identity)\n        self._costs: LiveCosts | None = None",
         "        stored = None\n        self._costs: LiveCosts | None = None",
         ("test_profile.py",),
@@ -112,7 +112,7 @@ FAULTS = (
     ),
     Fault(
         "penalty: tokens of the drafted path do not count",
-        "redrafter_mlx/verification.py",
+        "redrafter_mlx/rounds/verification.py",
         "            path.append(child)\n            history.append(token)\n\n\nclass Rejection",
         "            path.append(child)\n\n\nclass Rejection",
         ("test_same_text.py",),

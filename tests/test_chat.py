@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from redrafter_mlx import storage
 from redrafter_mlx.chat import settings as settings_module
 from redrafter_mlx.chat.answers import Asker
 from redrafter_mlx.chat.commands import COMMANDS, Line, goes_on, parse
@@ -27,6 +26,7 @@ from redrafter_mlx.engine import Piece, Turn
 from redrafter_mlx.engine.request import DEFAULT, Ticket
 from redrafter_mlx.engine.request import PLAIN as NO_DRAFTER
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import storage
 from test_config import EXAMPLES
 
 

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 
 from redrafter_mlx.chat.__main__ import main
-from redrafter_mlx.storage import CACHE_VARIABLE
+from redrafter_mlx.machine.storage import CACHE_VARIABLE
 from test_generate_command import CHAT, save_target
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx import device
-from redrafter_mlx.round import Transcript
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Transcript
 from redrafter_mlx.target.adapter import Target, adapt
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 

@@ -19,8 +19,8 @@ from redrafter_mlx.engine.conversation import ANSWER, Channels, Prompt, prompt_o
 from redrafter_mlx.engine.engine import Engine
 from redrafter_mlx.engine.request import Request, Ticket, Turn
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.model_flags import PromptProgress
-from redrafter_mlx.storage import one_line
 
 MOST_SEED = SamplingOptions.__dataclass_fields__["seed"].metadata["high"]
 

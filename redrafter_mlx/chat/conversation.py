@@ -9,7 +9,7 @@ from typing import Any
 
 from redrafter_mlx.cli import is_text
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line, write_whole
+from redrafter_mlx.machine.storage import one_line, write_whole
 
 FORMAT = "redrafter_mlx_chat"
 """Key that says that a file is a chat's; its value is the version of the format."""

@@ -25,7 +25,7 @@ from redrafter_mlx.chat.settings import (
 from redrafter_mlx.chat.terminal import unechoed
 from redrafter_mlx.cli import is_text
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.places import expanded
+from redrafter_mlx.loading.places import expanded
 
 LEAVE = "Ctrl-D or /quit leaves"
 MOST_DEPTHS = 8

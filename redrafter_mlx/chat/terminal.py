@@ -14,7 +14,7 @@ from typing import BinaryIO
 from redrafter_mlx.chat.commands import COMMANDS, goes_on
 from redrafter_mlx.chat.screen import is_dumb
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import cache_directory, write_whole
+from redrafter_mlx.machine.storage import cache_directory, write_whole
 
 PROMPT, MORE = "> ", ". "
 MOST_HISTORY = 2**20

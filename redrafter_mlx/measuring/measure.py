@@ -17,17 +17,17 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import SamplingOptions
 from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.pricing.curve import CostCurve, Setting
-from redrafter_mlx.round import Context
-from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.sampling import Sampler
+from redrafter_mlx.rounds.tree import TokenTree
+from redrafter_mlx.rounds.verification import Match
 from redrafter_mlx.target.adapter import Target
-from redrafter_mlx.tree import TokenTree
-from redrafter_mlx.verification import Match
 
 PLAIN_ROUNDS = 3
 DRIFT = 0.10

@@ -10,7 +10,7 @@ import numpy as np
 
 from redrafter_mlx.config import DraftOptions, SamplingOptions, TuneOptions
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.pricing.acceptance import (
+from redrafter_mlx.measuring.acceptance import (
     Choice,
     Recording,
     best_choice,
@@ -18,10 +18,10 @@ from redrafter_mlx.pricing.acceptance import (
     record,
     tokens_per_round,
 )
+from redrafter_mlx.measuring.measure import Timings, curve_of, measure_drafts, measure_passes
+from redrafter_mlx.measuring.profile import Profile, experience_key, identify
 from redrafter_mlx.pricing.curve import CostCurve, Setting
-from redrafter_mlx.pricing.measure import Timings, curve_of, measure_drafts, measure_passes
 from redrafter_mlx.pricing.policy import MOST_NODES, settings_within
-from redrafter_mlx.pricing.profile import Profile, experience_key, identify
 from redrafter_mlx.target.adapter import Target
 
 ROWS = (*range(1, 17), 18, 20, 24, 28, 32, 33, 40, 48, 56, 64)

@@ -14,19 +14,19 @@ from itertools import islice
 
 import numpy as np
 
-from redrafter_mlx.budget import Budget, FixedBudget
 from redrafter_mlx.config import SamplingOptions
 from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, candidates_of
+from redrafter_mlx.pricing.budget import Budget, FixedBudget
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.pricing.policy import Samples
-from redrafter_mlx.round import Context
-from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.sampling import Sampler
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.verification import Match
 from redrafter_mlx.target.adapter import Target
-from redrafter_mlx.tree import Candidates, TokenTree
-from redrafter_mlx.verification import Match
 
 
 @dataclass

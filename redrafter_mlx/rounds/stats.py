@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from redrafter_mlx.round import Step
+from redrafter_mlx.rounds.round import Step
 
 
 @dataclass

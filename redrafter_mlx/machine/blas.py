@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from redrafter_mlx import openblas
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import write_whole
+from redrafter_mlx.machine import openblas
+from redrafter_mlx.machine.storage import write_whole
 
 VARIABLE = "REDRAFTER_MLX_BLAS"
 

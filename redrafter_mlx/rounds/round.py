@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from redrafter_mlx import device
-from redrafter_mlx.sampling import Noise
-from redrafter_mlx.tree import TokenTree
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.sampling import Noise
+from redrafter_mlx.rounds.tree import TokenTree
 
 
 class Transcript:

@@ -16,9 +16,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-from redrafter_mlx import device
 from redrafter_mlx.config import DrafterOptions, parse_keywords
-from redrafter_mlx.demo import DEMOS, demo_target
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
@@ -46,11 +44,13 @@ from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
-from redrafter_mlx.known_heads import download_head, own_head
-from redrafter_mlx.places import TARGET_NAMES, expanded, local_directory, snapshot
-from redrafter_mlx.precision import compute_in_float32
+from redrafter_mlx.loading.demo import DEMOS, demo_target
+from redrafter_mlx.loading.known_heads import download_head, own_head
+from redrafter_mlx.loading.places import TARGET_NAMES, expanded, local_directory, snapshot
+from redrafter_mlx.loading.precision import compute_in_float32
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.pricing.experience import read as read_experience
-from redrafter_mlx.storage import build_once, cache_directory, conversions, one_line
 from redrafter_mlx.target import parallel
 from redrafter_mlx.target.adapter import Target, adapt
 

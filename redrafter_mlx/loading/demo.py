@@ -22,7 +22,7 @@ from pathlib import Path
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
-from redrafter_mlx.storage import build_once, cache_directory, conversions
+from redrafter_mlx.machine.storage import build_once, cache_directory, conversions
 
 WHEEL_VARIABLE = "REDRAFTER_MLX_DEMO_WHEEL"
 

@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from redrafter_mlx.cli import NOT_WAITED_FOR
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine.storage import NOT_WAITED_FOR
 
 TARGET_NAMES = (
     "'demo', 'gemma-demo', a model directory, a .gguf file or a Hugging Face repo as org/name"

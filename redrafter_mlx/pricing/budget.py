@@ -10,8 +10,8 @@ from typing import Protocol
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.policy import Policy
-from redrafter_mlx.round import Step
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.round import Step
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 SEVERAL = 16
 """Rounds from which on a text without drafts is worth a word, and how rare they are then."""

@@ -17,11 +17,11 @@ import mlx.nn as nn
 from filelock import FileLock
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import blas, device
 from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.machine import blas, device
+from redrafter_mlx.machine.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.target.adapter import Target
 
 FORMAT = 4

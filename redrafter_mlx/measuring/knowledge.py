@@ -9,12 +9,9 @@ import numpy as np
 
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.pricing.calibration import Calibration
-from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
-from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.pricing.measure import look_at_drafts, look_at_passes
-from redrafter_mlx.pricing.policy import Policy, Samples
-from redrafter_mlx.pricing.profile import (
+from redrafter_mlx.machine.storage import CACHE_VARIABLE, one_line
+from redrafter_mlx.measuring.measure import look_at_drafts, look_at_passes
+from redrafter_mlx.measuring.profile import (
     Profile,
     experience_key,
     identify,
@@ -22,8 +19,11 @@ from redrafter_mlx.pricing.profile import (
     passes_with_other_drafter,
     update,
 )
-from redrafter_mlx.round import Context
-from redrafter_mlx.storage import CACHE_VARIABLE, one_line
+from redrafter_mlx.pricing.calibration import Calibration
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.pricing.policy import Policy, Samples
+from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.target.adapter import Target
 
 _log = logging.getLogger("redrafter_mlx")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from redrafter_mlx import places
 from redrafter_mlx.drafters.kinds import KINDS
 from redrafter_mlx.drafters.published import shards_of
 from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import places
 
 INDEX = "model.safetensors.index.json"
 BESIDE = "drafter"
@@ -90,7 +90,7 @@ def known_head(target: str) -> str | None:
 
 def pairs() -> list[dict[str, str]]:
     """Targets and their heads, with where and when that was read; the better ones come first."""
-    file = importlib.resources.files("redrafter_mlx") / "known_heads.json"
+    file = importlib.resources.files("redrafter_mlx") / "loading" / "known_heads.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 

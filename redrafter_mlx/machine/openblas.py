@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import build_once, cache_directory, one_line
+from redrafter_mlx.machine.storage import build_once, cache_directory, one_line
 
 DISTRIBUTION, MODULE = "scipy-openblas32", "scipy_openblas32"
 PREFIX = b"scipy_"

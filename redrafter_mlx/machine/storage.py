@@ -18,6 +18,8 @@ from redrafter_mlx.errors import UserError
 CACHE_VARIABLE = "REDRAFTER_MLX_CACHE"
 
 logger = logging.getLogger("redrafter_mlx")
+NOT_WAITED_FOR = "redrafter_mlx download"
+"""Name of a thread whose work ends with the command; Python waits for its threads otherwise."""
 
 
 def cache_directory() -> Path:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
-from redrafter_mlx.round import Context, Outcome, Verdict
-from redrafter_mlx.sampling import Sampler
-from redrafter_mlx.tree import DrawnTree, TokenTree
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Context, Outcome, Verdict
+from redrafter_mlx.rounds.sampling import Sampler
+from redrafter_mlx.rounds.tree import DrawnTree, TokenTree
 
 
 class Match:

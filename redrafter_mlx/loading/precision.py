@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
