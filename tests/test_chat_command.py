@@ -338,6 +338,7 @@ def test_a_dumb_terminal(terminal):
     until(chat, chat.prompt)
     chat.sendeof()
     assert ended(chat) == 0
+    assert chat.seen.endswith("\r\n")
     assert "\x1b" not in chat.seen
 
 

@@ -55,10 +55,14 @@ def piped(stream: BinaryIO | None = None) -> Iterator[str]:
 
 def dumb() -> str:
     """A message that is typed where there is nothing but lines; EOFError at the end."""
-    text = input(PROMPT)
-    while goes_on(text):
-        text = text[:-1] + "\n" + input(MORE)
-    return text
+    try:
+        text = input(PROMPT)
+        while goes_on(text):
+            text = text[:-1] + "\n" + input(MORE)
+        return text
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)  # the prompt's line has not ended
+        raise
 
 
 def editor(complete: Completions) -> Callable[[], str]:
