@@ -236,13 +236,13 @@ class Engine:
     def _turn(self, run: Run) -> None:
         ticket = run.ticket
         if ticket.is_cancelled:
-            turn = Turn(finish_reason="cancelled", stats=run.stats.as_dict())
+            turn = run.ended("cancelled")
         else:
             try:
                 turn = run.turn()
             except Exception as error:
                 _log.debug("a request failed", exc_info=True)
-                turn = Turn(finish_reason="error", error=error, stats=run.stats.as_dict())
+                turn = run.ended("error", error)
         if turn.finish_reason is None:
             self._running.append(run)
             self._deliver(ticket, turn)

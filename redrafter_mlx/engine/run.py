@@ -92,16 +92,23 @@ class Run:
                 reason = event.finish_reason
                 if event.end_of_round:
                     break
-        run, tree = self._generation, None
-        stats = run.stats.as_dict()
+        tree = None
         if pieces:
-            found, path = run.tree
+            found, path = self._generation.tree
             tree = DraftedTree(found.tokens.tolist(), found.parents.tolist(), list(path))
-            if (plain := run.plain_tps) is not None:
-                stats["plain_tps"] = round(plain, 3)
+        return self._told(pieces, tree, reason)
+
+    def ended(self, reason: str, error: Exception | None = None) -> Turn:
+        """The last turn of a run that ends otherwise than by what it says."""
+        return self._told([], None, reason, error)
+
+    def _told(self, pieces, tree, reason: str | None, error: Exception | None = None) -> Turn:
+        run = self._generation
+        stats = run.stats.as_dict()
+        if (plain := run.plain_tps) is not None:
+            stats["plain_tps"] = round(plain, 3)
         read = min(self.caches.length + 1, len(run.prompt))
-        note = run.note if reason else ""
-        return Turn(pieces, read, stats, tree, reason, seed=run.seed, note=note)
+        return Turn(pieces, read, stats, tree, reason, error, run.seed, run.note if reason else "")
 
     def close(self) -> None:
         """No more turns."""
