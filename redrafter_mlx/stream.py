@@ -26,7 +26,7 @@ from redrafter_mlx.config import (
     SamplingOptions,
     parse_keywords,
 )
-from redrafter_mlx.decoding.loop import Rule, decode, overlap
+from redrafter_mlx.decoding import Rule, decode, overlap
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device

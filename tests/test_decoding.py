@@ -8,9 +8,8 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from families import build
-from redrafter_mlx import stream
+from redrafter_mlx import decoding, stream
 from redrafter_mlx.config import DraftOptions, SamplingOptions
-from redrafter_mlx.decoding.loop import loop as decoding
 from redrafter_mlx.drafters.protocol import NoDrafter
 from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.budget import FixedBudget

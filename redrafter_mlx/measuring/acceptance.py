@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 
 from redrafter_mlx.config import SamplingOptions
-from redrafter_mlx.decoding.loop import decode
+from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, candidates_of
 from redrafter_mlx.pricing.budget import Budget, FixedBudget
 from redrafter_mlx.pricing.calibration import Calibration

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx.config import SamplingOptions
-from redrafter_mlx.decoding.loop import decode
+from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.budget import FixedBudget
