@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from redrafter_mlx.config import SamplingOptions
-from redrafter_mlx.pricing.acceptance import Draft, Recording, record, rounds_of, tokens_per_round
+from redrafter_mlx.measuring.acceptance import Draft, Recording, record, rounds_of, tokens_per_round
+from redrafter_mlx.measuring.picture import new_figure
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.picture import new_figure
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files

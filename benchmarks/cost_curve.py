@@ -3,7 +3,7 @@
     python -m benchmarks.cost_curve --contexts 50 200 800 1600 --output result.json
 
 Passes are those of the loop: a tree with its mask, positions and cache, until its tokens are read;
-one row is a round of plain decoding. See redrafter_mlx/pricing/measure.py for the method.
+one row is a round of plain decoding. See redrafter_mlx/measuring/measure.py for the method.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+from redrafter_mlx.measuring.measure import curve_of, measure_passes
+from redrafter_mlx.measuring.picture import draw
 from redrafter_mlx.pricing.curve import CostCurve
-from redrafter_mlx.pricing.measure import curve_of, measure_passes
-from redrafter_mlx.pricing.picture import draw
 from redrafter_mlx.target.adapter import adapt
 
 from .machine import Bench, document, machine, parser, write

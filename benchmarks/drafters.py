@@ -21,7 +21,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from redrafter_mlx import analysis, device
+from redrafter_mlx import analysis
 from redrafter_mlx.config import (
     AUTO,
     DrafterOptions,
@@ -36,10 +36,11 @@ from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.suffixes import SuffixAutomaton
 from redrafter_mlx.drafters.union import UnionDrafter
-from redrafter_mlx.stats import Stats
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.stats import Stats
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.tree import TokenTree
 
 from . import prompts as prompt_files
 from .machine import Bench, add_prompts, document, machine, parser, size, write

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 from redrafter_mlx.config import DraftOptions, SamplingOptions
+from redrafter_mlx.machine.storage import write_whole
+from redrafter_mlx.measuring.acceptance import experience_from, record
 from redrafter_mlx.pricing import experience
-from redrafter_mlx.pricing.acceptance import experience_from, record
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.storage import write_whole
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files

@@ -26,7 +26,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from redrafter_mlx.drafters.checkpoint import save_head
-from redrafter_mlx.storage import CACHE_VARIABLE, cache_directory
+from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
 
 from . import prompts as prompt_files
 from .machine import RANDOM, Bench, document, machine, parser, write

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redrafter_mlx.config import DraftOptions
-from redrafter_mlx.demo import demo_target
+from redrafter_mlx.loading.demo import demo_target
+from redrafter_mlx.machine.storage import CACHE_VARIABLE
+from redrafter_mlx.measuring.measure import measure_drafts, measure_passes
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.measure import measure_drafts, measure_passes
-from redrafter_mlx.storage import CACHE_VARIABLE
 from redrafter_mlx.target.adapter import adapt
 
 from . import speed

@@ -24,16 +24,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from redrafter_mlx import hub, train
-from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx import train
 from redrafter_mlx.drafters.eagle3 import reads_by_default
-from redrafter_mlx.round import Verdict
+from redrafter_mlx.loading import hub
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Verdict
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.loop import Progress
 from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
 from redrafter_mlx.training.replay import Answer, recall, replay
 from redrafter_mlx.training.run import Places, TrainingRun, first_tokens, held_out_answers
-from redrafter_mlx.tree import TokenTree
 
 from .heads_table import draw, table
 from .machine import document, machine, parser, size, write

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from redrafter_mlx.pricing.picture import new_figure
+from redrafter_mlx.measuring.picture import new_figure
 
 
 def table(result: dict) -> str:

@@ -23,9 +23,9 @@ from mlx.utils import tree_map
 from mlx_lm.models import qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
 
-from redrafter_mlx.pricing.measure import bushy_tree
+from redrafter_mlx.measuring.measure import bushy_tree
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target
-from redrafter_mlx.tree import TokenTree
 
 from .machine import document, machine, parser, write
 from .report import hybrid_tables

@@ -20,7 +20,7 @@ import numpy as np
 from mlx_lm.models import llama, qwen3_5, qwen3_next
 from mlx_lm.models.base import create_attention_mask
 
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
 
 EVERY = 4
 """One layer of so many keeps its attention."""

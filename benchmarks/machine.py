@@ -17,8 +17,8 @@ import mlx_lm
 from mlx.utils import tree_flatten, tree_map
 
 import redrafter_mlx
-from redrafter_mlx import device
 from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.machine import device
 
 from . import prompts as prompt_files
 
@@ -92,7 +92,7 @@ def machine() -> dict[str, str]:
         "chip": device.chip(),
         "mlx": mx.__version__,
         "mlx_lm": mlx_lm.__version__,
-        "blas": str(redrafter_mlx.blas.preload()),
+        "blas": str(redrafter_mlx.machine.blas.preload()),
     }
 
 

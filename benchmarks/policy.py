@@ -25,20 +25,20 @@ from pathlib import Path
 
 import numpy as np
 
-from redrafter_mlx.budget import AutoBudget, Budget
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import Drafter, candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter, pooled
-from redrafter_mlx.pricing import profile as profiles
-from redrafter_mlx.pricing.acceptance import Draft, Recording, record, rounds_of
+from redrafter_mlx.measuring import profile as profiles
+from redrafter_mlx.measuring.acceptance import Draft, Recording, record, rounds_of
+from redrafter_mlx.measuring.knowledge import experience_of
+from redrafter_mlx.pricing.budget import AutoBudget, Budget
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.pricing.knowledge import experience_of
 from redrafter_mlx.pricing.policy import MOST_NODES, Policy, settings_within
-from redrafter_mlx.round import Context
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.tree import Candidates, TokenTree
 
 from . import prompts as prompt_files
 from .machine import Bench, add_prompts, document, machine, parser, write

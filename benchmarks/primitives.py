@@ -20,9 +20,9 @@ import numpy as np
 
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
-from redrafter_mlx.pricing.measure import bushy_tree
-from redrafter_mlx.round import Context
-from redrafter_mlx.sampling import Noise
+from redrafter_mlx.measuring.measure import bushy_tree
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.sampling import Noise
 from redrafter_mlx.target.adapter import Target, adapt
 
 from .machine import Bench, parser

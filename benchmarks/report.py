@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from redrafter_mlx.pricing.picture import new_figure
+from redrafter_mlx.measuring.picture import new_figure
 
 from .heads_table import table
 from .ratios import (

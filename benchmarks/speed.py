@@ -32,11 +32,11 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 import redrafter_mlx
-from redrafter_mlx.budget import Budget, FixedBudget
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.pricing.budget import Budget, FixedBudget
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from redrafter_mlx.stream import Generation
-from redrafter_mlx.tree import Candidates, TokenTree
 
 from . import prompts as prompt_files
 from .machine import Bench, add_prompts, document, machine, parser, size, write

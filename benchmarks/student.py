@@ -36,7 +36,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import save_config, save_model
 
 import redrafter_mlx
-from redrafter_mlx import blas, device
+from redrafter_mlx.machine import blas, device
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.data import write_data
 from redrafter_mlx.training.estimate import choose_jobs

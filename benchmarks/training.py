@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
-from redrafter_mlx import hub
+from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
 from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay

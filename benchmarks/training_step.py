@@ -23,8 +23,9 @@ import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
 import mlx.core as mx  # isort: skip
 import numpy as np
 
-from redrafter_mlx import blas, hub
 from redrafter_mlx.drafters.head import HeadConfig
+from redrafter_mlx.loading import hub
+from redrafter_mlx.machine import blas
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions

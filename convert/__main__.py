@@ -137,7 +137,7 @@ def _print_comparison(head, directory: Path, recipe) -> None:
 
 def output_path(name: str) -> Path:
     """The absolute path of an --output."""
-    from redrafter_mlx import places
+    from redrafter_mlx.loading import places
 
     if not name:
         raise UserError("--output is empty; give a new directory")
@@ -179,9 +179,9 @@ def gguf_parser() -> cli.Parser:
 
 def run_gguf(flags: Namespace) -> int:
     """Convert a GGUF file; it appears whole or not at all."""
-    from redrafter_mlx import places
     from redrafter_mlx.gguf.importer import import_gguf
-    from redrafter_mlx.storage import one_line
+    from redrafter_mlx.loading import places
+    from redrafter_mlx.machine.storage import one_line
 
     from . import storage
     from .card import megabytes

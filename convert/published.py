@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from redrafter_mlx.drafters.published import Kind, built, refuse_strangers
 from redrafter_mlx.drafters.tensors import check_names_and_shapes, draft_ids, quantize_like
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine.storage import one_line
 
 from .head import Form, Head, Packing, Words, check_type, offsets_in, packing_of
 from .kinds import bare, beside, layout_of

@@ -84,7 +84,7 @@ def open_source(name: str, revision: str | None = None, wanted: str | None = Non
 
 def locate(name: str, revision: str | None = None, wanted: str | None = None) -> Path:
     """The local path of `name`; of a repo, what holds the head is downloaded first."""
-    from redrafter_mlx import places
+    from redrafter_mlx.loading import places
 
     path = places.expanded(name)
     if path.exists() and name:

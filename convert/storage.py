@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine.storage import one_line
 
 ABANDONED = 3600  # seconds after which a directory without a lock has lost its maker
 _LOCK, _INSIDE = "lock", "directory"

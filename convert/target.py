@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redrafter_mlx import hub, places
 from redrafter_mlx.drafters.tensors import read_json
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.loading import hub, places
+from redrafter_mlx.machine.storage import one_line
 
 from .head import Head
 from .layouts import setting

@@ -14,13 +14,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.attention import TextKeys
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.drafters.kinds import KINDS
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 
 from .head import Head
 from .reading import read_head

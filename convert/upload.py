@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from redrafter_mlx import places
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.loading import places
+from redrafter_mlx.machine.storage import one_line
 
 LOGIN = "run 'hf auth login' with a token that may write"
 

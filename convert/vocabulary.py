@@ -49,7 +49,7 @@ def parse_flag(words: list[str]) -> tuple[int | None, Path]:
     size = int(numbers[0]) if numbers else None
     if size == 0:
         raise UserError(f"{shown}: a vocabulary of no ids proposes nothing")
-    from redrafter_mlx import places
+    from redrafter_mlx.loading import places
 
     file = places.expanded(files[0])
     if not file.is_file():

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 
 from .head import Head, Packing
 from .safetensors import Entry, Tensor

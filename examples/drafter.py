@@ -1,10 +1,10 @@
 """A drafter of one's own: proposes what followed when the last word stood in the text before."""
 
 from redrafter_mlx import load, stream_generate
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Unheeding, Written
-from redrafter_mlx.round import Context
-from redrafter_mlx.tree import TokenTree
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.tree import TokenTree
 
 
 class LastTime(Unheeding):

@@ -5,21 +5,21 @@ import os
 import sys
 from typing import Any
 
-from redrafter_mlx import blas
+from redrafter_mlx.machine import blas
 
 try:
     blas.preload()  # must come before anything imports mlx
 except KeyboardInterrupt:
     # It takes seconds when it is done first. A command is begun by `python -m` or by a script.
     command = os.path.basename(sys.argv[0]) if sys.argv else ""
-    if command != "-m" and not command.startswith("redrafter_mlx."):
+    if command != "-m" and not command.startswith(("redrafter_mlx.", "redrafter-mlx")):
         raise
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
 _PUBLIC = {
-    "load": "hub",
-    "load_drafter": "hub",
+    "load": "loading.hub",
+    "load_drafter": "loading.hub",
     "generate": "stream",
     "stream_generate": "stream",
     "GenerationResponse": "stream",

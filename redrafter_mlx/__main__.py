@@ -11,7 +11,7 @@ from redrafter_mlx import cli
 NAME = "redrafter-mlx"
 COMMANDS = {
     "generate": ("generate", "answer one prompt"),
-    "chat": ("chat", "talk with a model in the terminal"),
+    "chat": ("chat.__main__", "talk with a model in the terminal"),
     "serve": ("server.__main__", "answer OpenAI's and Anthropic's requests over HTTP, with a page"),
     "train": ("train", "teach a draft head what a model says"),
     "convert": ("convert.__main__", "draft heads of other frameworks, and back; GGUF files"),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from redrafter_mlx.stats import Stats
+from redrafter_mlx.rounds.stats import Stats
 
 Cost = Callable[[int], float]
 """Rows of a pass -> its cost, in units of a pass over one row."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
-from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.sampling import Sampler
 from redrafter_mlx.stream import Generation, Token
 
 

@@ -13,17 +13,17 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from redrafter_mlx import blas
 from redrafter_mlx.config import NOT_HONOURED
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine import blas
+from redrafter_mlx.machine.storage import NOT_WAITED_FOR, one_line
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
 called_as = ""
 """What the user called the command, if that is not the module's own name."""
-NOT_WAITED_FOR = "redrafter_mlx download"
-"""Name of a thread whose work ends with the command; Python waits for its threads otherwise."""
+ENGINE = "engine"
+"""Name of an engine's thread: alive at the end only if it is still loading, which nothing stops."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,7 +82,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
         if flags.debug:
             raise
         print(f"{parser.prog}: interrupted", file=sys.stderr, flush=True)
-        if any(thread.name == NOT_WAITED_FOR for thread in threading.enumerate()):
+        if any(thread.name in (NOT_WAITED_FOR, ENGINE) for thread in threading.enumerate()):
             os._exit(INTERRUPTED)
         return INTERRUPTED
 
@@ -113,6 +113,11 @@ def _told_of_import(reason: str) -> str:
         f"what is installed is not complete: {reason}; repeat README's pip install with "
         "--force-reinstall"
     )
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: Python keeps bytes that were not as lone surrogates."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -233,6 +233,18 @@ class GenerationOptions(Options):
 
 
 @dataclass(frozen=True)
+class ChatOptions(GenerationOptions):
+    """When to stop, how the prompt is read, and how answers are shown."""
+
+    max_tokens: int = option(
+        2048,
+        "most tokens of an answer (-1: no limit); more than generate's, as Ctrl-C ends an answer",
+        low=-1,
+    )
+    show_drafts: bool = option(False, "mark the text that was drafted and accepted")
+
+
+@dataclass(frozen=True)
 class EngineOptions(Options):
     """How many requests are answered at a time, and what is kept between them."""
 
@@ -354,14 +366,15 @@ def add_flags(parser: ArgumentParser, *groups: type) -> None:
                 continue
             section.add_argument(
                 flag_name(f),
-                type=_token_biases if f.metadata["type"] is dict else f.metadata["type"],
+                type=token_biases if f.metadata["type"] is dict else f.metadata["type"],
                 default=f.default,
                 help=(f.metadata["help"] + shown).replace("%", "%%"),
                 **f.metadata["flag"],
             )
 
 
-def _token_biases(text: str) -> dict[int, float]:
+def token_biases(text: str) -> dict[int, float]:
+    """The type of --logit-bias: a JSON object of token ids and numbers."""
     try:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:

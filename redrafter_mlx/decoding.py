@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.round import Context, Outcome, Step, Verdict
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context, Outcome, Step, Verdict
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target
-from redrafter_mlx.tree import TokenTree
 
 Rule = Callable[[TokenTree, Outcome, Context], Verdict]
 

@@ -26,14 +26,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from redrafter_mlx import blas, check, device, hub
+from redrafter_mlx import check
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import hub
+from redrafter_mlx.machine import blas, device
+from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory, one_line
+from redrafter_mlx.measuring.measure import LOOK_ROWS, measure_drafts, measure_passes
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.measure import LOOK_ROWS, measure_drafts, measure_passes
-from redrafter_mlx.storage import CACHE_VARIABLE, cache_directory, one_line
 from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import Target, adapt
 

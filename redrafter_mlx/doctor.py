@@ -74,7 +74,8 @@ def _main(flags: Namespace) -> int:
 
 def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) -> int:
     """Fill the report and print it section by section; the exit code."""
-    from redrafter_mlx import diagnosis, hub
+    from redrafter_mlx import diagnosis
+    from redrafter_mlx.loading import hub
     from redrafter_mlx.target.adapter import adapt
 
     began = time.perf_counter()
@@ -137,7 +138,7 @@ def _progress(what: str) -> None:
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:
-    from redrafter_mlx.storage import one_line, write_whole
+    from redrafter_mlx.machine.storage import one_line, write_whole
 
     try:
         write_whole(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -21,18 +21,24 @@ from redrafter_mlx.config import (
     GenerationOptions,
     SamplingOptions,
     add_flags,
-    flag_name,
     from_flags,
 )
-from redrafter_mlx.drafters.spec import AUTO, parse
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.model_flags import (
+    PromptProgress,
+    add_end_tokens,
+    add_model_flags,
+    check_drafter,
+    check_template_config,
+    loading,
+    name_of_drafter,
+)
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.check import Comparison
     from redrafter_mlx.drafters.protocol import Drafter
     from redrafter_mlx.stream import Generation, GenerationResponse
 
-DEMO = "demo"
 QUERY = "<query>"
 """Stands for the message where it is to be found in a chat template's text."""
 _log = logging.getLogger("redrafter_mlx")
@@ -45,19 +51,7 @@ def make_parser() -> cli.Parser:
         description="Generate text: faster with a drafter, and with the same words as without.",
     )
     flag = parser.add_argument
-    flag(
-        "--model",
-        default=DEMO,
-        help="demo, gemma-demo, a model directory, .gguf file or Hugging Face repo",
-    )
-    flag(
-        "--drafter",
-        help="a trained head (demo, a directory or Hugging Face repo: recurrent, medusa, eagle3, "
-        "mtp or dflash, also as KIND:NAME), max_gram, model:NAME, cascade:[A,B,...], "
-        "union:[A,B,...] or auto (default: auto, that is max_gram, united with the target's own "
-        "head if it has one)",
-    )
-    flag("--no-draft", action="store_true", help="plain decoding")
+    add_model_flags(parser)
     flag("--prompt", "-p", required=True, help="the message; - reads it from standard input")
     flag("--system-prompt", help="system message for the chat template")
     flag("--prefill-response", help="how the answer begins")
@@ -73,23 +67,6 @@ def make_parser() -> cli.Parser:
         "(default: refuse it)",
     )
     flag("--ignore-chat-template", action="store_true", help="continue the prompt as it is")
-    flag(
-        "--chat-template-config",
-        type=cli.json_object,
-        default={},
-        metavar="JSON",
-        help="more arguments for the chat template",
-    )
-    flag(
-        "--extra-eos-token",
-        nargs="+",
-        default=[],
-        metavar="TOKEN",
-        help="more tokens that end the text",
-    )
-    flag("--adapter-path", help="a LoRA adapter for the target")
-    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
-    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     flag("--check", action="store_true", help="replay with plain decoding and compare")
     flag("--json", action="store_true", help="print one JSON object: text, tokens, statistics")
     flag(
@@ -111,8 +88,7 @@ def command(flags: Namespace) -> int:
         "sampling": from_flags(SamplingOptions, flags),
         "draft": from_flags(DraftOptions, flags),
     }
-    if flags.no_draft and flags.drafter:
-        raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
+    drafter_name = name_of_drafter(flags)
     rule, temp = flags.rule, flags.temp
     if flags.check and rule != "match" and temp > 0:
         raise UserError(
@@ -120,20 +96,14 @@ def command(flags: Namespace) -> int:
             "leave one out"
         )
     message = _read_message(flags.prompt)
-    drafter_name = None if flags.no_draft else flags.drafter or AUTO
     drafter_options = from_flags(DrafterOptions, flags)
-    _check_drafter(drafter_name, drafter_options)
+    check_drafter(drafter_name, drafter_options)
     saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
-    from redrafter_mlx import check, context, hub, stream
+    from redrafter_mlx import check, stream
+    from redrafter_mlx.loading import context, hub
 
-    model, tokenizer = hub.load(
-        flags.model,
-        adapter_path=flags.adapter_path,
-        revision=flags.revision,
-        tokenizer_config={"trust_remote_code": flags.trust_remote_code},
-        trust_remote_code=flags.trust_remote_code,
-    )
+    model, tokenizer = hub.load(flags.model, **loading(flags))
     prompt = _encode(tokenizer, message, flags)
     prompt = _fitting(prompt, context.known_positions(model), flags.truncate_prompt)
     drafter, asked_for = None, bool(flags.drafter)
@@ -141,7 +111,7 @@ def command(flags: Namespace) -> int:
         drafter = _load_drafter(drafter_name, model, tokenizer, drafter_options, asked_for)
     options["eos_token_ids"] = tokenizer.eos_token_ids
     run = stream.Generation(
-        model, prompt, drafter, progress=_PromptProgress(), prompt_cache=saved, **options
+        model, prompt, drafter, progress=PromptProgress(), prompt_cache=saved, **options
     )
     printed = _Printed(quiet=flags.json)
     interrupted = printed.consume(stream.text_events(run, tokenizer))
@@ -163,7 +133,7 @@ def command(flags: Namespace) -> int:
 
 def _read_message(prompt: str) -> str:
     if prompt != "-":
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if not cli.is_text(prompt):
             raise UserError("--prompt is not UTF-8; convert it, for example with iconv -t UTF-8")
         return prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx_lm.generate does
     data = sys.stdin.buffer.read()
@@ -195,11 +165,7 @@ def _load_prompt_cache(path: str | None, model: str) -> list | None:
 
 def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     """Token ids of the message in the tokenizer's chat template, if it has one and may use it."""
-    for token in flags.extra_eos_token:
-        try:
-            tokenizer.add_eos_token(token)
-        except ValueError as error:
-            raise UserError(f"--extra-eos-token: {error}") from error
+    add_end_tokens(tokenizer, flags.extra_eos_token)
     if flags.ignore_chat_template or not tokenizer.has_chat_template:
         for name in ("system_prompt", "prefill_response", "chat_template_config"):
             if getattr(flags, name):
@@ -214,8 +180,7 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     if begun:
         messages.append({"role": "assistant", "content": flags.prefill_response})
     arguments = {"continue_final_message": begun, "add_generation_prompt": not begun}
-    if taken := flags.chat_template_config.keys() & {"conversation", "tokenize", *arguments}:
-        raise UserError(f"--chat-template-config cannot set {sorted(taken)[0]}: leave it out")
+    check_template_config(flags.chat_template_config)
     template = lambda: tokenizer.apply_chat_template(
         messages, tokenize=False, **arguments, **flags.chat_template_config
     )
@@ -231,7 +196,7 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
 
 
 def _fitting(prompt: list[int], positions: int | None, truncate: bool) -> list[int]:
-    from redrafter_mlx.context import fitting
+    from redrafter_mlx.loading.context import fitting
 
     fit = fitting(prompt, positions, truncate)
     if len(fit) < len(prompt):
@@ -239,21 +204,11 @@ def _fitting(prompt: list[int], positions: int | None, truncate: bool) -> list[i
     return fit
 
 
-def _check_drafter(name: str | None, options: DrafterOptions) -> None:
-    """Tell of wrong names and options before anything is loaded."""
-    if name is None:
-        for f in dataclasses.fields(options):
-            if getattr(options, f.name) != f.default:
-                raise UserError(f"{flag_name(f)} has no use without a drafter: leave it out")
-    else:
-        parse(name, options)
-
-
 def _load_drafter(
     name: str, model: Any, tokenizer: Any, options: DrafterOptions, asked_for: bool
 ) -> Drafter | None:
     """The drafter; None, with one line, where nobody asked for it and the model cannot draft."""
-    from redrafter_mlx import hub
+    from redrafter_mlx.loading import hub
 
     try:
         return hub.load_drafter(name, model, tokenizer=tokenizer, **dataclasses.asdict(options))
@@ -262,23 +217,6 @@ def _load_drafter(
             raise
         _log.warning("plain decoding, because %s", error)
         return None
-
-
-class _PromptProgress:
-    """A bar on the terminal while a long prompt is processed."""
-
-    def __init__(self):
-        self._bar = None
-
-    def __call__(self, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None:
-            hidden = not sys.stderr.isatty() or total < 1024
-            self._bar = tqdm(total=total, desc="prompt", unit="tok", leave=False, disable=hidden)
-        self._bar.update(done - self._bar.n)
-        if done >= total - 1:
-            self._bar.close()
 
 
 class _Printed:

@@ -19,8 +19,6 @@ from mlx_lm.generate import TextStateMachine, wired_limit
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx import device
-from redrafter_mlx.budget import AutoBudget, Budget, FixedBudget
 from redrafter_mlx.config import (
     AUTO,
     DraftOptions,
@@ -31,14 +29,16 @@ from redrafter_mlx.config import (
 from redrafter_mlx.decoding import Rule, decode, overlap
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.pricing.knowledge import Knowledge, knowledge_of
-from redrafter_mlx.round import Context, Step
-from redrafter_mlx.sampling import Sampler
-from redrafter_mlx.stats import Stats
+from redrafter_mlx.machine import device
+from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
+from redrafter_mlx.pricing.budget import AutoBudget, Budget, FixedBudget
+from redrafter_mlx.rounds.round import Context, Step
+from redrafter_mlx.rounds.sampling import Sampler
+from redrafter_mlx.rounds.stats import Stats
+from redrafter_mlx.rounds.tree import TokenTree
+from redrafter_mlx.rounds.verification import Match, Rejection, Typical
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.target.cache import LayerCaches, Quantization
-from redrafter_mlx.tree import TokenTree
-from redrafter_mlx.verification import Match, Rejection, Typical
 
 FIRST_USE = (
     "the first token takes a while: kernels are being compiled for this GPU, as they are when a "

@@ -100,8 +100,8 @@ def _main(flags: Namespace) -> int:
         raise UserError(f"--keep {flags.keep} is outside its range: 0 to 1")
     options = [from_flags(group, flags) for group in (DataOptions, HeadOptions, TrainingOptions)]
     _check_output(flags)
-    from redrafter_mlx import hub
-    from redrafter_mlx.storage import in_use
+    from redrafter_mlx.loading import hub
+    from redrafter_mlx.machine.storage import in_use
     from redrafter_mlx.training.recipes import recipe_for
     from redrafter_mlx.training.run import shape_of
 
@@ -171,7 +171,7 @@ class Source:
 
 @functools.cache
 def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
-    from redrafter_mlx import hub
+    from redrafter_mlx.loading import hub
     from redrafter_mlx.target.adapter import adapt
     from redrafter_mlx.training.recipes import RECIPES
 
@@ -358,7 +358,7 @@ def _estimate_part(source: Source, options: DataOptions, jobs: int, job: int, te
 
 
 def _evaluate(flags: Namespace, model) -> int:
-    from redrafter_mlx import hub
+    from redrafter_mlx.loading import hub
     from redrafter_mlx.training.run import (
         ALL_TOKENS,
         Places,

@@ -20,7 +20,7 @@ from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
-    from redrafter_mlx.pricing.tuning import Tuning
+    from redrafter_mlx.measuring.tuning import Tuning
 
 DEMO, NONE = "demo", "none"
 _log = logging.getLogger("redrafter_mlx")
@@ -69,10 +69,10 @@ def _main(flags: Namespace) -> int:
     if flags.picture and not flags.picture.parent.is_dir():
         raise UserError(f"--picture {flags.picture}: no such directory {flags.picture.parent}")
 
-    from redrafter_mlx import hub
-    from redrafter_mlx.pricing.picture import draw
-    from redrafter_mlx.pricing.profile import save
-    from redrafter_mlx.pricing.tuning import tune
+    from redrafter_mlx.loading import hub
+    from redrafter_mlx.measuring.picture import draw
+    from redrafter_mlx.measuring.profile import save
+    from redrafter_mlx.measuring.tuning import tune
     from redrafter_mlx.target.adapter import adapt
 
     model, tokenizer = hub.load(

@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with a thread for e
 
 import pytest
 
-from redrafter_mlx import hub
+from redrafter_mlx.loading import hub
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from itertools import pairwise
 import numpy as np
 
 from benchmarks.policy import Told
-from redrafter_mlx.budget import AutoBudget, FixedBudget
 from redrafter_mlx.drafters.beam_search import collect
+from redrafter_mlx.pricing.budget import AutoBudget, FixedBudget
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 
 @dataclass

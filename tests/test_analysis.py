@@ -14,7 +14,7 @@ from redrafter_mlx.analysis import (
     swi,
     tokens_per_round,
 )
-from redrafter_mlx.stats import Stats
+from redrafter_mlx.rounds.stats import Stats
 
 ROUNDS = 10_000_000
 THREE_DECIMALS = 1e-3

@@ -10,7 +10,7 @@ from benchmarks.report import policy_tables
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.pricing.curve import CostCurve, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import settings_within
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.rounds.tree import Candidates
 
 FULL = bench.FULL
 COSTS = bench.Costs(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import first_run, machines, prompts, ratios, report
-from redrafter_mlx.budget import FixedBudget
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.tree import Candidates
 
 RUN = {"category": "qa", "temp": 0.0, "decode_seconds": 2.0, "first_seconds": 0.1}
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from redrafter_mlx import blas, openblas
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import blas, openblas
 
 OPENBLAS = "libopenblas.so.0"
 
@@ -193,7 +193,7 @@ def test_the_package_puts_a_fast_blas_before_the_reference_one():
     """In a fresh process, the global cblas_sgemm is the preloaded library's own."""
     program = """if True:
         import ctypes
-        from redrafter_mlx import blas
+        from redrafter_mlx.machine import blas
         import mlx.core
         found = blas.loaded()
         assert found, "the package imported mlx.core before the BLAS"

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.protocol import Written
-from redrafter_mlx.round import Context, Transcript
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Context, Transcript
+from redrafter_mlx.rounds.tree import Candidates
 from support import generation, ids, random_drafter, tiny_prompt
 
 WIDE = FixedBudget(4, 5, 64)

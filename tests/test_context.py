@@ -6,8 +6,8 @@ import mlx.nn as nn
 import pytest
 
 from families import build
-from redrafter_mlx.context import fitting, known_positions
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading.context import fitting, known_positions
 
 
 def test_what_a_config_says():

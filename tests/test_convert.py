@@ -259,7 +259,7 @@ def test_links_of_the_hugging_face_cache_are_followed(head, tmp_path):
 
 
 def test_a_repo_is_downloaded_at_its_revision(head, tmp_path, monkeypatch):
-    from redrafter_mlx import places
+    from redrafter_mlx.loading import places
 
     asked = []
     fetch = lambda name, revision, allow_patterns: (asked.append((name, revision)), head)[1]

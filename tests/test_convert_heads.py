@@ -208,7 +208,7 @@ def test_a_medusa_head_inside_the_model_that_was_trained_with_it(copied, tmp_pat
 
 
 def test_of_a_repo_only_the_shards_of_the_head_are_downloaded(copied, tmp_path, monkeypatch):
-    from redrafter_mlx import places
+    from redrafter_mlx.loading import places
 
     source = copied("medusa")
     tensors = {f"medusa_head.{n}": x for n, x in read(source).items()}

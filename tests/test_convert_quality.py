@@ -9,8 +9,8 @@ import pytest
 from mlx_lm import batch_generate
 
 from convert_heads import convert
-from redrafter_mlx import hub
-from redrafter_mlx.round import Transcript
+from redrafter_mlx.loading import hub
+from redrafter_mlx.rounds.round import Transcript
 from redrafter_mlx.target.adapter import adapt
 
 ROOT = Path(__file__).parents[1]

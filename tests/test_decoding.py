@@ -8,14 +8,15 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from families import build
-from redrafter_mlx import decoding, device, stream
-from redrafter_mlx.budget import FixedBudget
+from redrafter_mlx import decoding, stream
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.protocol import NoDrafter
-from redrafter_mlx.round import Transcript
-from redrafter_mlx.sampling import Sampler
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Transcript
+from redrafter_mlx.rounds.sampling import Sampler
+from redrafter_mlx.rounds.verification import Match
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.verification import Match
 from support import (
     BUDGET,
     ScriptedDrafter,

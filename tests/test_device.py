@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx import device
 from redrafter_mlx.config import DraftOptions
-from redrafter_mlx.storage import CACHE_VARIABLE
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import CACHE_VARIABLE
 from support import generation, random_drafter, tiny_prompt
 
 X = np.concatenate([np.linspace(-100, 100, 4001), [-1e30, -0.0, 0.0, 1e4]]).astype(np.float32)

@@ -8,10 +8,11 @@ import mlx.core as mx
 import pytest
 
 from families import build
-from redrafter_mlx import diagnosis, doctor, hub
+from redrafter_mlx import diagnosis, doctor
 from redrafter_mlx.diagnosis import Answer, Check
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import hub
 from redrafter_mlx.stream import Generation, Token
 from redrafter_mlx.target.adapter import adapt
 from support import TinyTokenizer, random_drafter

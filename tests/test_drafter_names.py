@@ -2,13 +2,13 @@
 
 import pytest
 
-from redrafter_mlx import hub
 from redrafter_mlx.config import DrafterOptions
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.spec import POSSIBLE, Spec, cascade_matrix, parse
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import hub
 
 NONE = DrafterOptions()
 

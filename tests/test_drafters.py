@@ -3,13 +3,13 @@
 import pytest
 
 from families import build
-from redrafter_mlx import hub
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.loading import hub
 from support import generation, ids, random_drafter, tiny_prompt
 
 V = 97

@@ -12,13 +12,13 @@ import pytest
 from published_heads import write_eagle3
 
 from families import build
-from redrafter_mlx import hub
 from redrafter_mlx.config import DraftOptions, EngineOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.engine import Engine, QueueFull, Request, Served, Stopping
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import adapt
 from support import Numbers, ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 

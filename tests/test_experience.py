@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from redrafter_mlx.config import DraftOptions
-from redrafter_mlx.pricing.acceptance import Draft, experience_from
+from redrafter_mlx.measuring.acceptance import Draft, experience_from
+from redrafter_mlx.measuring.knowledge import nearest
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.experience import FILE, Experience, as_text, read
-from redrafter_mlx.pricing.knowledge import nearest
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 FULL = Setting(2, 3)
 DEMO = Path(__file__).parent.parent / "redrafter_mlx" / "demo_drafter"

@@ -24,8 +24,10 @@ from filelock import FileLock
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from gguf_writer import tiny
-from redrafter_mlx import cli, demo, hub, places, storage
+from redrafter_mlx import cli
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import demo, hub, places
+from redrafter_mlx.machine import storage
 from test_hub import COMMIT, FakeHub
 
 ROOT = Path(__file__).parent.parent
@@ -424,7 +426,7 @@ def test_ctrl_c_while_the_blas_is_made_leaves_nothing(machine):
 @ONLY_LINUX
 def test_ctrl_c_in_a_program_that_imports_the_package_is_the_programs(machine):
     machine.put("redrafter_mlx/__init__.py", (ROOT / "redrafter_mlx/__init__.py").read_text())
-    machine.put("redrafter_mlx/blas.py", "def preload(): raise KeyboardInterrupt")
+    machine.put("redrafter_mlx/machine/blas.py", "def preload(): raise KeyboardInterrupt")
     done = subprocess.run(
         [sys.executable, "-c", "import redrafter_mlx"],
         cwd=machine.scratch,

@@ -164,7 +164,7 @@ def result_of(result: tuple[int, str, str]) -> dict:
 
 
 def test_the_text_is_that_of_the_python_interface(tiny, command, drafted):
-    hub = importlib.import_module("redrafter_mlx.hub")
+    hub = importlib.import_module("redrafter_mlx.loading.hub")
     model, tokenizer = hub.load(str(tiny / "plain"))
     expected = generate_text(model, tokenizer, "the end", max_tokens=24)
     assert len(expected) >= 24
@@ -217,7 +217,7 @@ def test_drafting_is_the_default_where_the_model_can(command, monkeypatch, caplo
     def refuse(*args, **kwargs):
         raise UserError("it cannot verify a tree")
 
-    monkeypatch.setattr("redrafter_mlx.hub.load_drafter", refuse)
+    monkeypatch.setattr("redrafter_mlx.loading.hub.load_drafter", refuse)
     found = result_of(command(*words))
     assert (found["drafter"], found["text"]) == (None, plain["text"])
     assert "plain decoding, because it cannot verify a tree" in caplog.text

@@ -34,9 +34,9 @@ from gguf_writer import (
     tiny_metadata,
     tiny_tensors,
 )
-from redrafter_mlx import hub
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import import_gguf
+from redrafter_mlx.loading import hub
 
 PROMPT = [5, 60, 61, 200, 7, 7, 90, 0, 17]
 

@@ -11,8 +11,9 @@ import mlx_lm
 import pytest
 
 from gguf_writer import imported, tiny
-from redrafter_mlx import demo, hub, storage
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import demo, hub
+from redrafter_mlx.machine import storage
 
 PARTS = 3
 

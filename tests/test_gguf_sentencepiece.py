@@ -9,9 +9,9 @@ import pytest
 import sentencepiece
 
 from gguf_writer import TOKENS, Gguf, imported, tiny, tiny_metadata, tiny_tensors
-from redrafter_mlx import hub
 from redrafter_mlx.gguf.file import read_gguf
 from redrafter_mlx.gguf.tokenizer import end_token_ids
+from redrafter_mlx.loading import hub
 from test_gguf_tokenizer import made, random_texts
 
 CORPUS = (

@@ -11,7 +11,7 @@ from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.text import OwnVocabulary
-from redrafter_mlx.round import View
+from redrafter_mlx.rounds.round import View
 
 HEADS = Path(__file__).parent / "fixtures" / "heads"
 EAGLES = sorted(path.name for path in HEADS.glob("eagle3*"))

@@ -11,15 +11,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
 from families import build
-from redrafter_mlx import device
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters import dflash
 from redrafter_mlx.drafters.attention import CHUNK
 from redrafter_mlx.drafters.block import BlockConfig, BlockHead, BlockText, MarkovHead, Sight, seen
 from redrafter_mlx.drafters.dflash import DFlashDrafter, LinkedDrafter
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.text import WholeVocabulary
-from redrafter_mlx.round import Context, Trail, Transcript, View
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Context, Trail, Transcript, View
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training import replay
 from support import ScriptedDrafter, generation, ids, tiny_prompt

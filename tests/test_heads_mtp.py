@@ -22,7 +22,7 @@ from redrafter_mlx.drafters.mtp import KIND
 from redrafter_mlx.drafters.published import load_published, shards_of
 from redrafter_mlx.drafters.text import WholeVocabulary
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Trail, View
+from redrafter_mlx.rounds.round import Trail, View
 from redrafter_mlx.target.adapter import Target, adapt
 from support import generation, ids, tiny_prompt
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters.medusa import MedusaConfig, MedusaDrafter, MedusaHead
 from redrafter_mlx.drafters.text import WholeVocabulary
-from redrafter_mlx.round import Context, Trail, Transcript
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Context, Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training import replay
 from support import tiny_prompt

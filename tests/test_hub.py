@@ -23,10 +23,11 @@ import pytest
 from mlx.utils import tree_flatten
 from tokenizers import pre_tokenizers
 
-from redrafter_mlx import demo, hub, places, storage
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import import_gguf
-from redrafter_mlx.precision import compute_in_float32
+from redrafter_mlx.loading import demo, hub, places
+from redrafter_mlx.loading.precision import compute_in_float32
+from redrafter_mlx.machine import storage
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
@@ -297,7 +298,7 @@ def test_the_cache_is_the_platforms(monkeypatch):
 
 CONVERT = """
 import os, signal, sys, time
-from redrafter_mlx import hub
+from redrafter_mlx.loading import hub
 
 convert = hub.import_gguf
 
@@ -541,7 +542,7 @@ def endpoint(model):
 
 LOAD_ALL = """
 import json, sys
-from redrafter_mlx import hub
+from redrafter_mlx.loading import hub
 
 results = {}
 for name in sys.argv[1:]:

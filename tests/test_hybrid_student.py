@@ -12,7 +12,7 @@ from test_training_data import OWN, target, write
 
 from benchmarks import hybrid_student as bench
 from benchmarks import student
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
 from redrafter_mlx.training.shards import training_shards
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 

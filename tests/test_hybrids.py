@@ -11,10 +11,10 @@ from mlx_lm.generate import generate_step
 
 from families import build
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target import hooks, lineage, recurrence, state
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.state import StateCache
-from redrafter_mlx.tree import TokenTree
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
 HYBRIDS = [

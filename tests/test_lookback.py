@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx import device
 from redrafter_mlx.drafters.lookback import Lookback, Memory
 from redrafter_mlx.drafters.text import TextMemory
-from redrafter_mlx.round import Trail, Transcript
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
 from support import BUDGET, generation, ids, random_drafter, tiny_prompt
 

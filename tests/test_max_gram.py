@@ -7,7 +7,6 @@ import time
 import mlx.core as mx
 import pytest
 
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.drafters.max_gram import (
     BREAK,
     HitRates,
@@ -17,7 +16,8 @@ from redrafter_mlx.drafters.max_gram import (
 )
 from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Transcript
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Context, Transcript
 
 BUDGET = FixedBudget(4, 5, 16)
 VOCABULARY = 100

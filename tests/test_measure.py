@@ -9,11 +9,11 @@ from families import build
 from redrafter_mlx.config import DraftOptions, SamplingOptions, TuneOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
-from redrafter_mlx.pricing.acceptance import best_choice, record, tokens_per_round
+from redrafter_mlx.measuring.acceptance import best_choice, record, tokens_per_round
+from redrafter_mlx.measuring.measure import Timings, bushy_tree, measure_drafts, measure_passes
+from redrafter_mlx.measuring.tuning import tune, verdict
 from redrafter_mlx.pricing.curve import CostCurve, Setting
-from redrafter_mlx.pricing.measure import Timings, bushy_tree, measure_drafts, measure_passes
 from redrafter_mlx.pricing.policy import settings_within
-from redrafter_mlx.pricing.tuning import tune, verdict
 from redrafter_mlx.target.adapter import adapt
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 

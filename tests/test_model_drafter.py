@@ -8,13 +8,13 @@ import pytest
 
 import families
 from families import build
-from redrafter_mlx import device
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.model import ModelDrafter, check_tokenizers, warn_if_larger
 from redrafter_mlx.drafters.protocol import Written
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Transcript
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Context, Transcript
 from redrafter_mlx.target.adapter import adapt
 from support import generation, ids, tiny_prompt
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from redrafter_mlx import openblas
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import openblas
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS")
 

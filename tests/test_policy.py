@@ -6,11 +6,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-from redrafter_mlx.budget import AutoBudget
+from redrafter_mlx.pricing.budget import AutoBudget
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import Policy, settings_within
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from simulated import Guesser, Machine, best_fixed, play, yields
 
 FULL = Setting(4, 5)

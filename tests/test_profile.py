@@ -12,14 +12,14 @@ import pytest
 
 from families import build
 from redrafter_mlx.config import DraftOptions
-from redrafter_mlx.pricing import profile as profiles
+from redrafter_mlx.measuring import profile as profiles
+from redrafter_mlx.measuring.knowledge import Knowledge
+from redrafter_mlx.measuring.profile import Profile, identify, load, profile_path, save
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.pricing.knowledge import Knowledge
-from redrafter_mlx.pricing.profile import Profile, identify, load, profile_path, save
+from redrafter_mlx.rounds.tree import Candidates
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.tree import Candidates
 from support import generation, ids, random_drafter, tiny_prompt
 
 FULL = Setting(4, 5)
@@ -216,7 +216,7 @@ def test_a_look_at_a_machine_that_was_busy_is_not_kept(model, drafter, monkeypat
     busy = {1: 0.114, 2: 0.581, 4: 0.581, 8: 2.66, 16: 3.55}
     quiet = {1: 0.075, 2: 0.094, 4: 0.101, 8: 0.104, 16: 0.133}
     looks = iter([busy, quiet])
-    monkeypatch.setattr("redrafter_mlx.pricing.knowledge.look_at_passes", lambda *_: next(looks))
+    monkeypatch.setattr("redrafter_mlx.measuring.knowledge.look_at_passes", lambda *_: next(looks))
     found, _ = known(model, drafter)
     assert "something else is using this machine" in caplog.text
     found.keep(20)
@@ -281,7 +281,7 @@ def test_many_processes_at_once_lose_nothing(profile):
     script = """
 import sys
 from dataclasses import replace
-from redrafter_mlx.pricing.profile import load, update
+from redrafter_mlx.measuring.profile import load, update
 import json
 identity = json.loads(sys.argv[1])
 for i in range(20):
@@ -298,7 +298,7 @@ def test_a_process_that_is_killed_corrupts_nothing(profile, tmp_path):
     script = """
 import json, sys
 from dataclasses import replace
-from redrafter_mlx.pricing.profile import update
+from redrafter_mlx.measuring.profile import update
 identity, big = json.loads(sys.argv[1]), "x" * 1_000_000
 print("ready", flush=True)
 while True:

@@ -11,7 +11,6 @@ import pytest
 from published_heads import write, write_eagle3, write_medusa
 
 from families import build
-from redrafter_mlx import device, hub, places
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
 from redrafter_mlx.drafters.kinds import recognised
@@ -21,7 +20,9 @@ from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.known_heads import download_head, known_head, own_head, pairs
+from redrafter_mlx.loading import hub, places
+from redrafter_mlx.loading.known_heads import download_head, known_head, own_head, pairs
+from redrafter_mlx.machine import device
 from redrafter_mlx.target.adapter import adapt
 from support import BUDGET, ScriptedDrafter, generation, ids, tiny_prompt
 

@@ -11,12 +11,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from families import build
-from redrafter_mlx import hub
 from redrafter_mlx.drafters import eagle3
 from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.lockstep import Part, Role, play

@@ -12,7 +12,7 @@ from families import build
 from redrafter_mlx.drafters.beam_search import beam_search, collect
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
-from redrafter_mlx.round import Transcript
+from redrafter_mlx.rounds.round import Transcript
 from redrafter_mlx.target.adapter import adapt
 from support import random_drafter
 

@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx.budget import FixedBudget
 from redrafter_mlx.config import SamplingOptions
 from redrafter_mlx.drafters.drawn import draw, drawn_tree
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Outcome, Transcript
-from redrafter_mlx.sampling import Sampler, gumbel, seed_key
-from redrafter_mlx.stats import Stats
-from redrafter_mlx.tree import DrawnTree, TokenTree
-from redrafter_mlx.verification import Match, Rejection, Typical
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.rounds.round import Context, Outcome, Transcript
+from redrafter_mlx.rounds.sampling import Sampler, gumbel, seed_key
+from redrafter_mlx.rounds.stats import Stats
+from redrafter_mlx.rounds.tree import DrawnTree, TokenTree
+from redrafter_mlx.rounds.verification import Match, Rejection, Typical
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
 V, DRAWS, TEMP = 8, 100_000, 0.8

@@ -9,9 +9,9 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from families import build
-from redrafter_mlx import hub
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions
+from redrafter_mlx.loading import hub
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
 BUDGETS = [

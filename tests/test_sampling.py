@@ -13,9 +13,9 @@ from mlx_lm.sample_utils import (
     make_logits_processors,
 )
 
-from redrafter_mlx import sampling
 from redrafter_mlx.config import SamplingOptions
-from redrafter_mlx.sampling import Noise, Sampler, gumbel, seed_key, threefry
+from redrafter_mlx.rounds import sampling
+from redrafter_mlx.rounds.sampling import Noise, Sampler, gumbel, seed_key, threefry
 
 DRAWS = 100_000
 

@@ -20,9 +20,9 @@ import pytest
 from mlx_lm.utils import save_config, save_model
 
 import families
-from redrafter_mlx import hub
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.engine import Engine, load_served
+from redrafter_mlx.loading import hub
 from redrafter_mlx.server import __main__ as command
 from scripted_engine import CHAT, SPECIAL, save_tokenizer, serving, wait_until
 from support import generation

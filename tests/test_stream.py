@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx import UserError, generate, hub, stream, stream_generate
+from redrafter_mlx import UserError, generate, stream, stream_generate
 from redrafter_mlx.check import compare_with_plain
-from redrafter_mlx.verification import Match
+from redrafter_mlx.loading import hub
+from redrafter_mlx.rounds.verification import Match
 from support import accept_everything, generation, ids, random_drafter, tiny_prompt
 
 MESSAGE = "Count from one to five in words."

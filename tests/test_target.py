@@ -7,14 +7,14 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from families import build
-from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Verdict
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Verdict
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.target.cache import BLOCK, Branches, TreeCache
 from redrafter_mlx.target.lineage import Lineage
 from redrafter_mlx.target.probe import tree_difference
-from redrafter_mlx.tree import TokenTree
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
 TREE = TokenTree.best(5, [1, 2, 3, 4, 6], [-1, -1, 0, 0, 1], [-1, -2, -3, -4, -5], budget=6)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx import hub, train
+from redrafter_mlx import train
 from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.loading import hub
+from redrafter_mlx.machine.storage import in_use
 from redrafter_mlx.pricing.experience import read as read_experience
-from redrafter_mlx.storage import in_use
 from redrafter_mlx.training import run as training_run
 from support import TinyTokenizer, generation, ids, tiny_prompt
 from test_generate_command import build as build_words

@@ -16,7 +16,7 @@ from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.head import HeadConfig
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import View
+from redrafter_mlx.rounds.round import View
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training import features
 from redrafter_mlx.training.gradients import Crew, Gradients

@@ -14,7 +14,7 @@ import pytest
 
 from families import build
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import in_use
+from redrafter_mlx.machine.storage import in_use
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import data, shards
 from redrafter_mlx.training.data import Counts, write_data

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from redrafter_mlx.drafters.beam_search import collect
+from redrafter_mlx.rounds.tree import PENDING, Candidates, TokenTree
 from redrafter_mlx.target.lineage import Lineage
-from redrafter_mlx.tree import PENDING, Candidates, TokenTree
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden" / "tree_packing.safetensors"
 ROOT = 7

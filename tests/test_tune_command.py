@@ -5,9 +5,10 @@ import json
 import pytest
 
 from families import build
-from redrafter_mlx import hub, tune
+from redrafter_mlx import tune
+from redrafter_mlx.loading import hub
+from redrafter_mlx.measuring.profile import identify, load
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.profile import identify, load
 from redrafter_mlx.target.adapter import adapt
 from support import TinyTokenizer, random_drafter
 

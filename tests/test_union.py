@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from benchmarks.policy import Told
-from redrafter_mlx.budget import AutoBudget, FixedBudget
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter, pooled
+from redrafter_mlx.pricing.budget import AutoBudget, FixedBudget
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import Policy
-from redrafter_mlx.round import Context, Transcript
-from redrafter_mlx.sampling import Noise
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.round import Context, Transcript
+from redrafter_mlx.rounds.sampling import Noise
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 
 class Fixed:

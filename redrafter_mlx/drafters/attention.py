@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.beams import BeamDrafter, Begun
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
+from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.round import Context, Trail, Transcript, View
+from redrafter_mlx.rounds.round import Context, Trail, Transcript, View
 
 CHUNK = 512
 """Tokens of a text that are read in one pass, and places that the buffers begin with."""

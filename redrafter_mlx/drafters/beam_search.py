@@ -11,7 +11,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.rounds.tree import Candidates
 
 BLOCK = 64
 """Columns of one block of the two-level search for the likeliest tokens."""

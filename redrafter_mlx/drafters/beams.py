@@ -16,16 +16,16 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import beam_search, collect
 from redrafter_mlx.drafters.drawn import draw, drawn_tree
 from redrafter_mlx.drafters.protocol import Unheeding
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import Budget
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.round import Context
-from redrafter_mlx.sampling import Noise, gumbel
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.sampling import Noise, gumbel
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 Begun = tuple[mx.array, list[mx.array]]
 """What a head's steps begin from: (P, c) of each position, and its memory of the text before it:

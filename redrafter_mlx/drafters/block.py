@@ -22,10 +22,10 @@ import mlx.nn as nn
 from mlx_lm.models import qwen3
 from mlx_lm.models.rope_utils import initialize_rope
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.attention import CHUNK, DraftKeys, TextKeys, TextLayers, memory_of
 from redrafter_mlx.drafters.beam_search import top_k
-from redrafter_mlx.round import Trail, Transcript, View
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Trail, Transcript, View
 from redrafter_mlx.target.rope import accept_row_offsets
 
 

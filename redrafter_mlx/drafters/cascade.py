@@ -11,10 +11,10 @@ from copy import copy
 
 import numpy as np
 
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Drafter, Written, candidates_of
-from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import Candidates, TokenTree
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context, Step
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 
 class CascadeDrafter:

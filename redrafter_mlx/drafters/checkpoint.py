@@ -23,7 +23,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.tensors import (
     CONVERTER,
@@ -36,6 +35,7 @@ from redrafter_mlx.drafters.tensors import (
     read_tensors,
 )
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 UNUSED = {

@@ -43,7 +43,7 @@ from redrafter_mlx.drafters.published import (
 from redrafter_mlx.drafters.shapes import rope_of
 from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, View
+from redrafter_mlx.rounds.round import Context, View
 from redrafter_mlx.target.adapter import Target
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx.budget import Budget
-from redrafter_mlx.sampling import gumbel
-from redrafter_mlx.tree import Candidates, DrawnTree, TokenTree
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.sampling import gumbel
+from redrafter_mlx.rounds.tree import Candidates, DrawnTree, TokenTree
 
 
 def draw(

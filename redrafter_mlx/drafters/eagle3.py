@@ -17,7 +17,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama, qwen3
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead
 from redrafter_mlx.drafters.published import (
     Experiences,
@@ -33,6 +32,7 @@ from redrafter_mlx.drafters.published import (
 from redrafter_mlx.drafters.shapes import rope_of
 from redrafter_mlx.drafters.text import OwnVocabulary
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.rope import accept_row_offsets
 

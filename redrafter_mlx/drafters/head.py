@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.lookback import SIZE, Lookback, Memory
+from redrafter_mlx.machine import device
 
 
 @dataclass(frozen=True)

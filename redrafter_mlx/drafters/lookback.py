@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
 
 SIZE = 64
 """Of an attention head, in a new lookback."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Written
 from redrafter_mlx.drafters.suffixes import Match, SuffixAutomaton
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Step, Transcript
-from redrafter_mlx.tree import Candidates, TokenTree, Trie
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context, Step, Transcript
+from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 
 BREAK = -1
 """Stands between two texts of the index; nothing is proposed across it."""

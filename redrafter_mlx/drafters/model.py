@@ -15,17 +15,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import device
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.beam_search import top_k
 from redrafter_mlx.drafters.drawn import draw, drawn_tree
 from redrafter_mlx.drafters.protocol import Written
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Step, Transcript
-from redrafter_mlx.sampling import Noise, gumbel
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context, Step, Transcript
+from redrafter_mlx.rounds.sampling import Noise, gumbel
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.target.cache import LayerCaches
-from redrafter_mlx.tree import Candidates, TokenTree
 
 CHUNK = 512
 """Tokens of a new text that are read at a time."""

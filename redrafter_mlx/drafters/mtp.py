@@ -26,7 +26,6 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead
 from redrafter_mlx.drafters.published import (
     Experiences,
@@ -37,7 +36,8 @@ from redrafter_mlx.drafters.published import (
     targets_vocabulary,
 )
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.rope import accept_row_offsets, takes_offset
 

@@ -15,12 +15,12 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.beam_search import top_k
 from redrafter_mlx.drafters.beams import BeamDrafter, known_noise
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
+from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.tree import Candidates, Trie
+from redrafter_mlx.rounds.tree import Candidates, Trie
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from redrafter_mlx.budget import Budget
-from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import Candidates, TokenTree, Trie
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context, Step
+from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 
 
 class Drafter(Protocol):

@@ -20,7 +20,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.tensors import (
     check_names_and_shapes,
@@ -32,8 +31,9 @@ from redrafter_mlx.drafters.tensors import (
 )
 from redrafter_mlx.drafters.text import TextVocabulary, WholeVocabulary
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.storage import one_line
 from redrafter_mlx.target.adapter import Target
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -16,7 +16,7 @@ from redrafter_mlx.drafters.head import RecurrentHead, State, Steps
 from redrafter_mlx.drafters.lookback import Memory
 from redrafter_mlx.drafters.text import OwnVocabulary, TextMemory, TextVocabulary
 from redrafter_mlx.pricing.experience import Experience
-from redrafter_mlx.round import Context, Trail, Transcript, View
+from redrafter_mlx.rounds.round import Context, Trail, Transcript, View
 
 
 @dataclass(frozen=True)

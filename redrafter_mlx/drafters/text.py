@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.head import RecurrentHead
-from redrafter_mlx.round import Trail, Transcript, View
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Trail, Transcript, View
 
 
 class TextMemory:

@@ -8,10 +8,10 @@ from copy import copy
 
 import numpy as np
 
-from redrafter_mlx.budget import Budget
 from redrafter_mlx.drafters.protocol import Drafter, candidates_of
-from redrafter_mlx.round import Context, Step
-from redrafter_mlx.tree import Candidates, TokenTree, Trie
+from redrafter_mlx.pricing.budget import Budget
+from redrafter_mlx.rounds.round import Context, Step
+from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 
 
 class UnionDrafter:
@@ -72,23 +72,20 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     """
     if len(parts) == 1:
         return parts[0]
-    trie, beams, always, opinions = Trie(parts[0].root), [], set(), []
-    for part in parts:
-        assert part.root == trie.tokens[0], "candidates must have the same root"
-        place = []
-        said = defaultdict(dict)  # node -> {its child: log-probability of the step}
-        steps = part.logprobs - np.append(part.logprobs, 0.0)[part.parents]  # the root's lies at -1
-        for token, parent, step in zip(part.tokens, part.parents.tolist(), steps, strict=True):
-            above = 0 if parent < 0 else place[parent]
-            place.append(trie.add(above, int(token), -np.inf))
-            said[above][place[-1]] = float(step)
-        opinions.append(said)
-        beams += [place[beam] for beam in part.beams]
-        always.update(place[node] for node in np.flatnonzero(part.always))
-    for node in range(len(trie.tokens)):  # parents come before their children
-        for child, step in _pool([said[node] for said in opinions if node in said]).items():
-            trie.logprobs[child] = trie.logprobs[node] + step
-    return trie.candidates(beams, always)
+
+    def pool(trie: Trie, places: list[list[int]]) -> None:
+        opinions = []
+        for part, place in zip(parts, places, strict=True):
+            said = defaultdict(dict)  # node -> {its child: log-probability of the step}
+            before = np.append(part.logprobs, 0.0)[part.parents]  # the root's lies at -1
+            for node, step in zip(place, (part.logprobs - before).tolist(), strict=True):
+                said[trie.parents[node]][node] = step
+            opinions.append(said)
+        for node in range(len(trie.tokens)):  # parents come before their children
+            for child, step in _pool([said[node] for said in opinions if node in said]).items():
+                trie.logprobs[child] = trie.logprobs[node] + step
+
+    return Candidates.united(parts, pool)
 
 
 def _pool(opinions: Sequence[dict[int, float]]) -> dict[int, float]:

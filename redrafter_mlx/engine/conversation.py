@@ -11,7 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from redrafter_mlx.engine.prefixes import common_length
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine.storage import one_line
 
 ANSWER, REASONING, TOOL = "normal", "reasoning", "tool"
 """Channels of what a model says, by mlx-lm's names."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from mlx_lm.generate import wired_limit
 
-from redrafter_mlx import device
 from redrafter_mlx.config import EngineOptions
 from redrafter_mlx.engine.prefixes import UNREAD, Prefix, Prefixes
 from redrafter_mlx.engine.request import Request, Ticket, Turn
@@ -21,7 +20,8 @@ from redrafter_mlx.engine.run import Run
 from redrafter_mlx.engine.saved import load_prefixes, save_prefixes
 from redrafter_mlx.engine.served import Served
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.places import expanded
+from redrafter_mlx.loading.places import expanded
+from redrafter_mlx.machine import device
 from redrafter_mlx.stream import quantization
 from redrafter_mlx.target.adapter import STEPS_BACK
 

@@ -17,8 +17,8 @@ import mlx.core as mx
 
 from redrafter_mlx.engine.prefixes import Prefix
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.pricing.profile import identify
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine.storage import one_line
+from redrafter_mlx.measuring.profile import identify
 from redrafter_mlx.target.adapter import STEPS_BACK, Target
 from redrafter_mlx.target.cache import TreeCache
 

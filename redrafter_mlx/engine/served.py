@@ -10,15 +10,15 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx import hub
 from redrafter_mlx.config import DrafterOptions
-from redrafter_mlx.context import known_positions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.spec import AUTO, MAX_GRAM
 from redrafter_mlx.engine.request import DEFAULT, PLAIN
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.pricing.knowledge import Knowledge, knowledge_of
+from redrafter_mlx.loading import hub
+from redrafter_mlx.loading.context import known_positions
+from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
 from redrafter_mlx.target.adapter import Target, adapt
 
 _log = logging.getLogger("redrafter_mlx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.rounds.tree import Candidates
 
 
 class Calibration:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.policy import Policy, Samples
-from redrafter_mlx.storage import one_line
-from redrafter_mlx.tree import Candidates
+from redrafter_mlx.rounds.tree import Candidates
 
 _log = logging.getLogger("redrafter_mlx")
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import LiveCosts, LiveDraftCosts, Setting
-from redrafter_mlx.tree import Candidates, TokenTree, likeliest
+from redrafter_mlx.rounds.tree import Candidates, TokenTree, likeliest
 
 MOST_NODES = 64
 """Largest tree that is considered."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from redrafter_mlx.engine import QueueFull, Stopping
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine.storage import one_line
 
 _log = logging.getLogger("redrafter_mlx")
 

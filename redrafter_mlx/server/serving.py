@@ -14,11 +14,11 @@ import uvicorn
 from redrafter_mlx import cli
 from redrafter_mlx.engine import Engine
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.server.app import Server
 from redrafter_mlx.server.models import Models
 from redrafter_mlx.server.options import ServerOptions
 from redrafter_mlx.server.plan import Defaults
-from redrafter_mlx.storage import one_line
 
 LAST_SECONDS = 5
 """That replies have to reach their clients after the last request has ended."""

@@ -20,17 +20,17 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import Context, Outcome, Trail, Transcript, Verdict, View
-from redrafter_mlx.sampling import Noise
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import Context, Outcome, Trail, Transcript, Verdict, View
+from redrafter_mlx.rounds.sampling import Noise
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target import exchange, hooks, parallel
 from redrafter_mlx.target.cache import Branches, CacheGroup, LayerCaches, Quantization, TreeCache
 from redrafter_mlx.target.probe import Parity, probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
 from redrafter_mlx.target.state import StateCache, forward_pass
 from redrafter_mlx.target.tape import recording
-from redrafter_mlx.tree import TokenTree
 
 STEPS_BACK = 4
 """Passes that a run may be ahead of the tokens it has handed on."""

@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache
 
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.lineage import Lineage
 from redrafter_mlx.target.state import StateCache
-from redrafter_mlx.tree import TokenTree
 
 BLOCK = 256
 """Rows by which the buffers grow."""

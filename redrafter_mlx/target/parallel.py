@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.cache import Branches, LayerCaches, Quantization
-from redrafter_mlx.tree import TokenTree
 
 if TYPE_CHECKING:
     from redrafter_mlx.target.adapter import Target

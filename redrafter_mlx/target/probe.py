@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import one_line
+from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.rope import takes_offset
-from redrafter_mlx.tree import TokenTree
 
 if TYPE_CHECKING:
     from redrafter_mlx.target.adapter import Target

@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import in_use, one_line
+from redrafter_mlx.machine.storage import in_use, one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.estimate import share
 from redrafter_mlx.training.filters import Sieve, loop_end

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.cache import BLOCK
 from redrafter_mlx.target.state import StateCache

@@ -18,7 +18,7 @@ from redrafter_mlx.drafters.eagle3 import Eagle3Head
 from redrafter_mlx.drafters.head import RecurrentHead
 from redrafter_mlx.drafters.lookback import Memory
 from redrafter_mlx.drafters.medusa import MedusaHead
-from redrafter_mlx.round import View
+from redrafter_mlx.rounds.round import View
 from redrafter_mlx.training.objective import Features
 
 Embed = Callable[[mx.array], mx.array]

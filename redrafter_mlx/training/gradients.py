@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from redrafter_mlx import blas, device
+from redrafter_mlx.machine import blas, device
 from redrafter_mlx.training.jobs import blas_threads
 from redrafter_mlx.training.objective import Objective, candidates
 from redrafter_mlx.training.options import TrainingOptions

@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
-from redrafter_mlx.round import View
+from redrafter_mlx.rounds.round import View
 from redrafter_mlx.training.windows import Batch
 
 LARGEST_FIT = 6144

@@ -17,8 +17,8 @@ from enum import IntEnum
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.beam_search import top_k
+from redrafter_mlx.machine import device
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.filters import LOOP, loop_end
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from redrafter_mlx import device
+from redrafter_mlx.machine import device
 
 Loss = Callable[[mx.array, mx.array], mx.array]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import device
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.estimate import choose_rows
 from redrafter_mlx.training.lockstep import K

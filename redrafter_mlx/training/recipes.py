@@ -19,7 +19,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.attention import AttentionDrafter
 from redrafter_mlx.drafters.beams import BeamDrafter
 from redrafter_mlx.drafters.block import BlockConfig, BlockHead, Sight
@@ -32,7 +31,8 @@ from redrafter_mlx.drafters.published import save_published, targets_vocabulary
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.round import View
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import View
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import features
 from redrafter_mlx.training.initial import fit_reading, initial_head, read_out

@@ -17,11 +17,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from redrafter_mlx import device
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.drafters.beams import BeamDrafter
-from redrafter_mlx.pricing.acceptance import Draft
-from redrafter_mlx.round import Transcript
+from redrafter_mlx.machine import device
+from redrafter_mlx.measuring.acceptance import Draft
+from redrafter_mlx.rounds.round import Transcript
 from redrafter_mlx.training.lockstep import Role
 from redrafter_mlx.training.shards import as_mlx, map_shard
 

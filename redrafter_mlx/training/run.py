@@ -23,16 +23,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx import device, hub
 from redrafter_mlx.config import flag_name
 from redrafter_mlx.drafters.beams import BeamDrafter
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.precision import compute_in_float32
-from redrafter_mlx.pricing.acceptance import experience_from
+from redrafter_mlx.loading import hub
+from redrafter_mlx.loading.precision import compute_in_float32
+from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import write_whole
+from redrafter_mlx.measuring.acceptance import experience_from
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.experience import FILE, as_text
-from redrafter_mlx.storage import write_whole
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.gradients import Crew, Gradients
 from redrafter_mlx.training.initial import with_lookback

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.storage import one_line
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.training.lockstep import Part, Role, Script
 from redrafter_mlx.training.questions import Question
 

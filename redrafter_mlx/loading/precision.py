@@ -1,0 +1,50 @@
+"""On a CPU models are computed in float32: 16-bit and quantised products use no BLAS there."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from redrafter_mlx.machine import device
+
+
+def compute_in_float32(model: nn.Module) -> nn.Module:
+    """Cast a model to float32 in place, quantised linear and embedding layers included.
+
+    One layer at a time, so that the model is never held twice. The weights of linear layers are
+    laid out by columns: products of a few rows are 10 to 25 % faster that way with OpenBLAS.
+
+    Returns:
+        The same model.
+    """
+    quantised = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    pending = list(model.named_modules())
+    while pending:
+        name, layer = pending.pop()
+        if isinstance(layer, quantised):
+            layer = _plain_layer(layer)
+            model.update_modules(tree_unflatten([(name, layer)]))
+        if isinstance(layer, nn.Linear):
+            layer.weight = device.by_columns(layer.weight.astype(mx.float32))
+            mx.eval(layer.weight)
+    model.set_dtype(mx.float32)
+    return model
+
+
+def _plain_layer(
+    layer: nn.QuantizedLinear | nn.QuantizedEmbedding,
+) -> nn.Linear | nn.Embedding:
+    # Built with one row or column: the constructor would fill a full matrix with random numbers.
+    plain = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1)
+    biases = layer.biases.astype(mx.float32) if "biases" in layer else None
+    scales = layer.scales if biases is None else layer.scales.astype(mx.float32)
+    plain.weight = mx.dequantize(
+        layer.weight, scales, biases, layer.group_size, layer.bits, layer.mode
+    )
+    mx.eval(plain.weight)
+    if "bias" in layer:
+        plain.bias = layer.bias
+    else:
+        plain.pop("bias", None)
+    return plain

@@ -1,0 +1,1 @@
+"""What depends on the machine: BLAS, the device, files that are kept."""

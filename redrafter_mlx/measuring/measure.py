@@ -1,0 +1,280 @@
+"""Times of real passes and drafts, taken so that the clock is not fooled.
+
+Every pass takes its tokens from the one before, so none can start early or be left out. All sizes
+are visited in turn and back again, over and over: what slows the machine down slows down all of
+them, is recognised by that, taken out and reported.
+
+Shape letters: N rows, R repeats, K things measured.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from redrafter_mlx.config import SamplingOptions
+from redrafter_mlx.decoding import decode
+from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
+from redrafter_mlx.machine import device
+from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.rounds.round import Context
+from redrafter_mlx.rounds.sampling import Sampler
+from redrafter_mlx.rounds.tree import TokenTree
+from redrafter_mlx.rounds.verification import Match
+from redrafter_mlx.target.adapter import Target
+
+PLAIN_ROUNDS = 3
+DRIFT = 0.10
+"""Relative change of the machine's speed during a measurement that is worth saying."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Times (K, R) of K things, measured in R turns, and what they say.
+
+    Each turn measured all of them, so a turn's common factor is the machine's, not theirs.
+    """
+
+    seconds: np.ndarray
+
+    @property
+    def speeds(self) -> np.ndarray:
+        """(R,) how slow the machine was in each turn, 1 in the typical one."""
+        typical = np.median(self.seconds, axis=1, keepdims=True)
+        return np.median(self.seconds / typical, axis=0)
+
+    @property
+    def typical(self) -> np.ndarray:
+        """(K,) seconds at the machine's typical speed."""
+        return np.median(self.seconds / self.speeds, axis=1)
+
+    @property
+    def spread(self) -> float:
+        """Half the middle half of a thing's repeats, relative, where it is widest."""
+        quarter, middle, rest = np.percentile(self.seconds / self.speeds, [25, 50, 75], axis=1)
+        return float(np.max((rest - quarter) / 2 / middle))
+
+    @property
+    def drift(self) -> float:
+        """How much slower the last third of the turns ran than the first; below 0: faster."""
+        third = max(1, len(self.speeds) // 3)
+        return float(np.median(self.speeds[-third:]) / np.median(self.speeds[:third]) - 1)
+
+    def complaint(self) -> str | None:
+        """One line if the machine did not run evenly."""
+        if self.drift > DRIFT:
+            return (
+                f"the machine slowed down by {self.drift:.0%} while it was measured, as one does "
+                "that gets hot: ratios are corrected for that, but measure again when it is cool"
+            )
+        if self.drift < -DRIFT or self.spread > DRIFT:
+            return (
+                f"the machine did not run evenly (drift {self.drift:+.0%}, repeats differ by up to "
+                f"{self.spread:.0%}): end what else is running and measure again"
+            )
+        return None
+
+
+def measure_passes(
+    target: Target,
+    text: Sequence[int],
+    rows: Sequence[int],
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Time passes over trees of 1, ... N rows after the tokens `text`, interleaved.
+
+    One row is a round of plain decoding, which the device works on while the host prepares the
+    next; more rows are a pass as the loop makes it, until its tokens are read.
+    """
+    context = target.prefill(text, chunk=512)
+    seconds = np.zeros((len(rows), turns))
+    for turn in range(-1, turns):  # the first one warms up
+        order = range(len(rows)) if turn % 2 == 0 else range(len(rows))[::-1]
+        for k in order:
+            if rows[k] == 1:
+                spent, context = _plain_round(target, context, clock)
+            else:
+                spent, context = _tree_pass(target, context, rows[k], clock)
+            if turn >= 0:
+                seconds[k, turn] = spent
+    return Timings(seconds)
+
+
+def _plain_round(target: Target, context: Context, clock) -> tuple[float, Context]:
+    """Median seconds of a few rounds of plain decoding, and the context after them."""
+    rule = Match(Sampler(SamplingOptions()))
+    rounds = decode(target, NoDrafter(), rule, FixedBudget(1, 2, 1), context)
+    step, times = next(rounds), []
+    for _ in range(PLAIN_ROUNDS):
+        began = clock()
+        following = next(rounds)
+        step.tokens  # noqa: B018  waits for the device
+        times.append(clock() - began)
+        step = following
+    pending = mx.array(step.tokens[-1:], dtype=context.pending.dtype)
+    position = context.position + PLAIN_ROUNDS + 1
+    return statistics.median(times), replace(context, pending=pending, position=position)
+
+
+def _tree_pass(target: Target, context: Context, rows: int, clock) -> tuple[float, Context]:
+    """Seconds of one pass over a tree, of which nothing is kept; the next one's context."""
+    tree = bushy_tree(rows, int(device.read(context.pending)[0][0]), target.vocab_size)
+    began = clock()
+    outcome = target.verify(context, tree)
+    (tokens,) = device.read(mx.argmax(outcome.logits, axis=-1))
+    spent = clock() - began
+    context.caches.commit([])
+    pending = mx.array(tokens[-1:].tolist(), dtype=context.pending.dtype)
+    return spent, replace(context, pending=pending)
+
+
+def bushy_tree(rows: int, root: int, vocab_size: int) -> TokenTree:
+    """A tree as drafts have them: two children of each node, the likelier one further down."""
+    nodes = np.arange(rows - 1)
+    parents = (nodes - 2) // 2
+    tokens = (root + 1 + nodes) % vocab_size
+    return TokenTree.best(root, tokens, np.maximum(parents, -1), -1.0 - nodes, budget=rows)
+
+
+def measure_drafts(
+    target: Target,
+    drafter: Drafter,
+    text: Sequence[int],
+    settings: Sequence[Setting],
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Time drafts after the tokens `text`, interleaved, reading their nodes included."""
+    drafter.reset()
+    context = target.prefill(text, chunk=512)
+    seconds = np.zeros((len(settings), turns))
+    for turn in range(-2, turns):  # kernels are compiled at first
+        order = range(len(settings)) if turn % 2 == 0 else range(len(settings))[::-1]
+        for k in order:
+            width, length = settings[k]
+            began = clock()
+            tree = drafter.propose(context, FixedBudget(width, length, 16))
+            spent = clock() - began
+            pending = mx.array(tree.tokens[-1:].tolist(), dtype=context.pending.dtype)
+            context.transcript.extend((), pending)
+            context = replace(context, pending=pending)
+            if turn >= 0:
+                seconds[k, turn] = spent
+    drafter.reset()
+    return Timings(seconds)
+
+
+def curve_of(contexts: Sequence[int], rows: Sequence[int], timings: Sequence[Timings]) -> CostCurve:
+    """The curve of measurements at each context length."""
+    return CostCurve(list(contexts), list(rows), [t.typical.tolist() for t in timings])
+
+
+LOOK = 1.0
+"""Seconds that a first look at a machine may take,"""
+LOOK_SHARE = 0.03
+"""or this share of the time that plain decoding takes for the answer, if that is more."""
+LOOK_ROWS, LOOK_AT_LEAST = (1, 2, 4, 8, 16, 32, 64), 5
+"""Sizes, and how many of them whatever it takes: a price that nobody asked for is no price."""
+LOOK_TURNS = 3
+LOOK_DRAFTS = 0.1
+"""Seconds for drafts."""
+
+
+def look_at_passes(
+    target: Target,
+    context: Context,
+    tokens: int,
+    spent: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float]:
+    """Seconds of passes by rows after a prompt, of which nothing is kept.
+
+    tokens  that the answer may have
+    spent   seconds of the look that are over
+
+    Sizes are visited in turn, the smaller ones once at least, and trees again as long as there is
+    time for it; of two times the smaller one counts, and none more than that of a larger tree: what
+    makes a pass look dear for once is something else. The first pass of all is not timed.
+    """
+    began = clock()
+    timed = lambda rows: _timed_pass(target, context, rows, clock)
+    times = {rows: timed(rows) for rows in LOOK_ROWS[:LOOK_AT_LEAST]}
+    end = began - spent + max(LOOK, LOOK_SHARE * tokens * times[1])
+    _in_turn(LOOK_ROWS[1:], timed, times, end, clock)
+    rows = sorted(times)
+    costs = np.minimum.accumulate([times[n] for n in rows][::-1])[::-1]
+    return dict(zip(rows, costs.tolist(), strict=True))
+
+
+def look_at_drafts(
+    drafter: Drafter,
+    context: Context,
+    settings: Sequence[Setting],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Setting, float]:
+    """Seconds of drafts after a prompt by setting: of the first one, and of others as time allows.
+
+    The first draft of all is not timed: it reads the prompt.
+    """
+
+    def draft(setting: Setting) -> float:
+        began = clock()
+        drafter.propose(context, FixedBudget(*setting, 16))
+        return clock() - began
+
+    draft(settings[0])
+    times = {settings[0]: draft(settings[0])}
+    _in_turn(settings, draft, times, clock() + LOOK_DRAFTS, clock)
+    return times
+
+
+def _in_turn(things: Sequence, measure: Callable, times: dict, end: float, clock) -> None:
+    """Fill `times` with the least of each thing, in a few turns, while one fits in before `end`.
+
+    What was not measured yet is thought to take twice as long as the one before it.
+    """
+    for _ in range(LOOK_TURNS):
+        last = 0.0
+        for thing in things:
+            last = times.get(thing, 2 * last)
+            if clock() + last <= end:
+                spent = measure(thing)
+                times[thing] = last = min(spent, times.get(thing, spent))
+
+
+def _timed_pass(target: Target, context: Context, rows: int, clock) -> float:
+    """Seconds of a pass; of one row in plain decoding, where the next one is built meanwhile.
+
+    How much of the host's work that hides is the device's affair: on a CPU next to nothing.
+    """
+    if rows == 1:
+        return _timed_rows(target, context, clock)
+    tree = bushy_tree(rows, int(device.read(context.pending)[0][0]), target.vocab_size)
+    began = clock()
+    outcome = target.verify(context, tree)
+    device.read(mx.argmax(outcome.logits, axis=-1))
+    spent = clock() - began
+    context.caches.commit([])
+    return spent
+
+
+def _timed_rows(target: Target, context: Context, clock, passes: int = 2) -> float:
+    """Seconds of each of some passes over one row, the one before which is not timed."""
+    pending, began = context.pending, 0.0
+    for number in range(1 + passes):
+        if number == 1:
+            device.read(pending)
+            began = clock()
+        outcome = target.verify(replace(context, pending=pending), TokenTree.root())
+        pending = mx.argmax(outcome.logits, axis=-1).astype(context.pending.dtype)
+        mx.async_eval(pending)
+        context.caches.commit([])
+    device.read(pending)
+    return (clock() - began) / passes

@@ -1,0 +1,165 @@
+"""How large a tree may be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from redrafter_mlx.config import DraftOptions
+from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.pricing.policy import Policy
+from redrafter_mlx.rounds.round import Step
+from redrafter_mlx.rounds.tree import Candidates, TokenTree
+
+SEVERAL = 16
+"""Rounds from which on a text without drafts is worth a word, and how rare they are then."""
+
+
+class Budget(Protocol):
+    """Decides how far a drafter searches and which of its candidates are verified."""
+
+    width: int
+    length: int
+
+    def plan(self, position: int) -> bool:
+        """A round begins at `position`: whether to draft. Sets `width` and `length` for it."""
+
+    def search(self, found: Candidates) -> bool:
+        """Whether to search beside what was found without. Sets `width` and `length` for it."""
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        """The tree to verify."""
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        """Told after each round what was verified and what became of it."""
+
+
+@dataclass(frozen=True)
+class FixedBudget:
+    """Always the same size: the `nodes` likeliest of all candidates, or, for 0, just the beams.
+
+    A tree of one node is no draft at all.
+    """
+
+    width: int
+    length: int
+    nodes: int
+
+    @classmethod
+    def from_options(cls, options: DraftOptions) -> FixedBudget:
+        return cls(options.beam_width, options.beam_length, options.budget)
+
+    def plan(self, position: int) -> bool:
+        return self.nodes != 1
+
+    def search(self, found: Candidates) -> bool:
+        return self.width > 0
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        """The tree to verify."""
+        if self.nodes == 0:
+            return TokenTree.from_beams(*candidates.beam_tokens())
+        c = candidates
+        return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, self.nodes)
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        pass
+
+
+@dataclass
+class _Round:
+    """What a budget remembers of a round until its time is known."""
+
+    position: int
+    setting: Setting | None
+    began: float
+    nodes: int = 1
+    draft_seconds: float = 0.0
+    is_known: bool = False
+
+
+@dataclass
+class AutoBudget:
+    """One text's use of a Policy: tells it what each round cost.
+
+    A round lasts until the next one begins, so that everything is priced: passes, reading, and
+    what the caller does with the tokens. The device works on while the host takes a plain round's
+    token, so a plain round is timed after another one only, and a drafted one only when it did
+    not wait for a round before it. The first draft of a text is not priced: it may read the prompt.
+    A draft of which nothing is verified costs what its round takes longer than a plain one: beside
+    itself the host's work that a plain round hides, which is most of it on a fast device.
+    """
+
+    policy: Policy
+    clock: Callable[[], float] = time.perf_counter
+    width: int = field(init=False)
+    length: int = field(init=False)
+    _last: _Round | None = field(default=None, init=False)
+    _before: _Round | None = field(default=None, init=False)
+    _has_drafted: bool = field(default=False, init=False)
+    _rounds: int = field(default=0, init=False)
+    _trees: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        self.width, self.length = self.policy.full
+        self.policy.begin_text()
+
+    def plan(self, position: int) -> bool:
+        now = self.clock()
+        if self._last is not None:
+            self._price(now - self._last.began)
+        setting = self.policy.plan(position)
+        self.width, self.length = setting or self.policy.full
+        self._before, self._last = self._last, _Round(position, setting, now)
+        return setting is not None
+
+    def search(self, found: Candidates) -> bool:
+        setting = self.policy.search(found)
+        if setting is not None:
+            self.width, self.length = self._last.setting = setting
+        return setting is not None
+
+    def tree(self, candidates: Candidates) -> TokenTree:
+        """The tree to verify."""
+        return self.policy.choose(Setting(self.width, self.length), candidates, self._position)
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        last = self._last
+        last.nodes, last.draft_seconds = step.nodes, step.draft_seconds
+        last.is_known = step.is_known
+        self._rounds += 1
+        self._trees += step.nodes > 1
+        if last.setting is not None:
+            self.policy.observe(tree, list(step.verdict.path))
+
+    @property
+    def note(self) -> str:
+        """What the user should know; nothing while speculation pays."""
+        if self._rounds < SEVERAL or self._trees * SEVERAL > self._rounds:
+            return ""
+        return (
+            f"drafting does not pay here: {self._trees} of {self._rounds} rounds had a draft worth "
+            "a pass; python -m redrafter_mlx.tune measures why"
+        )
+
+    @property
+    def _position(self) -> int:
+        return self._last.position if self._last else 0
+
+    def _price(self, seconds: float) -> None:
+        last, before = self._last, self._before
+        costs, drafts = self.policy.costs, self.policy.draft_costs
+        if last.setting is None:
+            if before is not None and before.setting is None:
+                costs.observe(1, last.position, seconds)
+        elif not self._has_drafted:
+            self._has_drafted = True
+        elif last.nodes > 1:
+            if last.is_known and (before is None or before.is_known):
+                drafts.observe(last.setting, last.draft_seconds)
+                costs.observe(last.nodes, last.position, seconds - last.draft_seconds)
+        elif before.setting is not None and before.is_known == last.is_known:
+            plain = float(costs.at(last.position, 1)[1])
+            drafts.observe(last.setting, max(seconds - plain, last.draft_seconds))
