@@ -207,6 +207,7 @@ def serving(engine, options: ServerOptions | None = None, defaults=None, make=No
         target=lambda: asyncio.run(http.serve(sockets=[listening])), daemon=True
     )
     thread.start()
+    wait_until(lambda: http.started)
     try:
         yield f"http://{host}:{port}", server
     finally:

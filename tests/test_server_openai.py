@@ -323,9 +323,14 @@ def test_another_model_is_not_found(ask):
 
 def test_a_prompt_beyond_the_context_is_told_in_tokens(ask):
     submitted = len(ask.engine.requests)
-    error = refused(lambda: ask("x", messages=[{"role": "user", "content": "a" * 5000}]))
-    assert (error.status_code, error.body["code"]) == (400, "context_length_exceeded")
-    assert "4096" in error.body["message"]
+    for length, told in ((5000, "has 50"), (200_000, "has about 200000 tokens")):
+        long = [{"role": "user", "content": "a" * length}]
+        error = refused(lambda long=long: ask("x", messages=long))
+        assert (error.status_code, error.body["code"]) == (400, "context_length_exceeded")
+        assert "4096" in error.body["message"]
+        assert told in error.body["message"]
+    error = refused(lambda: ask.client.completions.create(model="scripted", prompt="a" * 200_000))
+    assert error.body["code"] == "context_length_exceeded"
     assert len(ask.engine.requests) == submitted
 
 

@@ -11,6 +11,7 @@ from redrafter_mlx.server.faults import ApiError, anthropic_shape
 from redrafter_mlx.server.plan import (
     Defaults,
     Plan,
+    check_length,
     effort_arguments,
     event,
     plan_requests,
@@ -40,7 +41,7 @@ def plan_message(asked: MessagesRequest, served: Served, defaults: Defaults) -> 
     """What a request asks of the engine; ApiError or UserError if it cannot be honoured."""
     if asked.redrafter and asked.redrafter.details:
         refuse_details("only chat completions have them")
-    prompt, box = _prompt(asked, served)
+    prompt, box = _prompt(asked, served, defaults)
     stops = stop_strings(asked.stop_sequences, defaults)
     requests = plan_requests(served, defaults, asked, [prompt], stops, asked.max_tokens)
     speech = Speech(served.tokenizer, prompt.channel, box, stops)
@@ -53,7 +54,10 @@ def count_tokens(asked: CountRequest, served: Served) -> dict[str, Any]:
     return {"input_tokens": len(prompt.tokens)}
 
 
-def _prompt(asked: Conversation, served: Served) -> tuple[Prompt, Toolbox]:
+def _prompt(
+    asked: Conversation, served: Served, defaults: Defaults | None = None
+) -> tuple[Prompt, Toolbox]:
+    """The prompt, which may have any length without defaults, and the tools in it."""
     tokenizer, choice = served.tokenizer, asked.tool_choice
     tools = [
         {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
@@ -76,6 +80,8 @@ def _prompt(asked: Conversation, served: Served) -> tuple[Prompt, Toolbox]:
     if begun and "tool_calls" in messages[-1]:
         message = f"messages[{len(asked.messages) - 1}]: the results of its tools are missing"
         raise ApiError(400, message, "invalid_value", "messages")
+    if defaults is not None:
+        check_length(served, defaults, (message["content"] for message in messages))
     return template_prompt(tokenizer, messages, box, template, begun), box
 
 

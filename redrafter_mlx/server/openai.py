@@ -13,6 +13,7 @@ from redrafter_mlx.server.faults import ApiError, openai_shape
 from redrafter_mlx.server.plan import (
     Defaults,
     Plan,
+    check_length,
     details_of,
     effort_arguments,
     event,
@@ -45,12 +46,13 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
     template = effort_arguments(tokenizer, asked.reasoning_effort, "reasoning_effort")
     template |= asked.chat_template_kwargs or {}
     messages = [_templated(message, place) for place, message in enumerate(asked.messages)]
+    check_length(served, defaults, (message["content"] for message in messages))
     prompt = template_prompt(tokenizer, messages, box, template)
     stops = stop_strings(asked.stop, defaults)
     most = asked.max_tokens
     if asked.max_completion_tokens is not None:
         most = min(most or asked.max_completion_tokens, asked.max_completion_tokens)
-    if asked.top_logprobs is not None and not asked.logprobs:
+    if asked.top_logprobs and not asked.logprobs:
         message = "top_logprobs needs logprobs: set logprobs to true"
         raise ApiError(400, message, "invalid_value", "top_logprobs")
     top = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -64,7 +66,7 @@ def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults
     """What a completion request asks of the engine; errors as of `plan_chat`."""
     given = asked.prompt
     is_one = isinstance(given, str) or not given or isinstance(given[0], int)
-    prompts = [_tokens(served, prompt) for prompt in ([given] if is_one else given)]
+    prompts = [_tokens(served, defaults, prompt) for prompt in ([given] if is_one else given)]
     if len(prompts) * (asked.n or 1) > 128:
         raise ApiError(400, "n: these are more than 128 answers", "invalid_value", "n")
     stops = stop_strings(asked.stop, defaults)
@@ -103,8 +105,9 @@ def _templated(message: Message, place: int) -> dict[str, Any]:
     return made
 
 
-def _tokens(served: Served, prompt: str | Sequence[int]) -> Prompt:
+def _tokens(served: Served, defaults: Defaults, prompt: str | Sequence[int]) -> Prompt:
     if isinstance(prompt, str):
+        check_length(served, defaults, [prompt])
         return Prompt(served.tokenizer.encode(prompt))
     size = served.target.vocab_size
     if beyond := [token for token in prompt if not 0 <= token < size]:

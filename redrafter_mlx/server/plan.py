@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -20,6 +20,9 @@ from redrafter_mlx.server.tools import Toolbox
 
 WHOLE_TEXT = 2**31 - 1
 """Tokens that penalties reach back, where an API means all of the text."""
+
+SURELY_READ = 16
+"""Characters a token of the context up to which a prompt is read without a look at its length."""
 
 _SAMPLING = {
     "temperature": "temp",
@@ -240,18 +243,38 @@ def context_of(served: Served, defaults: Defaults) -> int | None:
     return defaults.context if defaults.context is not None else served.context
 
 
+def check_length(served: Served, defaults: Defaults, texts: Iterable[str]) -> None:
+    """Refuse what is much too long by its beginning: reading all of it would take a minute.
+
+    texts  that the prompt holds, whatever else it holds
+
+    Raises ApiError.
+    """
+    limit = context_of(served, defaults)
+    text = "".join(texts)
+    if limit is None or len(text) <= SURELY_READ * limit:
+        return
+    begin = text[: SURELY_READ * limit]
+    tokens = len(served.tokenizer.encode(begin, add_special_tokens=False))
+    if tokens > limit + 1:  # the last one may be half of a longer one
+        raise _too_long(f"about {round(tokens * len(text) / len(begin))}", limit)
+
+
 def _check_context(served: Served, defaults: Defaults, prompt: Prompt) -> None:
     limit, tokens = context_of(served, defaults), len(prompt.tokens)
     if tokens == 0:
         raise ApiError(400, "the prompt is empty: it must hold at least one token", "empty_prompt")
     if limit is not None and tokens >= limit:
-        raise ApiError(
-            400,
-            f"the prompt has {tokens} tokens and the context of this model holds {limit}, the "
-            f"answer included: shorten the prompt by at least {tokens - limit + 1} tokens",
-            "context_length_exceeded",
-            "messages",
-        )
+        raise _too_long(str(tokens), limit)
+
+
+def _too_long(tokens: str, limit: int) -> ApiError:
+    return ApiError(
+        400,
+        f"the prompt has {tokens} tokens and the context of this model holds {limit}, the answer "
+        "included: send a shorter prompt",
+        "context_length_exceeded",
+    )
 
 
 def _generation(served, defaults, prompt, stops, max_tokens) -> GenerationOptions:

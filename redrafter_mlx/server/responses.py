@@ -13,6 +13,7 @@ from redrafter_mlx.server.openai import BEAT
 from redrafter_mlx.server.plan import (
     Defaults,
     Plan,
+    check_length,
     effort_arguments,
     event,
     plan_requests,
@@ -49,6 +50,7 @@ def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -
     given = asked.input
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     messages += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
+    check_length(served, defaults, (message["content"] for message in messages))
     prompt = template_prompt(tokenizer, messages, box, template)
     stops = stop_strings(asked.stop, defaults)
     wanted = asked.top_logprobs is not None or bool(asked.include)

@@ -25,7 +25,14 @@ LAST_SECONDS = 5
 
 
 class Uvicorn(uvicorn.Server):
-    """Leaves signals alone: they stop the engine first."""
+    """Leaves signals alone: they stop the engine first. Prints `told` when clients can connect."""
+
+    told = ""
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.told:
+            print(self.told, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -33,7 +40,10 @@ class Uvicorn(uvicorn.Server):
 
 
 def bind(options: ServerOptions) -> socket.socket:
-    """A socket on which the server will listen; UserError if there cannot be one."""
+    """A socket on which the server will listen; UserError if there cannot be one.
+
+    Clients are refused until it does, so they need not guess whether the model is loaded.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -42,7 +52,6 @@ def bind(options: ServerOptions) -> socket.socket:
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
-            listening.listen(128)
         except BaseException:
             listening.close()
             raise
@@ -102,7 +111,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    print(f"{_address(listening)} serves {told}", flush=True)
+    http.told = f"{_address(listening)} serves {told}"
     await http.serve(sockets=[listening])
     await asyncio.gather(*stops)
     return code
