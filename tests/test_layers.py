@@ -12,8 +12,9 @@ LAYERS = [
     ["__main__"],
     ["doctor", "generate", "train", "tune"],
     ["diagnosis"],
+    ["training.forecast"],
     ["training.run", "training.card"],
-    ["training.loop"],
+    ["training.start", "training.loop", "training.report"],
     ["training.gradients"],
     ["training.recipes", "training.replay"],
     ["training.features", "training.initial"],
@@ -32,7 +33,7 @@ LAYERS = [
     ["demo", "known_heads"],
     ["places"],
     ["gguf.importer", "training.data"],
-    ["training.manifest"],
+    ["training.manifest", "training.sources"],
     ["training.estimate"],
     ["training.scripts", "training.windows"],
     ["training.loss", "training.shards"],
@@ -101,7 +102,7 @@ LAYERS = [
     ["pricing.curve"],
     ["blas"],
     ["openblas"],
-    ["storage", "training.filters", "training.picture"],
+    ["storage", "training.deadline", "training.filters", "training.picture"],
     ["errors"],
 ]
 """From the top down: a module may import from lower lines only."""
