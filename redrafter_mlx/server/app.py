@@ -194,7 +194,8 @@ class Count:
 
     async def _answer(self, asked: Any, reply: _Reply) -> None:
         async with self._server.models.use(asked.model) as engine:
-            await reply.json(await asyncio.to_thread(count_tokens, asked, engine.served))
+            defaults = self._server.defaults
+            await reply.json(await asyncio.to_thread(count_tokens, asked, engine.served, defaults))
 
 
 class Answer(Count):
