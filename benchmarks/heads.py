@@ -31,10 +31,12 @@ from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Verdict
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target, adapt
+from redrafter_mlx.training.deadline import NEVER, Deadline
 from redrafter_mlx.training.loop import Progress
 from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
 from redrafter_mlx.training.replay import Answer, recall, replay
-from redrafter_mlx.training.run import Places, TrainingRun, first_tokens, held_out_answers
+from redrafter_mlx.training.report import first_tokens, held_out_answers
+from redrafter_mlx.training.run import Places, TrainingRun
 
 from .heads_table import draw, table
 from .machine import document, machine, parser, size, write
@@ -77,8 +79,7 @@ def source(flags: argparse.Namespace, head: HeadOptions) -> train.Source:
 def write_data(flags: argparse.Namespace) -> None:
     """Conversations of the target, with all that any kind of head reads."""
     options = DataOptions(data_minutes=flags.minutes, jobs=flags.jobs)
-    where = argparse.Namespace(output=flags.directory, minutes=None)
-    train.write_data_of(where, source(flags, HeadOptions()), options)
+    train.write_data_of(flags.directory, source(flags, HeadOptions()), options)
 
 
 def train_all(flags: argparse.Namespace) -> None:
@@ -96,9 +97,9 @@ def train_all(flags: argparse.Namespace) -> None:
             sys.exit(f"--variant {variant}: no such setting: {', '.join(given)}")
         training = dataclasses.replace(training, steps=flags.steps)
         began = time.perf_counter()
-        minutes = None if flags.steps else flags.minutes
+        until = NEVER if flags.steps else Deadline.after(60 * flags.minutes)
         load = source(flags, head).target
-        with TrainingRun(load, places, head, training, 0, minutes, flags.jobs) as run:
+        with TrainingRun(load, places, head, training, 0, until, flags.jobs) as run:
             run.run(partial(tell, variant))
         run.save("float16")
         facts = {

@@ -22,7 +22,8 @@ from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
 from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
-from redrafter_mlx.training.run import BEAM_LENGTH, BUDGET, WIDTH, Places, TrainingRun, first_tokens
+from redrafter_mlx.training.report import BEAM_LENGTH, BUDGET, WIDTH, first_tokens
+from redrafter_mlx.training.run import Places, TrainingRun
 
 TOKENS = 10_000
 """Held-out tokens that are replayed."""

@@ -14,7 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from redrafter_mlx import cli
 from redrafter_mlx.config import add_flags, flag_name, from_flags
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.training.deadline import NEVER, SHARES, Budget, Deadline
 from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
@@ -31,13 +32,10 @@ if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before t
 
     from redrafter_mlx.target.adapter import Target
     from redrafter_mlx.training.data import Progress, Written
-    from redrafter_mlx.training.estimate import Estimate
     from redrafter_mlx.training.loop import Progress as TrainingProgress
     from redrafter_mlx.training.recipes import Recipe
-    from redrafter_mlx.training.run import Report, TrainingRun
+    from redrafter_mlx.training.run import TrainingRun
 
-DATA_SHARE = 0.4
-"""Of --minutes, what may be spent on data."""
 TELL_SECONDS = 0.2
 """Between two reports of a job that writes data."""
 
@@ -59,8 +57,11 @@ def make_parser() -> cli.Parser:
         "--minutes",
         type=float,
         metavar="N",
-        help=f"time for everything: {DATA_SHARE:.0%} of it for data, the rest for training "
-        "(default: until the data is there and has been gone through ten times)".replace("%", "%%"),
+        help="time for everything, from now on: "
+        + ", ".join(f"{share:.0%} for {stage}" for stage, share in SHARES.items()).replace(
+            "%", "%%"
+        )
+        + " (default: until the data is there and has been gone through ten times)",
     )
     flag(
         "--start-from",
@@ -94,6 +95,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _main(flags: Namespace) -> int:
+    budget = Budget(flags.minutes)
     if flags.minutes is not None and not flags.minutes > 0:
         raise UserError(f"--minutes {flags.minutes} must be above 0")
     if not 0 <= flags.keep <= 1:
@@ -103,7 +105,7 @@ def _main(flags: Namespace) -> int:
     from redrafter_mlx.loading import hub
     from redrafter_mlx.machine.storage import in_use
     from redrafter_mlx.training.recipes import recipe_for
-    from redrafter_mlx.training.run import shape_of
+    from redrafter_mlx.training.start import shape_of
 
     if flags.start_from and options[1].head != "recurrent":
         raise UserError(f"--start-from is for --head recurrent, not {options[1].head}")
@@ -122,12 +124,16 @@ def _main(flags: Namespace) -> int:
     recipe = recipe_for(target, options[1])
     _refuse_unused(options[1], recipe)
     recipe.config(options[1].draft_vocab, options[2].ahead)  # refuses what cannot be, before hours
+    budget.note("loading")
     if flags.dry_run:
-        return _foretell(source, options)
+        from redrafter_mlx.training.forecast import forecast
+
+        print(forecast(source, options, flags.start_from, budget))
+        return 0
     if flags.evaluate:
         return _evaluate(flags, target.model)
     with in_use(flags.output / "training"):
-        return _train(flags, source, options)
+        return _train(flags, source, options, budget)
 
 
 def _refuse_unused(options: HeadOptions, recipe: Recipe) -> None:
@@ -187,35 +193,37 @@ def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
     return target, tokenizer
 
 
-def _train(flags: Namespace, source: Source, options) -> int:
+def _train(flags: Namespace, source: Source, options, budget: Budget) -> int:
     from redrafter_mlx.training.run import Places, TrainingRun
 
     data_options, head_options, training_options = options
-    began = time.monotonic()
-    jobs = write_data_of(flags, source, data_options)
-    minutes = None
-    if flags.minutes is not None:
-        spent = (time.monotonic() - began) / 60
-        minutes = max(flags.minutes - spent, (1 - DATA_SHARE) * flags.minutes)
+    places = Places(flags.output)
+    begun = places.checkpoint.exists()  # it was made with the data that there is
+    until = Deadline.after(0) if begun else budget.by("data")
+    jobs = write_data_of(flags.output, source, data_options, until)
+    budget.note("data")
     with TrainingRun(
-        source.target, Places(flags.output), head_options, training_options, data_options.seed,
-        minutes, jobs, flags.start_from,
+        source.target, places, head_options, training_options, data_options.seed,
+        budget.end, jobs, flags.start_from, budget.seconds("report"),
     ) as run:  # fmt: skip
         _introduce(run)
         with _interrupts() as interrupted:
             whole = run.run(_tell, interrupted)
     run.blend(flags.keep)
     run.save(flags.dtype)
+    budget.note("training")
     if not whole:
         _say(
             f"stopped after step {run.progress.step:,} of {run.progress.steps:,}; the drafter so "
             f"far is in {flags.output}; go on with --resume"
         )
         return cli.INTERRUPTED
-    return _finish(flags, run)
+    return _finish(flags, run, budget)
 
 
-def write_data_of(flags: Namespace, source: Source, options: DataOptions) -> int:
+def write_data_of(
+    output: Path, source: Source, options: DataOptions, until: Deadline = NEVER
+) -> int:
     """Write what a head of the target learns from; how many jobs wrote it."""
     from redrafter_mlx.training.data import Counts
     from redrafter_mlx.training.estimate import choose_jobs
@@ -223,9 +231,7 @@ def write_data_of(flags: Namespace, source: Source, options: DataOptions) -> int
     from redrafter_mlx.training.run import Places
     from redrafter_mlx.training.shards import parts
 
-    if flags.minutes is not None and options.data_minutes is None:
-        options = replace(options, data_minutes=DATA_SHARE * flags.minutes)
-    directory = Places(flags.output).data
+    directory = Places(output).data
     there = len(parts(directory))
     jobs = options.jobs or there or choose_jobs(source.target(), options)
     if there > jobs:
@@ -243,7 +249,9 @@ def write_data_of(flags: Namespace, source: Source, options: DataOptions) -> int
         bar.set_postfix_str(f"batch {at}", refresh=True)
 
     try:
-        written = side_by_side(jobs, partial(_write_part, source, directory, options, jobs), tell)
+        written = side_by_side(
+            jobs, partial(_write_part, source, directory, options, jobs, until), tell
+        )
     finally:
         bar.close()
     counts, left_out = sum((part.counts for part in written), Counts()), written[0].left_out
@@ -262,7 +270,13 @@ def write_data_of(flags: Namespace, source: Source, options: DataOptions) -> int
 
 
 def _write_part(
-    source: Source, directory: Path, options: DataOptions, jobs: int, job: int, tell
+    source: Source,
+    directory: Path,
+    options: DataOptions,
+    jobs: int,
+    until: Deadline,
+    job: int,
+    tell,
 ) -> Written:
     from redrafter_mlx.training.data import write_data
     from redrafter_mlx.training.shards import part_path
@@ -276,7 +290,7 @@ def _write_part(
             tell(progress)
 
     part = part_path(directory, job)
-    return write_data(*source.load(), part, options, now_and_then, job, jobs)
+    return write_data(*source.load(), part, options, now_and_then, job, jobs, until)
 
 
 def _introduce(run: TrainingRun) -> None:
@@ -327,64 +341,31 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _foretell(source: Source, options) -> int:
-    from redrafter_mlx.training.estimate import choose_jobs
-    from redrafter_mlx.training.jobs import side_by_side
-    from redrafter_mlx.training.recipes import recipe_for
-    from redrafter_mlx.training.run import training_bytes
-
-    data, head, training = options
-    target = source.target()
-    jobs = choose_jobs(target, data)
-    expected = side_by_side(jobs, partial(_estimate_part, source, data, jobs), lambda *told: None)
-    recipe = recipe_for(target, head)
-    config = recipe.config(head.draft_vocab, training.ahead)
-    total = lambda name: sum(getattr(part, name) for part in expected)
-    print(
-        f"data: {jobs} jobs, {total('batches')} batches of {expected[0].rows} x "
-        f"{expected[0].columns} tokens, about {total('tokens_per_second'):.0f} tokens of answers "
-        f"per second: {max(part.seconds for part in expected) / 60:.0f} minutes, "
-        f"{total('disk') / 1e9:.2f} GB on disk, {total('memory') / 1e9:.2f} GB of memory\n"
-        f"training: {training_bytes(recipe, config, training, data.columns) / 1e9:.2f} GB of "
-        "memory; its time is measured and told when the data is there"
-    )
-    return 0
-
-
-def _estimate_part(source: Source, options: DataOptions, jobs: int, job: int, tell) -> Estimate:
-    from redrafter_mlx.training.estimate import estimate, share
-
-    return estimate(source.target(), share(options, job, jobs))
-
-
 def _evaluate(flags: Namespace, model) -> int:
     from redrafter_mlx.loading import hub
-    from redrafter_mlx.training.run import (
-        ALL_TOKENS,
-        Places,
-        held_out_answers,
-        report,
-        write_experience,
-    )
+    from redrafter_mlx.training.report import held_out_answers, report, table, write_experience
+    from redrafter_mlx.training.run import Places
 
     drafter = hub.load_drafter(str(flags.output), model)
-    answers = held_out_answers(Places(flags.output).data)
-    print(table(report(drafter, answers, ALL_TOKENS)))
-    write_experience(flags.output, drafter, answers)
+    found = report(drafter, held_out_answers(Places(flags.output).data))
+    print(table(found))
+    write_experience(flags.output, found)
     return 0
 
 
-def _finish(flags: Namespace, run: TrainingRun) -> int:
+def _finish(flags: Namespace, run: TrainingRun, budget: Budget) -> int:
     from redrafter_mlx.training.card import card
     from redrafter_mlx.training.picture import draw
-    from redrafter_mlx.training.run import ALL_TOKENS, report, write_experience
+    from redrafter_mlx.training.report import report, table, write_experience
 
-    found = report(run.drafter, run.answers, ALL_TOKENS)
-    write_experience(flags.output, run.drafter, run.answers)
-    shown = table(found)
+    found = report(run.drafter, run.answers, budget.end)
+    write_experience(flags.output, found)
+    run.note(found)
     words = sys.argv[1:] if flags.command is None else flags.command
     command = shlex.join(["python", "-m", "redrafter_mlx.train", *words])
     drawn = draw(run.log, flags.output / "training.png", f"drafter for {flags.model}")
+    budget.note("report")
+    shown = f"{table(found)}\n\n{budget}"
     (flags.output / "README.md").write_text(
         card(run, flags.model, command, shown, drawn), encoding="utf-8"
     )
@@ -393,37 +374,6 @@ def _finish(flags: Namespace, run: TrainingRun) -> int:
     use = ["python", "-m", "redrafter_mlx.generate", "--model", flags.model, "--drafter", drafter]
     _say(f"the drafter is in {flags.output}; use it with {shlex.join(use)} --prompt ...")
     return 0
-
-
-def table(found: Report) -> str:
-    """The report as Markdown."""
-    from redrafter_mlx.training.replay import RECALL
-
-    if not found.tokens:
-        return (
-            "No greedy answer was kept from training, so there is nothing to measure on: more "
-            "--data-tokens or --data-minutes would give some."
-        )
-    lines = [
-        f"On {found.tokens:,} held-out tokens of greedy answers:",
-        "",
-        "| depth | " + " | ".join(f"top-{k}" for k in RECALL) + " |",
-        "|---" * (len(RECALL) + 1) + "|",
-    ]
-    for depth, row in enumerate(found.recall, start=1):
-        lines.append(f"| {depth} | " + " | ".join(f"{share:.1%}" for share in row) + " |")
-    budgets = list(next(iter(found.tokens_per_round.values()), {}))
-    lines += [
-        "",
-        "Tokens per round by beams (width x length) and budget:",
-        "",
-        "| beams | " + " | ".join(str(budget) for budget in budgets) + " |",
-        "|---" * (len(budgets) + 1) + "|",
-    ]
-    for (width, length), rates in found.tokens_per_round.items():
-        rates = " | ".join(f"{rates[budget]:.2f}" for budget in budgets)
-        lines.append(f"| {width} x {length} | {rates} |")
-    return "\n".join(lines)
 
 
 def _say(text: str) -> None:

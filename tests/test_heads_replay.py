@@ -31,8 +31,7 @@ def test_a_replay_drafts_what_generation_does(variant):
     model, prompt = build("llama"), tiny_prompt()
     drafter = medusa_for(model) if variant == "medusa" else drafter_for(model, variant)
     answer, captured = written(model, prompt, 200)
-    search = replay._search(drafter, 1, 5)
-    found = list(replay._drafts(drafter, answer, 5, search))
+    found = list(replay.Replayer(drafter, 1, 5).pieces(answer))
     assert [piece.count for piece, _ in found] == [200]
     tokens = found[0][1][0]
     text = [*prompt, *answer.tokens.tolist()]

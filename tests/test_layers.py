@@ -16,8 +16,9 @@ LAYERS = [
     ["chat.commands", "chat.screen"],
     ["chat.conversation", "chat.settings"],
     ["diagnosis"],
+    ["training.forecast"],
     ["training.run", "training.card"],
-    ["training.loop"],
+    ["training.start", "training.loop", "training.report"],
     ["training.gradients"],
     ["training.recipes", "training.replay"],
     ["training.features", "training.initial"],
@@ -54,7 +55,7 @@ LAYERS = [
     ["loading.demo", "loading.known_heads"],
     ["loading.places"],
     ["gguf.importer", "training.data"],
-    ["training.manifest"],
+    ["training.manifest", "training.sources"],
     ["training.estimate"],
     ["training.scripts", "training.windows"],
     ["training.loss", "training.shards"],
@@ -124,7 +125,7 @@ LAYERS = [
     ["pricing.curve"],
     ["machine.blas"],
     ["machine.openblas"],
-    ["machine.storage", "training.filters", "training.picture"],
+    ["machine.storage", "training.deadline", "training.filters", "training.picture"],
     ["errors"],
 ]
 """From the top down: a module may import from lower lines only."""

@@ -16,6 +16,7 @@ from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.loading import hub
 from redrafter_mlx.machine.storage import in_use
 from redrafter_mlx.pricing.experience import read as read_experience
+from redrafter_mlx.training import report
 from redrafter_mlx.training import run as training_run
 from support import TinyTokenizer, generation, ids, tiny_prompt
 from test_generate_command import build as build_words
@@ -29,7 +30,7 @@ def target(monkeypatch):
     """What --model loads, whatever its name."""
     model = build("llama")
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, TinyTokenizer()))
-    monkeypatch.setattr(training_run, "SHAPES", ((1, 5), (4, 5)))  # each is compiled anew
+    monkeypatch.setattr(report, "SHAPES", ((1, 5), (4, 5)))  # each is compiled anew
     train._loaded.cache_clear()
     return model
 
@@ -71,8 +72,8 @@ def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, sh
 
 
 def test_a_run_without_held_out_answers_says_so():
-    nothing = training_run.Report(0, np.zeros((4, 4)), {})
-    assert train.table(nothing).startswith("No greedy answer was kept from training")
+    nothing = report.Report(0, np.zeros((4, 4)), {})
+    assert report.table(nothing).startswith("No greedy answer was kept from training")
 
 
 @pytest.mark.parametrize(

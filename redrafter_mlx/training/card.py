@@ -17,7 +17,7 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
 
     model    the target as the user named it
     command  that made it
-    table    `train.table` of its report
+    table    of its report, and what the time went into
     drawn    whether there is a picture
     """
     c, progress = run.config, run.progress

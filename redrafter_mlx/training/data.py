@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,19 +24,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine.storage import in_use, one_line
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.deadline import NEVER, Deadline
 from redrafter_mlx.training.estimate import share
 from redrafter_mlx.training.filters import Sieve, loop_end
-from redrafter_mlx.training.lockstep import Conversation, Role, Script, can_stagger, play
+from redrafter_mlx.training.lockstep import Conversation, Role, can_stagger, play
 from redrafter_mlx.training.manifest import note_counts, settle
 from redrafter_mlx.training.options import DataOptions
-from redrafter_mlx.training.questions import Question, read_questions
-from redrafter_mlx.training.scripts import (
-    Template,
-    answered,
-    own_conversations,
-    own_texts,
-    prompt_length,
-)
+from redrafter_mlx.training.scripts import Template
 from redrafter_mlx.training.shards import (
     held_out_path,
     map_shard,
@@ -45,10 +39,12 @@ from redrafter_mlx.training.shards import (
     shard_path,
     write_batch,
 )
+from redrafter_mlx.training.sources import Given, LeftOut, Own
 
-BLOCK = 8
-"""Batches' worth of questions that are sorted by length among themselves: rows whose prompts are
-alike take them in many tokens at once."""
+LEAST = 8
+"""Tokens of answers a row, on average, before which the first batch is not cut."""
+WORTH = 0.5
+"""With a deadline no batch is begun of which there is not time for this share."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +78,6 @@ class Progress:
     batches: int
     share: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What of --data is not used.
-
-    bad_lines   broken ones
-    repeated    questions much like an earlier one
-    too_long    prompts that leave no room for an answer in a row's columns
-    systems     system turns for which the chat template has no place; their questions are used
-    """
-
-    bad_lines: int = 0
-    repeated: int = 0
-    too_long: int = 0
-    systems: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,91 +116,6 @@ class _State:
             raise UserError(f"{path} was not written by this command; delete it") from error
 
 
-class _Own:
-    """What the target makes up itself."""
-
-    left_out = LeftOut()
-    digest = None
-
-    def __init__(
-        self, template: Template | None, tokenizer: TokenizerWrapper, options: DataOptions
-    ):
-        self._make = lambda seed: (
-            own_texts(tokenizer, seed, options.answer_tokens)
-            if template is None
-            else own_conversations(template, tokenizer, seed, options.answer_tokens)
-        )
-        self._seed = options.seed
-
-    def indices(self, state: _State) -> Sequence[int] | None:
-        return None
-
-    def scripts(self, number: int, state: _State) -> Iterator[Script]:
-        return self._make(f"{self._seed}/{number}")
-
-
-class _Given:
-    """One job's questions of --data, shuffled, those of alike length near each other."""
-
-    def __init__(
-        self, template, tokenizer: TokenizerWrapper, options: DataOptions, job: int, jobs: int
-    ):
-        questions, bad_lines = read_questions(Path(options.data), options.skip_bad)
-        text = json.dumps([dataclasses.astuple(question) for question in questions])
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._script = lambda i: answered(
-            template, tokenizer, questions[i], f"{options.seed}/{i}", options.answer_tokens
-        )
-        room = min(options.answer_tokens, options.columns // 4)
-        sieve, repeated, too_long, systems = Sieve(), 0, 0, 0
-        self._lengths: dict[int, int] = {}
-        for i, question in enumerate(questions):
-            length = prompt_length(self._script(i))
-            if length > options.columns - room:
-                too_long += 1
-            elif not sieve.admits(_ids(tokenizer, question)):
-                repeated += 1
-            else:
-                self._lengths[i] = length
-                systems += bool(question.system) and not _has_system(template, tokenizer, question)
-        if not self._lengths:
-            raise UserError(
-                f"--data {options.data}: all {len(questions)} prompts are longer than "
-                f"{options.columns - room} tokens; raise --columns"
-            )
-        self._lengths = dict(list(self._lengths.items())[job::jobs])
-        self.left_out = LeftOut(bad_lines, repeated, too_long, systems)
-        self._seed = options.seed
-
-    def arrange(self, rows: int) -> None:
-        """Fix the order for batches of `rows` rows."""
-        kept = np.array(list(self._lengths))
-        kept = kept[np.random.default_rng(self._seed).permutation(len(kept))]
-        size = BLOCK * rows
-        blocks = (kept[first : first + size] for first in range(0, len(kept), size))
-        self._order = [int(i) for block in blocks for i in sorted(block, key=self._lengths.get)]
-
-    def indices(self, state: _State) -> Sequence[int]:
-        """The questions that are left, in order."""
-        return [*state.again, *self._order[state.next :]]
-
-    def scripts(self, number: int, state: _State) -> Iterator[Script]:
-        return (self._script(i) for i in self.indices(state))
-
-
-def _has_system(template: Template | None, tokenizer: TokenizerWrapper, question: Question) -> bool:
-    return (
-        template is not None
-        and not question.is_text
-        and template.system_opening(tokenizer, question.system) is not None
-    )
-
-
-def _ids(tokenizer: TokenizerWrapper, question: Question) -> list[int]:
-    """What two questions are compared by: system and user turns, as token ids."""
-    return tokenizer.encode("\n".join((question.system, *question.turns)), add_special_tokens=False)
-
-
 def write_data(
     target: Target,
     tokenizer: TokenizerWrapper,
@@ -229,6 +124,7 @@ def write_data(
     progress: Callable[[Progress], None] = lambda progress: None,
     job: int = 0,
     jobs: int = 1,
+    until: Deadline = NEVER,
 ) -> Written:
     """Fill `directory` with conversations of the target, from wherever an earlier run left off.
 
@@ -236,22 +132,24 @@ def write_data(
     progress   called after every column
     job, jobs  which of several that share the work this is: its part of the tokens and of the
                questions, and a seed of its own
+    until      by when to have done: the batch under way is then cut where it is, unless it is the
+               first and there is hardly an answer yet
 
-    Batches are whole: the goal is overshot by less than one, and with `data_minutes` none is
-    begun that would end later, except the first. Raises UserError when the directory is in use,
+    Batches are whole otherwise: the goal is overshot by less than one, and with `data_minutes` none
+    is begun that would end later, except the first. Raises UserError when the directory is in use,
     was made with another target or other options, or the disk is full.
     """
     with in_use(directory):
         template = Template.of(tokenizer)
         options = share(options, job, jobs)
         if options.data:
-            source = _Given(template, tokenizer, options, job, jobs)
+            source = Given(template, tokenizer, options, job, jobs)
         else:
-            source = _Own(template, tokenizer, options)
+            source = Own(template, tokenizer, options)
         rows = settle(directory, target, options, template, source.digest, jobs)
-        if isinstance(source, _Given):
+        if isinstance(source, Given):
             source.arrange(rows)
-        stage = _Stage(target, directory, options, rows, source, progress)
+        stage = _Stage(target, directory, options, rows, source, progress, until)
         ended = stage.run()
         return Written(stage.state.counts, stage.batches, ended, source.left_out)
 
@@ -259,7 +157,10 @@ def write_data(
 class _Stage:
     """The batches of one directory, one after the other."""
 
-    def __init__(self, target, directory: Path, options: DataOptions, rows: int, source, progress):
+    def __init__(
+        self, target, directory: Path, options: DataOptions, rows: int, source, progress, until
+    ):
+        self._until: Deadline = until
         self._target, self._directory, self._options = target, directory, options
         self._rows, self._source, self._progress = rows, source, progress
         self._staggered = can_stagger(target)
@@ -271,7 +172,7 @@ class _Stage:
             _State.of(shard_path(directory, self.batches - 1)) if self.batches else _State()
         )
         self._sieve = Sieve()
-        if isinstance(source, _Own):
+        if isinstance(source, Own):
             for number in range(self.batches):
                 self._remember(shard_path(directory, number))
                 if held_out_path(directory, number).exists():
@@ -282,13 +183,14 @@ class _Stage:
         took = 0.0
         while self.state.counts.tokens < self._options.data_tokens:
             minutes, begun = self._options.data_minutes, time.monotonic()
-            if minutes is not None and self.batches and begun - self._begun + took > 60 * minutes:
+            late = minutes is not None and begun - self._begun + took > 60 * minutes
+            if self.batches and (late or self._until.left < WORTH * took or self._until.passed):
                 return "time"
             if self._source.indices(self.state) == []:
                 return "questions"
             kept, state = self._play()
             if not kept:
-                return "repeats"
+                return "time" if self._until.passed else "repeats"
             self._write(kept, state)
             took = time.monotonic() - begun
         return "tokens"
@@ -307,6 +209,7 @@ class _Stage:
         played = play(
             self._target, counted(), self._rows, self._options.columns,
             mx.random.key(int.from_bytes(seed[:8], "little")), self._tell, self._staggered,
+            self._cuts,
         )  # fmt: skip
         kept, counts = self._filter(played)
         indices = self._source.indices(self.state)
@@ -318,13 +221,17 @@ class _Stage:
         left = self.state.again[taken:]  # few rows may not even reach all of them
         return kept, _State(counts, self.state.next + taken_anew, again + left)
 
+    def _cuts(self, answered: int) -> bool:
+        """Whether the batch ends here, with so many tokens of answers."""
+        return self._until.passed and (self.batches > 0 or answered >= LEAST * self._rows)
+
     def _filter(self, played: Sequence[Conversation]) -> tuple[list[Conversation], Counts]:
         kept, repeats, loops, unanswered, tokens = [], 0, 0, 0, 0
         for conversation in played:
             if not _answered(conversation):
                 unanswered += 1
                 continue
-            if isinstance(self._source, _Own) and not self._sieve.admits(
+            if isinstance(self._source, Own) and not self._sieve.admits(
                 _question(conversation.tokens, conversation.roles)
             ):
                 repeats += 1

@@ -152,6 +152,7 @@ def play(
     key: mx.array,
     progress: Callable[[int, int], None] = lambda done, total: None,
     staggered: bool = True,
+    enough: Callable[[int], bool] = lambda answered: False,
 ) -> list[Conversation]:
     """Play scripts in `rows` rows of `columns` columns; conversations in the order they end.
 
@@ -159,6 +160,7 @@ def play(
     progress   told (columns done, columns)
     staggered  whether a row goes on with another script when one ends; not every model can, see
                `can_stagger`
+    enough     asked after every column, with the tokens of answers so far: whether to end there
 
     The last conversation of each row is cut where the columns end, or where it goes round in
     circles. A script begins with at least one given token.
@@ -168,8 +170,8 @@ def play(
     stage = [_open(numbered, 0) for _ in range(rows)]
     ended: list[tuple[int, _Row]] = []
     seen: list[tuple[mx.array, ...]] = []
-    column = 0
-    while column < columns and any(stage):
+    column = answered = 0
+    while column < columns and any(stage) and not enough(answered):
         count = min(CHUNK, columns - column, *(len(row.queue) for row in stage if row))
         if staggered and count - 1 == rows:  # R positions for R tokens would be a tree's, see rope
             count = max(1, count - 1)
@@ -189,6 +191,7 @@ def play(
         for r, row in enumerate(stage):
             if row and not row.queue:
                 if row.part:
+                    answered += row.part.role == Role.ASSISTANT
                     row.hear(int(choices[r]))
                 else:
                     ended.append((r, row))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from redrafter_mlx.errors import UserError
@@ -22,21 +21,25 @@ from redrafter_mlx.training.options import TrainingOptions
 WARM_UP = 0.02
 """Share of the steps over which the learning rate rises."""
 _BETAS = (0.9, 0.98)
-PROBES = 6
 
 
 @dataclass
 class Progress:
     """Where a run stands; kept in its checkpoints.
 
-    steps    all that the run will take; decided once, because the learning rate depends on it
+    steps    all that the run will take; with a deadline only a forecast until the last one
     seconds  trained so far, evaluation not counted
+    places   of the learning rate's course from its beginning to its end
+    place    where on it the next step is: steps that are left go through what is left of it in
+             equal strides, of one place each unless their number changed on the way
     """
 
     steps: int
     step: int = 0
     seconds: float = 0.0
     loss: float = math.nan
+    places: int = 0
+    place: float = 0.0
 
     @property
     def seconds_left(self) -> float:
@@ -56,20 +59,33 @@ class Trainer:
         self._gradients, self._options = gradients, options
         self.plan(progress.steps)
 
-    def plan(self, steps: int) -> None:
-        """Set out to take so many steps: the learning rate rises and falls over them."""
-        self.progress.steps = steps
-        warm_up = max(1, round(WARM_UP * steps))
-        highest = self._options.learning_rate
+    def plan(self, steps: int, places: int | None = None) -> None:
+        """Set out to take so many steps: the learning rate rises and falls over them.
+
+        places  of its course, by default one for each step
+        """
+        done = self.progress
+        done.steps, done.places, done.place = steps, places or steps, 0.0
+        self._optimizer = self._new_optimizer()
+        self._optimizer.init(self.head.trainable_parameters())
+
+    def plan_more(self, steps: int, places: int) -> None:
+        """After the last step set out to take so many more: the learning rate begins anew."""
+        state = self._optimizer.state
+        self.plan(self.progress.step + steps, places)
+        self._optimizer.state = state
+
+    def _new_optimizer(self) -> optim.Optimizer:
+        places, highest = self.progress.places, self._options.learning_rate
+        warm_up = max(1, round(WARM_UP * places))
         rate = optim.join_schedules(
             [
                 optim.linear_schedule(0.0, highest, warm_up),
-                optim.cosine_decay(highest, max(1, steps - warm_up)),
+                optim.cosine_decay(highest, max(1, places - warm_up)),
             ],
             [warm_up],
         )
-        self._optimizer = optim.AdamW(rate, betas=list(_BETAS), weight_decay=0.0)
-        self._optimizer.init(self.head.trainable_parameters())
+        return optim.AdamW(rate, betas=list(_BETAS), weight_decay=0.0)
 
     def run(self, crew: Crew, stop: Callable[[Progress], bool] = lambda progress: False) -> None:
         """Train to the end, or until `stop(progress)`, asked after each step, is true."""
@@ -78,10 +94,12 @@ class Trainer:
         parameters = self.head.trainable_parameters()
         while done.step < done.steps:
             began = time.perf_counter()
+            self._optimizer.state["step"] = mx.array(int(done.place), mx.uint64)
             loss, gradients = crew.of(parameters, done.step)
             parameters = updated(parameters, gradients)
             self.head.update(parameters)
             mx.eval(loss, parameters, self._optimizer.state)
+            done.place += (done.places - done.place) / (done.steps - done.step)
             done.step += 1
             done.seconds += time.perf_counter() - began
             done.loss = loss.item()
@@ -95,15 +113,14 @@ class Trainer:
                 return
 
     def seconds_per_step(self, crew: Crew) -> float:
-        """Measured on a few steps that change nothing."""
+        """Measured on a step that changes nothing, after one that may have to compile first."""
         parameters = self.head.trainable_parameters()
-        times = []
-        for step in range(PROBES):
+        for step in (self.progress.step, self.progress.step + 1):
             began = time.perf_counter()
             mx.eval(crew.of(parameters, step))
-            times.append(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
         self.head.update(parameters)
-        return float(np.median(times[1:]))
+        return seconds
 
     def _compiled_update(self):
         """A pure function: (parameters, gradients) -> parameters."""
@@ -138,8 +155,10 @@ class Trainer:
         part = lambda prefix: [
             (name.removeprefix(prefix), x) for name, x in arrays.items() if name.startswith(prefix)
         ]
-        self.progress.__dict__.update(json.loads(metadata["progress"]))
-        self.plan(self.progress.steps)
+        there = json.loads(metadata["progress"])
+        whole_strides = {"places": there["steps"], "place": float(there["step"])}
+        self.progress.__dict__.update(whole_strides | there)  # older files have no places
+        self._optimizer = self._new_optimizer()
         self.head.load_weights(part("head."))
         self._optimizer.state = tree_unflatten(part("optimizer."))
 

@@ -9,7 +9,7 @@ Shape letters: P positions, W beam width, L beam length (the root included), M c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -101,87 +101,107 @@ def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
                     )
 
 
-def replay(
-    drafter: BeamDrafter,
-    answers: Iterable[Answer],
-    width: int,
-    length: int,
-    progress: Callable[[int], None] = lambda tokens: None,
-) -> Replay:
-    """Draft at each token of the answers; see `Replay`. `progress` is told of tokens done."""
-    found, search = Replay(), _search(drafter, width, length)
-    for answer in answers:
-        ranks = [
-            path_ranks(*drafts, piece.ahead)[: piece.count]
-            for piece, drafts in _drafts(drafter, answer, length, search)
-        ]
-        found.add(np.concatenate(ranks))
-        progress(found.tokens)
-    return found
+class Replayer:
+    """A drafter's search tried on one answer after the other, with the weights it has now.
 
-
-def drafts_of(
-    drafter: BeamDrafter, answers: Iterable[Answer], width: int, length: int
-) -> Iterator[Draft]:
-    """What a search scores at each token of the answers, and which of it came true."""
-    search = _search(drafter, width, length)
-    for answer in answers:
-        for piece, arrays in _drafts(drafter, answer, length, search):
-            for p in range(piece.count):
-                found = collect(int(piece.roots[p]), *(array[p] for array in arrays))
-                yield Draft.of(found, piece.ahead[p])
-
-
-def _search(drafter: BeamDrafter, width: int, length: int) -> Callable:
-    """The drafter's search with the weights that it has now."""
-    return device.fused(
-        lambda begun, root, ids, rows, memory: drafter.search(
-            width, length, False, begun, root, None, None, None, ids, rows, memory
-        )
-    )
-
-
-def _drafts(
-    drafter: BeamDrafter, answer: Answer, length: int, search: Callable
-) -> Iterator[tuple[_Piece, tuple[np.ndarray, ...]]]:
-    """The pieces of an answer, and what `beam_search` returns for the positions of each."""
-    vocabulary = drafter.vocabulary.of(Transcript(answer.prompt))
-    for piece in _pieces(drafter, answer, length - 1):
-        found = search(piece.begun, mx.array(piece.roots), *vocabulary, piece.memory)
-        yield piece, device.read(*found)
-
-
-def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.ndarray:
-    """(depths, len(RECALL)): how often the token at a depth is among the head's k likeliest,
-    given that the head has read the target's own tokens up to it.
+    found   what its rounds came to, of the answers that were added
+    drafts  all that it scored, if they are kept
     """
-    depths = min(depths, drafter.depths)
-    hits, total = np.zeros((depths, len(RECALL))), np.zeros((depths, 1))
 
-    @device.fused
-    def ranks_of(begun, tokens, ids, rows, memory):
+    def __init__(self, drafter: BeamDrafter, width: int, length: int, keep: bool = False):
+        self._drafter, self._length, self._keep = drafter, length, keep
+        self._search = device.fused(
+            lambda begun, root, ids, rows, memory: drafter.search(
+                width, length, False, begun, root, None, None, None, ids, rows, memory
+            )
+        )
+        self.found, self.drafts = Replay(), []
+
+    def of(self, answer: Answer) -> tuple[np.ndarray, list[Draft]]:
+        """What `add` takes: the ranks at each token of the answer, and the drafts kept there."""
+        ranks, drafts = [], []
+        for piece, arrays in self.pieces(answer):
+            ranks.append(path_ranks(*arrays, piece.ahead)[: piece.count])
+            for p in range(piece.count if self._keep else 0):
+                found = collect(int(piece.roots[p]), *(array[p] for array in arrays))
+                drafts.append(Draft.of(found, piece.ahead[p]))
+        return np.concatenate(ranks), drafts
+
+    def add(self, ranks: np.ndarray, drafts: list[Draft]) -> None:
+        """Count one more answer."""
+        self.found.add(ranks)
+        self.drafts += drafts
+
+    def pieces(self, answer: Answer) -> Iterator[tuple[_Piece, tuple[np.ndarray, ...]]]:
+        """The pieces of an answer, and what `beam_search` returns for the positions of each."""
+        vocabulary = self._drafter.vocabulary.of(Transcript(answer.prompt))
+        for piece in _pieces(self._drafter, answer, self._length - 1):
+            found = self._search(piece.begun, mx.array(piece.roots), *vocabulary, piece.memory)
+            yield piece, device.read(*found)
+
+
+def replay(drafter: BeamDrafter, answers: Iterable[Answer], width: int, length: int) -> Replay:
+    """Draft at each token of the answers; see `Replay`."""
+    replayer = Replayer(drafter, width, length)
+    for answer in answers:
+        replayer.add(*replayer.of(answer))
+    return replayer.found
+
+
+class Recaller:
+    """How often the token at a depth is among the head's k likeliest, given that the head has
+    read the target's own tokens up to it.
+    """
+
+    def __init__(self, drafter: BeamDrafter, depths: int):
+        self._drafter, self._depths = drafter, min(depths, drafter.depths)
+        self._hits = np.zeros((self._depths, len(RECALL)))
+        self._total = np.zeros((self._depths, 1))
+        self._ranks = device.fused(self._ranks_of)
+
+    @property
+    def found(self) -> np.ndarray:
+        """(depths, len(RECALL)) shares of the answers that were added."""
+        return self._hits / np.maximum(self._total, 1)
+
+    def of(self, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
+        """What `add` takes of an answer: hits (depths, len(RECALL)) among (depths, 1) tokens."""
+        hits, total = np.zeros_like(self._hits), np.zeros_like(self._total)
+        vocabulary = self._drafter.vocabulary.of(Transcript(answer.prompt))
+        for piece in _pieces(self._drafter, answer, self._depths):
+            tokens = mx.array(np.concatenate([piece.roots[:, None], piece.ahead], axis=1))
+            (ranks,) = device.read(self._ranks(piece.begun, tokens, *vocabulary, piece.memory))
+            known = (piece.ahead >= 0).T
+            hits += [[((rank < k) & at).sum() for k in RECALL]
+                     for rank, at in zip(ranks, known, strict=True)]  # fmt: skip
+            total += known.sum(axis=1, keepdims=True)
+        return hits, total
+
+    def add(self, hits: np.ndarray, total: np.ndarray) -> None:
+        """Count one more answer."""
+        self._hits += hits
+        self._total += total
+
+    def _ranks_of(self, begun, tokens, ids, rows, memory):
         """(depths, P) ranks; UNSCORED outside of the vocabulary."""
-        steps = drafter.steps(begun, memory)
+        steps = self._drafter.steps(begun, memory)
         state, ranks = None, []
-        for depth in range(depths):
+        for depth in range(self._depths):
             state = steps.advance(state, tokens[:, depth])
-            logits = drafter.logits(steps, state, rows)
+            logits = self._drafter.logits(steps, state, rows)
             here = ids[None] == tokens[:, depth + 1 : depth + 2]
             own = mx.where(here, logits, -mx.inf).max(axis=-1, keepdims=True)
             rank = (logits > own).sum(axis=-1)
             ranks.append(mx.where(here.any(axis=-1), rank, UNSCORED))
         return mx.stack(ranks)
 
+
+def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.ndarray:
+    """(depths, len(RECALL)) see `Recaller`."""
+    recaller = Recaller(drafter, depths)
     for answer in answers:
-        vocabulary = drafter.vocabulary.of(Transcript(answer.prompt))
-        for piece in _pieces(drafter, answer, depths):
-            tokens = mx.array(np.concatenate([piece.roots[:, None], piece.ahead], axis=1))
-            (ranks,) = device.read(ranks_of(piece.begun, tokens, *vocabulary, piece.memory))
-            known = (piece.ahead >= 0).T
-            for depth, (rank, at) in enumerate(zip(ranks, known, strict=True)):
-                hits[depth] += [((rank < k) & at).sum() for k in RECALL]
-            total += known.sum(axis=1, keepdims=True)
-    return hits / np.maximum(total, 1)
+        recaller.add(*recaller.of(answer))
+    return recaller.found
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ OUTPUT/training/checkpoint.safetensors, log.jsonl                  where the run
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.config import flag_name
-from redrafter_mlx.drafters.beams import BeamDrafter
-from redrafter_mlx.drafters.checkpoint import load_head
-from redrafter_mlx.errors import UserError
 from redrafter_mlx.loading import hub
 from redrafter_mlx.loading.precision import compute_in_float32
-from redrafter_mlx.machine import device
-from redrafter_mlx.machine.storage import write_whole
-from redrafter_mlx.measuring.acceptance import experience_from
-from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.pricing.experience import FILE, as_text
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.deadline import NEVER, Deadline
 from redrafter_mlx.training.gradients import Crew, Gradients
 from redrafter_mlx.training.initial import with_lookback
 from redrafter_mlx.training.loop import Progress, Trainer
@@ -42,17 +34,33 @@ from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
 from redrafter_mlx.training.recipes import Recipe, frequent_ids, recipe_for
-from redrafter_mlx.training.replay import Answer, drafts_of, greedy_answers, recall, replay
-from redrafter_mlx.training.shards import held_out_shards, parts, training_shards
+from redrafter_mlx.training.replay import Answer
+from redrafter_mlx.training.report import (
+    ALL_TOKENS,
+    BUDGET,
+    CHAIN,
+    SHAPES,
+    USUAL,
+    Report,
+    first_tokens,
+    held_out_answers,
+    tokens_per_round,
+)
+from redrafter_mlx.training.shards import parts, training_shards
+from redrafter_mlx.training.start import fingerprint
 from redrafter_mlx.training.windows import LENGTH, Shards
 
 PASSES = 10
 """Times that training goes through the data when neither time nor steps are given."""
-WIDTH, BEAM_LENGTH, BUDGET = 4, 5, 16
-"""How drafts are made where progress is measured: the defaults of generation."""
 MEASURE_SECONDS, SAVE_SECONDS, TELL_SECONDS = 300.0, 120.0, 20.0
-QUICK_TOKENS, ALL_TOKENS = 1500, 20_000
-"""Held-out tokens that are replayed during training, and after it."""
+QUICK_TOKENS = 1500
+"""Held-out tokens that are replayed during training."""
+QUICK_SECONDS = 30.0
+"""What a measurement during training may take of a run with a deadline."""
+COURSE = 10_000
+"""Places of the learning rate's course in a run whose number of steps is not known beforehand."""
+RECENT = 16
+"""Steps whose times tell how many more a deadline leaves room for."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class TrainingRun:
     jobs      processes that compute gradients; with several, `load` is called in each and must be
               picklable. The weights do not depend on it.
     start     a head to train further, as `hub.load_head_of` takes it; None: a new one
+    until     by when all must be done, the report included; the steps are as many as that allows
+    reserve   seconds of it that the report may take; less if it turns out to need less
     settings  everything the weights depend on; a checkpoint made with others is refused
 
     A context: the other processes end with it.
@@ -120,9 +130,10 @@ class TrainingRun:
         head: HeadOptions,
         training: TrainingOptions,
         seed: int,
-        minutes: float | None = None,
+        until: Deadline = NEVER,
         jobs: int = 1,
         start: str | None = None,
+        reserve: float = 0.0,
     ):
         self.target, self.places, self._options = load(), places, training
         target = self.target
@@ -164,7 +175,9 @@ class TrainingRun:
         self.ids = d2t
         self.drafter = self.recipe.drafter(self.head, d2t)
         self.log: list[dict] = []
-        self._minutes = minutes
+        self._until, self._reserve = until, reserve
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._quick = first_tokens(self.answers, QUICK_TOKENS)
 
     def _new_head(self, options: HeadOptions, seed: int) -> tuple[nn.Module, mx.array]:
         """An untrained head and the token ids (D,) that it can propose."""
@@ -177,7 +190,7 @@ class TrainingRun:
     def __enter__(self) -> TrainingRun:
         with ExitStack() as stack:
             stack.enter_context(self._crew)
-            self._set_out(self._minutes)
+            self._set_out()
             self._leave = stack.pop_all()
         return self
 
@@ -189,6 +202,16 @@ class TrainingRun:
         return self._trainer.progress
 
     @property
+    def seconds_per_step(self) -> float:
+        """Of the last ones of a run with a deadline; 0 before the first."""
+        return sum(self._recent) / max(1, len(self._recent))
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether the number of steps depends on how fast they turn out to be."""
+        return self._until.bounded
+
+    @property
     def positions_per_step(self) -> int:
         """Positions of one update."""
         return self._options.windows * self._options.accumulate * LENGTH
@@ -198,38 +221,67 @@ class TrainingRun:
         """How many the head has."""
         return sum(x.size for _, x in tree_flatten(self.head.parameters()))
 
-    def _set_out(self, minutes: float | None) -> None:
+    def _set_out(self) -> None:
         """Go on from the checkpoint, or decide how many steps to take."""
+        trainer, given = self._trainer, self._options.steps
         if self.places.checkpoint.exists():
-            self._trainer.restore(self.places.checkpoint, self.settings)
+            trainer.restore(self.places.checkpoint, self.settings)
             if self.places.log.exists():
                 entries = map(json.loads, self.places.log.read_text().splitlines())
                 self.log = [entry for entry in entries if entry["step"] <= self.progress.step]
-        elif self._options.steps is None:
+            finished = self.progress.step == self.progress.steps
+            if self._until.bounded and finished and given is None:
+                trainer.plan_more(1, COURSE)
+        elif given is None and self._until.bounded:
+            trainer.plan(1, COURSE)
+        elif given is None:
             windows = len(self.shards.windows("count"))
             batch = self._options.windows * self._options.accumulate
-            steps = PASSES * windows // batch
-            if minutes is not None:
-                steps = int(60 * minutes / self._trainer.seconds_per_step(self._crew))
-            self._trainer.plan(max(1, steps))
+            trainer.plan(max(1, PASSES * windows // batch))
+        if self._until.bounded and self.progress.step < self.progress.steps:
+            self._recent.append(trainer.seconds_per_step(self._crew))
+            self.progress.steps = max(self._steps_in_time(), self.progress.step + 1)
+
+    @property
+    def _seconds_left(self) -> float:
+        """For training."""
+        return self._until.left - self._reserve
+
+    def _steps_in_time(self) -> int:
+        """As many as can be done before the report, going by the last ones; those done included."""
+        more = round(self._seconds_left / self.seconds_per_step)
+        steps = self.progress.step + max(0, more)
+        return min(steps, self._options.steps or steps)
 
     def run(
         self,
         tell: Callable[[Progress, dict], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Train to the end; False if `stopped()` ended it before, with a checkpoint written."""
+        """Train to the end; False if `stopped()` ended it before, with a checkpoint written.
+
+        With a deadline the number of steps is settled anew after each one. What the report would
+        measure at once again is not measured at the end, nor is the beginning of a short run.
+        """
         last = dict.fromkeys(("saved", "measured", "told"), time.monotonic())
         last["seconds"] = self.progress.seconds
         losses: list[float] = []
-        self._note(self.measure(QUICK_TOKENS), tell)
+        if not self._until.bounded or self._seconds_left > MEASURE_SECONDS:
+            self._note(self.measure(), tell)
 
         def after(progress: Progress) -> bool:
             losses.append(progress.loss)
+            if self._until.bounded:
+                self._recent.append(progress.seconds - last.get("step", last["seconds"]))
+                last["step"] = progress.seconds
+                progress.steps = self._steps_in_time()
             now = time.monotonic()
-            due = now - last["measured"] >= MEASURE_SECONDS
             ended = progress.step == progress.steps or stopped()
-            if due or ended or now - last["told"] >= TELL_SECONDS:
+            due = now - last["measured"] >= MEASURE_SECONDS
+            measures = due or ended
+            if self._until.bounded:
+                measures = due and not ended and self._seconds_left > QUICK_SECONDS
+            if measures or ended or now - last["told"] >= TELL_SECONDS:
                 entry = {
                     "loss": float(np.mean(losses)),
                     "speed": len(losses)
@@ -238,8 +290,8 @@ class TrainingRun:
                 }
                 losses.clear()
                 last["seconds"] = progress.seconds
-                if due or ended:
-                    entry |= self.measure(QUICK_TOKENS)
+                if measures:
+                    entry |= self.measure()
                     last["measured"] = time.monotonic()
                 self._note(entry, tell)
                 last["told"] = time.monotonic()
@@ -251,14 +303,29 @@ class TrainingRun:
         self._trainer.run(self._crew, after)
         return self.progress.step == self.progress.steps
 
-    def measure(self, tokens: int) -> dict[str, float]:
-        """Tokens per round on held-out greedy answers: of a tree, and of a chain."""
-        answers = first_tokens(self.answers, tokens)
-        if not answers:
-            return {}
-        tree = replay(self.drafter, answers, WIDTH, BEAM_LENGTH).tokens_per_round[BUDGET]
-        chain = replay(self.drafter, answers, 1, BEAM_LENGTH).tokens_per_round[BUDGET]
-        return {"tree": tree, "chain": chain}
+    def measure(self) -> dict[str, float]:
+        """Tokens per round on held-out greedy answers: of a tree, and of a chain.
+
+        With a deadline the first time settles how many answers there is time for, and, from what
+        they took, how long the report can be at most.
+        """
+        if not self._until.bounded:
+            return tokens_per_round(self.drafter, self._quick)[0]
+        began = time.monotonic()
+        limit = Deadline.after(QUICK_SECONDS)
+        rates, tried = tokens_per_round(self.drafter, self._quick, limit)
+        self._quick = self._quick[:tried]
+        tokens = sum(len(answer.tokens) for answer in self._quick)
+        searches = (len(SHAPES) + 1) / 2  # of a report, for each of the two here
+        whole = searches * (time.monotonic() - began) * ALL_TOKENS / max(tokens, 1)
+        self._reserve = min(self._reserve, whole)
+        return rates
+
+    def note(self, found: Report) -> None:
+        """Let the log end with what the report measured, where training did not."""
+        if self._until.bounded and CHAIN in found.tokens_per_round:
+            usual, chain = (found.tokens_per_round[s][BUDGET] for s in (USUAL, CHAIN))
+            self._note({"tree": usual, "chain": chain}, lambda progress, entry: None)
 
     def _note(self, entry: dict, tell: Callable[[Progress, dict], None]) -> None:
         progress = self.progress
@@ -327,99 +394,3 @@ def make_gradients(
     shards = Shards(training_shards(parts(data)), recipe.whole)
     recipe.prepare(shards)
     return gradients_of(recipe, recipe.empty(config), d2t, shards, training, seed)
-
-
-def held_out_answers(directory: Path) -> list[Answer]:
-    """The greedy answers of the conversations that are kept from training."""
-    return list(greedy_answers(held_out_shards(parts(directory))))
-
-
-def shape_of(name: str, given: HeadOptions) -> HeadOptions:
-    """The options that describe an existing head; UserError where `given` ones say otherwise."""
-    c = load_head(hub.resolve_drafter(name), mx.float32)[2]
-    output_layer = "tied" if c.tied_output else "trained"
-    lookback_heads = c.lookback_heads or given.lookback_heads or 0  # it can learn to look back
-    shape = HeadOptions(
-        exit_dim=c.exit_dim, blocks=c.num_blocks, no_rnn=not c.rnn, draft_vocab=c.draft_vocab_size,
-        output_layer=output_layer, fused_layers=c.fused_layers, lookback_heads=lookback_heads,
-    )  # fmt: skip
-    for f in fields(HeadOptions):
-        wanted, found = getattr(given, f.name), getattr(shape, f.name)
-        if wanted not in (f.default, found):
-            raise UserError(
-                f"{flag_name(f)} {wanted}: the head of --start-from {name} has {found}; leave it "
-                "out"
-            )
-    return shape
-
-
-def fingerprint(head: nn.Module) -> str:
-    """16 hex digits of a head's weights."""
-    digest = hashlib.sha256()
-    for name, weights in tree_flatten(head.parameters()):
-        digest.update(name.encode())
-        digest.update(device.read(weights)[0].tobytes())
-    return digest.hexdigest()[:16]
-
-
-def first_tokens(answers: Sequence[Answer], tokens: int) -> list[Answer]:
-    """The first answers that together have about so many tokens."""
-    chosen, total = [], 0
-    for answer in answers:
-        if total >= tokens:
-            break
-        chosen.append(answer)
-        total += len(answer.tokens)
-    return chosen
-
-
-@dataclass(frozen=True)
-class Report:
-    """How well a drafter does on held-out greedy answers.
-
-    recall            (depths, k) see `replay.recall`
-    tokens_per_round  by (W, L), then by budget
-    """
-
-    tokens: int
-    recall: np.ndarray
-    tokens_per_round: dict[tuple[int, int], dict[int, float]]
-
-
-SHAPES = ((1, 5), (2, 5), (4, 3), (4, 5), (4, 7), (8, 5))
-
-
-def report(drafter: BeamDrafter, answers: Sequence[Answer], tokens: int) -> Report:
-    """Replay about so many held-out tokens with beams of all SHAPES."""
-    answers = first_tokens(answers, tokens)
-    return Report(
-        sum(len(answer.tokens) for answer in answers),
-        recall(drafter, answers, BEAM_LENGTH - 1),
-        {shape: replay(drafter, answers, *shape).tokens_per_round for shape in SHAPES},
-    )
-
-
-def write_experience(directory: Path, drafter: BeamDrafter, answers: Sequence[Answer]) -> None:
-    """Leave beside a head what its drafts were worth in held-out greedy answers."""
-    answers = first_tokens(answers, ALL_TOKENS)
-    drafts = list(drafts_of(drafter, answers, WIDTH, BEAM_LENGTH))
-    if drafts:
-        found = experience_from(drafts, Setting(WIDTH, BEAM_LENGTH))
-        write_whole(directory / FILE, as_text({0.0: found}))
-
-
-def training_bytes(recipe: Recipe, config: Any, options: TrainingOptions, columns: int) -> int:
-    """Memory of training, roughly: the target, the head with its optimiser, one batch.
-
-    columns  tokens of the longest conversation
-    """
-    size = lambda module: sum(x.size for _, x in tree_flatten(module.parameters()))
-    model = sum(x.nbytes for _, x in tree_flatten(recipe.target.model.parameters()))
-    head = 4 * size(recipe.empty(config))
-    h = recipe.target.hidden_size
-    positions = columns if recipe.whole else options.windows * LENGTH
-    rows = positions * options.ahead
-    numbers = rows * (2 * (recipe.view.width + 6 * h) + 4 * options.candidates)
-    looks = 9 if recipe.whole else getattr(config, "lookback_heads", 0)
-    numbers += 6 * rows * looks * columns
-    return model + 4 * head + 4 * numbers
