@@ -242,6 +242,16 @@ def test_a_client_that_does_not_read(start, monkeypatch):
         wait_until(lambda: server.metrics.responses["/v1/chat/completions", 408] == 1)
 
 
+def test_a_client_that_reads_nothing_is_let_go_of(start, monkeypatch):
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.3)
+    with start("x" * 600_000, {"step": 400, "context": None}) as (address, engine, server):
+        body = CHAT | {"stream": True, "redrafter": {"details": True}, "max_tokens": 600_000}
+        client = connect(address, body=body, SO_RCVBUF=4096)
+        wait_until(lambda: server.metrics.gone == 1, 60)
+        wait_until(lambda: engine.running == 0)
+        client.close()
+
+
 def test_half_a_request_holds_nothing_up(start, monkeypatch):
     monkeypatch.setattr(replies, "BODY_SECONDS", 0.5)
     with start() as (address, engine, _):

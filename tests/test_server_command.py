@@ -157,6 +157,8 @@ def test_errors_are_one_line(refused, tmp_path, monkeypatch):
     assert "--no-draft" in refused("--no-draft", "--drafter", "max_gram")
     assert "--port 70000" in refused("--port", "70000")
     assert "--temp" in refused("--temp", "-1")
+    assert "--extra-eos-token" in refused("--extra-eos-token", "<nothing>")
+    assert "tokenize" in refused("--chat-template-config", '{"tokenize": true}')
     assert "--host" in refused("--host", "256.256.256.256")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

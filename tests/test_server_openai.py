@@ -417,10 +417,12 @@ def test_a_model_without_tools_or_template(tmp_path):
 
 def test_the_servers_defaults_hold_where_a_request_says_nothing(tokenizer):
     engine = ScriptedEngine(tokenizer, lambda _: "x")
-    defaults = Defaults(sampling=SamplingOptions(temp=0.6, seed=3, min_p=0.2))
+    sampling = SamplingOptions(temp=0.6, seed=3, min_p=0.2)
+    defaults = Defaults(sampling=sampling, template={"mood": "?"})
     with serving(engine, defaults=defaults) as (address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="-", max_retries=0)
         client.chat.completions.create(model="scripted", messages=USER, seed=4)
+    assert tokenizer.decode(engine.requests[-1].prompt).endswith("assistant\n?")
     asked = engine.requests[-1].sampling
     assert (asked.temp, asked.seed, asked.min_p) == (0.6, 4, 0.2)
 

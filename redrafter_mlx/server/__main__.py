@@ -6,7 +6,6 @@ OpenAI's and Anthropic's requests, and a page for people.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -20,14 +19,20 @@ from redrafter_mlx.config import (
     EngineOptions,
     SamplingOptions,
     add_flags,
-    flag_name,
     from_flags,
 )
-from redrafter_mlx.drafters.spec import AUTO, parse
+from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.model_flags import (
+    add_end_tokens,
+    add_model_flags,
+    check_drafter,
+    check_template_config,
+    loading,
+    name_of_drafter,
+)
 from redrafter_mlx.server.options import AnswerOptions, ServerOptions
 
-DEMO = "demo"
 KEY_VARIABLE = "REDRAFTER_MLX_API_KEY"
 _log = logging.getLogger("redrafter_mlx")
 
@@ -39,17 +44,8 @@ def make_parser() -> cli.Parser:
         description="Answer OpenAI's and Anthropic's requests over HTTP, with a page at /. The "
         "options of sampling and drafting are what holds where a request says nothing.",
     )
+    add_model_flags(parser)
     flag = parser.add_argument
-    flag(
-        "--model",
-        default=DEMO,
-        help="demo, gemma-demo, a model directory, .gguf file or Hugging Face repo",
-    )
-    flag("--drafter", help="as of redrafter_mlx.generate (default: auto)")
-    flag("--no-draft", action="store_true", help="plain decoding")
-    flag("--adapter-path", help="a LoRA adapter for the target")
-    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
-    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     flag(
         "--allow-model-switch",
         nargs="*",
@@ -73,7 +69,9 @@ def command(flags: Namespace) -> int:
     if os.environ.get(KEY_VARIABLE):
         flags.api_key = [*flags.api_key, os.environ[KEY_VARIABLE]]
     options = from_flags(ServerOptions, flags)
-    drafter = _drafter(flags)
+    drafter, drafter_options = name_of_drafter(flags), from_flags(DrafterOptions, flags)
+    check_drafter(drafter, drafter_options)
+    check_template_config(flags.chat_template_config)
     if not (options.is_local or options.api_key):
         _log.warning("everybody who reaches %s may ask: give --api-key", options.host)
     from redrafter_mlx.server.plan import Defaults
@@ -83,29 +81,29 @@ def command(flags: Namespace) -> int:
         from_flags(SamplingOptions, flags),
         from_flags(DraftOptions, flags),
         options.context,
+        flags.chat_template_config,
     )
-    from redrafter_mlx.engine import Engine, load_served
+    from redrafter_mlx.engine import Engine, Served, load_served
     from redrafter_mlx.server.serving import bind, serve
 
     engine_options = from_flags(EngineOptions, flags)
-    drafter_options = from_flags(DrafterOptions, flags)
     listed = flags.allow_model_switch
 
+    def load(name: str) -> Served:
+        if name == flags.model:
+            served = load_served(name, drafter, drafter_options, **loading(flags))
+        else:  # what was said of the first model need not be true of others
+            trust = flags.trust_remote_code and name in (listed or ())
+            config = {"trust_remote_code": trust}
+            auto = drafter and AUTO
+            served = load_served(name, auto, tokenizer_config=config, trust_remote_code=trust)
+        add_end_tokens(served.tokenizer, flags.extra_eos_token)
+        if flags.chat_template_config and not served.tokenizer.has_chat_template:
+            raise UserError(f"--chat-template-config: {name} has no chat template")
+        return served
+
     def make(name: str) -> Engine:
-        is_first = name == flags.model
-        trust = flags.trust_remote_code and (is_first or name in (listed or ()))
-        return Engine(
-            lambda: load_served(
-                name,
-                drafter if is_first else (drafter and AUTO),
-                drafter_options if is_first else None,
-                adapter_path=flags.adapter_path if is_first else None,
-                revision=flags.revision if is_first else None,
-                tokenizer_config={"trust_remote_code": trust},
-                trust_remote_code=trust,
-            ),
-            engine_options,
-        )
+        return Engine(lambda: load(name), engine_options)
 
     with bind(options) as listening:  # before the model is loaded: a port in use is told at once
         engine = make(flags.model).start()
@@ -115,21 +113,6 @@ def command(flags: Namespace) -> int:
 
 def _is_there(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def _drafter(flags: Namespace) -> str | None:
-    """The drafter's name, None for none; UserError for flags that contradict each other."""
-    if flags.no_draft and flags.drafter:
-        raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
-    options = from_flags(DrafterOptions, flags)
-    if flags.no_draft:
-        for f in dataclasses.fields(options):
-            if getattr(options, f.name) != f.default:
-                raise UserError(f"{flag_name(f)} has no use without a drafter: leave it out")
-        return None
-    name = flags.drafter or AUTO
-    parse(name, options)
-    return name
 
 
 def main(args: list[str] | None = None) -> int:

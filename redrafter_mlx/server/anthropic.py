@@ -48,16 +48,16 @@ def plan_message(asked: MessagesRequest, served: Served, defaults: Defaults) -> 
     return Plan(requests, MessageWriter(served, speech), bool(asked.stream))
 
 
-def count_tokens(asked: CountRequest, served: Served) -> dict[str, Any]:
+def count_tokens(asked: CountRequest, served: Served, defaults: Defaults) -> dict[str, Any]:
     """How many tokens the prompt has; errors as of `plan_message`."""
-    prompt, _ = _prompt(asked, served)
+    prompt, _ = _prompt(asked, served, defaults, may_be_long=True)
     return {"input_tokens": len(prompt.tokens)}
 
 
 def _prompt(
-    asked: Conversation, served: Served, defaults: Defaults | None = None
+    asked: Conversation, served: Served, defaults: Defaults, may_be_long: bool = False
 ) -> tuple[Prompt, Toolbox]:
-    """The prompt, which may have any length without defaults, and the tools in it."""
+    """The prompt and the tools in it."""
     tokenizer, choice = served.tokenizer, asked.tool_choice
     tools = [
         {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
@@ -66,7 +66,8 @@ def _prompt(
     parallel = False if choice and choice.disable_parallel_tool_use else None
     box = toolbox(tokenizer, tools, choice.type if choice else None, parallel)
     effort = asked.output_config.effort if asked.output_config else None
-    template = effort_arguments(tokenizer, effort, "output_config.effort")
+    template = dict(defaults.template)
+    template |= effort_arguments(tokenizer, effort, "output_config.effort")
     if asked.thinking:
         template |= thinking_arguments(tokenizer, asked.thinking.type == "adaptive")
     template |= asked.chat_template_kwargs or {}
@@ -80,7 +81,7 @@ def _prompt(
     if begun and "tool_calls" in messages[-1]:
         message = f"messages[{len(asked.messages) - 1}]: the results of its tools are missing"
         raise ApiError(400, message, "invalid_value", "messages")
-    if defaults is not None:
+    if not may_be_long:
         check_length(served, defaults, (message["content"] for message in messages))
     return template_prompt(tokenizer, messages, box, template, begun), box
 

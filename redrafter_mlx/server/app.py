@@ -47,6 +47,8 @@ from redrafter_mlx.server.schemas_anthropic import CountRequest, MessagesRequest
 from redrafter_mlx.server.schemas_responses import ResponsesRequest
 
 BEAT_SECONDS = 5.0
+SEND_SECONDS = 60.0
+"""That a client may leave everything unread."""
 SLOW_SECONDS = 10.0
 """That a client has to read the end of its answer when the time of its request is over."""
 AT_ONCE = 100_000
@@ -172,6 +174,7 @@ class Count:
             if gone.done() and not work.done():
                 raise ClientGone
             if not work.done() and not reply.status:  # before the engine was asked
+                work.cancel()
                 raise too_late(seconds)
         except ApiError as error:
             await reply.fail(error)
@@ -189,12 +192,15 @@ class Count:
             if self._server.options.log_text:
                 _log.info("asked: %s", body.decode(errors="replace"))
             await self._answer(asked, reply)
+        except ClientGone:
+            reply.gone()
         except Exception as error:
             await reply.fail(told(error))
 
     async def _answer(self, asked: Any, reply: _Reply) -> None:
         async with self._server.models.use(asked.model) as engine:
-            await reply.json(await asyncio.to_thread(count_tokens, asked, engine.served))
+            defaults = self._server.defaults
+            await reply.json(await asyncio.to_thread(count_tokens, asked, engine.served, defaults))
 
 
 class Answer(Count):
@@ -253,7 +259,11 @@ class _Reply:
                 _log.info("answered: %s", text)
             body = text.encode()
             message = {"type": "http.response.body", "body": body, "more_body": not is_last}
-            await self._send(message)
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await self._send(message)
+            except TimeoutError:  # whoever waits for the model must not wait for this client
+                raise ClientGone from None
 
     async def fail(self, error: ApiError) -> None:
         """Tell of an error: as the reply, or as the last events of it."""

@@ -43,7 +43,8 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
     tokenizer = served.tokenizer
     tools = [tool.function.model_dump() for tool in asked.tools or ()]
     box = toolbox(tokenizer, tools, asked.tool_choice, asked.parallel_tool_calls)
-    template = effort_arguments(tokenizer, asked.reasoning_effort, "reasoning_effort")
+    template = dict(defaults.template)
+    template |= effort_arguments(tokenizer, asked.reasoning_effort, "reasoning_effort")
     template |= asked.chat_template_kwargs or {}
     messages = [_templated(message, place) for place, message in enumerate(asked.messages)]
     check_length(served, defaults, (message["content"] for message in messages))

@@ -14,6 +14,7 @@ from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOption
 from redrafter_mlx.engine import Request, Served, Turn
 from redrafter_mlx.engine.conversation import Prompt, prompt_of
 from redrafter_mlx.engine.request import DEFAULT
+from redrafter_mlx.model_flags import OUR_ARGUMENTS
 from redrafter_mlx.server.faults import ApiError
 from redrafter_mlx.server.schemas import Extension, Sampled
 from redrafter_mlx.server.tools import Toolbox
@@ -36,23 +37,21 @@ _SAMPLING = {
     "xtc_probability": "xtc_probability",
     "xtc_threshold": "xtc_threshold",
 }
-_OWN = {
-    "add_generation_prompt", "continue_final_message", "conversation", "messages", "tokenize",
-    "tools",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Defaults:
     """What holds where a request says nothing.
 
-    context  most tokens of prompt and answer; None: what the model knows
+    context   most tokens of prompt and answer; None: what the model knows
+    template  arguments of chat templates
     """
 
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
     context: int | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Writer(Protocol):
@@ -134,7 +133,7 @@ def template_prompt(
     Raises ApiError for arguments that are not its to give, UserError if the template fails.
     """
     template = dict(template or {})
-    if taken := sorted(template.keys() & _OWN):
+    if taken := sorted(template.keys() & set(OUR_ARGUMENTS)):
         param = f"chat_template_kwargs.{taken[0]}"
         raise ApiError(400, f"{param} is set by the server: leave it out", "invalid_value", param)
     if template and not tokenizer.has_chat_template:

@@ -45,7 +45,8 @@ def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -
     ]
     box = toolbox(tokenizer, tools, asked.tool_choice, asked.parallel_tool_calls)
     effort = asked.reasoning.effort if asked.reasoning else None
-    template = effort_arguments(tokenizer, effort, "reasoning.effort")
+    template = dict(defaults.template)
+    template |= effort_arguments(tokenizer, effort, "reasoning.effort")
     template |= asked.chat_template_kwargs or {}
     given = asked.input
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
