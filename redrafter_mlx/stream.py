@@ -182,7 +182,8 @@ class Generation:
         """Tokens per second that plain decoding would give here; None if nobody knows."""
         if not isinstance(self._budget, AutoBudget):
             return None
-        return 1 / float(self._budget.policy.costs.at(len(self.said), 1)[1])
+        costs = self._budget.policy.costs
+        return None if costs.curve.is_disturbed else 1 / float(costs.at(len(self.said), 1)[1])
 
     def __iter__(self) -> Iterator[Token]:
         return (token for token in self.turns() if token is not None)

@@ -108,7 +108,7 @@ class Engine:
             raise UserError("the prompt is empty: it must hold at least one token")
         ticket = Ticket(request, deliver)
         with self._changed:
-            if self._closing:
+            if self._closing or not self._thread.is_alive():
                 raise Stopping
             if len(self._waiting) >= self.options.queue:
                 raise QueueFull(len(self._waiting), self._seconds_a_request())
@@ -158,6 +158,7 @@ class Engine:
                 self._turn(self._at_turn)
                 self._at_turn = None
             self._save_prefixes()
+            self._prefixes = Prefixes()
         device.leave_thread()
 
     def _load_prefixes(self) -> None:

@@ -95,7 +95,9 @@ class Run:
         tree = None
         if pieces:
             found, path = self._generation.tree
-            tree = DraftedTree(found.tokens.tolist(), found.parents.tolist(), list(path))
+            tokens = found.tokens.tolist()
+            tokens[0] = self.said[-len(pieces) - 1]  # a pass ahead of the host did not know it
+            tree = DraftedTree(tokens, found.parents.tolist(), list(path))
         return self._told(pieces, tree, reason)
 
     def ended(self, reason: str, error: Exception | None = None) -> Turn:
