@@ -13,6 +13,18 @@ import pytest
 from redrafter_mlx.loading import hub
 
 
+SLOW = Path(__file__).parent / "slow.txt"
+"""Cases that CI alone waits for; tests/slow.py makes the list."""
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the slow ones."""
+    listed = set(SLOW.read_text(encoding="utf-8").splitlines()) if SLOW.exists() else set()
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in listed:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def demo_path() -> Path:
     """The demo target's directory: downloaded with pip and converted on first use, then cached."""
