@@ -12,7 +12,6 @@ import pytest
 
 from redrafter_mlx.loading import hub
 
-
 SLOW = Path(__file__).parent / "slow.txt"
 """Cases that CI alone waits for; tests/slow.py makes the list."""
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
-from published_heads import write_eagle3
 
 from families import build
+from published_heads import write_eagle3
 from redrafter_mlx.config import DraftOptions, EngineOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.model import ModelDrafter

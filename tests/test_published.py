@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from published_heads import write, write_eagle3, write_medusa
 
 from families import build
+from published_heads import write, write_eagle3, write_medusa
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
 from redrafter_mlx.drafters.kinds import recognised
