@@ -1,7 +1,7 @@
 """`--budget auto` against every fixed setting: recorded drafts and a measured curve, no clock.
 
     python -m redrafter_mlx.tune --drafter auto                # what passes and drafts cost here
-    python -m benchmarks.policy --prompts question.jsonl --recording drafts.pickle
+    python -m benchmarks.policy --prompts question.jsonl --recording drafts.json
 
 Plain decoding answers the prompts once while the head and Max-Gram draft at each position. What any
 setting would have yielded is read off that, and a policy plays on it in seconds, so that what
@@ -14,7 +14,7 @@ Shape letters: P positions of a text, N nodes.
 from __future__ import annotations
 
 import argparse
-import pickle
+import json
 import statistics
 import sys
 import time
@@ -49,6 +49,9 @@ FULL = Setting(DraftOptions.beam_width, DraftOptions.beam_length)
 Speeds = dict[Setting, np.ndarray]
 
 
+_TYPES = {"tokens": int, "parents": int, "logprobs": float, "beams": int, "always": bool}
+
+
 @dataclass
 class Text:
     """An answer and what was drafted at each of its tokens.
@@ -61,6 +64,26 @@ class Text:
     context: int
     head: list[Candidates]
     max_gram: list[Candidates]
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        drafted = {
+            drafter: [{"root": c.root} | {k: getattr(c, k).tolist() for k in _TYPES} for c in found]
+            for drafter, found in ((HEAD, self.head), (MAX_GRAM, self.max_gram))
+        }
+        return {"category": self.category, "context": self.context, **drafted}
+
+    @classmethod
+    def from_dict(cls, text: dict) -> Text:
+        """What `as_dict` made."""
+        head, max_gram = (
+            [
+                Candidates(each["root"], **{k: np.array(each[k], t) for k, t in _TYPES.items()})
+                for each in text[drafter]
+            ]
+            for drafter in (HEAD, MAX_GRAM)
+        )
+        return cls(text["category"], text["context"], head, max_gram)
 
     def tokens_after(self, position: int) -> list[int]:
         """The text from a position on, but its last token."""
@@ -332,13 +355,13 @@ def main(args: list[str] | None = None) -> int:
     if known is None:
         raise SystemExit("run python -m redrafter_mlx.tune --drafter auto first")
     if flags.recording and flags.recording.exists():
-        kept = pickle.loads(flags.recording.read_bytes())
-        texts, lookup = [Text(**text) for text in kept["texts"]], kept["lookup"]
+        kept = json.loads(flags.recording.read_text(encoding="utf-8"))
+        texts, lookup = [Text.from_dict(text) for text in kept["texts"]], kept["lookup"]
     else:
         texts, lookup = record_texts(bench, union, flags)
         if flags.recording:
-            kept = {"texts": [vars(text) for text in texts], "lookup": lookup}
-            flags.recording.write_bytes(pickle.dumps(kept))
+            kept = {"texts": [text.as_dict() for text in texts], "lookup": lookup}
+            flags.recording.write_text(json.dumps(kept), encoding="utf-8")
     searches = LiveDraftCosts({s: x for s, x in known.drafts.items() if s.width})
     costs = Costs(known.curve, searches, lookup, flags.vain)
     brought = None if flags.nothing_known else experience_of(union).get(0.0)

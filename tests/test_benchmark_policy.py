@@ -1,5 +1,6 @@
 """auto on paper: recorded drafts, priced by a curve, played through the policy."""
 
+import json
 from argparse import Namespace
 
 import numpy as np
@@ -114,3 +115,15 @@ def test_the_best_of_the_others_is_no_better_than_the_best_known_afterwards():
     assert found["setting"] == "3 of 4x5"
     assert found["best"] == pytest.approx(1.5)
     assert found["unseen"] == pytest.approx(0.5), "each gets what is best in the other"
+
+
+def test_a_recording_survives_json():
+    before = text(3, right=True)
+    after = bench.Text.from_dict(json.loads(json.dumps(before.as_dict())))
+    assert (after.category, after.context) == ("qa", 100)
+    for kind in ("head", "max_gram"):
+        for old, new in zip(getattr(before, kind), getattr(after, kind), strict=True):
+            assert new.root == old.root
+            for name in ("tokens", "parents", "logprobs", "beams", "always"):
+                np.testing.assert_array_equal(getattr(new, name), getattr(old, name))
+                assert getattr(new, name).dtype.kind == getattr(old, name).dtype.kind
