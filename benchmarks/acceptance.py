@@ -24,7 +24,7 @@ from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
 from .machine import Bench, add_prompts, document, machine, parser, write
-from .report import acceptance_tables
+from .tables import acceptance_tables
 
 MOST = 64
 

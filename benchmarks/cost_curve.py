@@ -19,7 +19,7 @@ from redrafter_mlx.pricing.curve import CostCurve
 from redrafter_mlx.target.adapter import adapt
 
 from .machine import Bench, document, machine, parser, write
-from .report import cost_tables
+from .tables import cost_tables
 
 
 def measure(flags: argparse.Namespace) -> dict:

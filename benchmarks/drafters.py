@@ -21,7 +21,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from redrafter_mlx import analysis
 from redrafter_mlx.config import (
     AUTO,
     DrafterOptions,
@@ -43,10 +42,10 @@ from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
+from .drafters_table import tables
 from .machine import Bench, add_prompts, document, machine, parser, size, write
 from .prompts import Prompt
 from .ratios import PLAIN
-from .report import headline
 
 LENGTHS = (100, 1000, 10_000, 100_000)
 """Of the texts that lookups are timed in."""
@@ -187,88 +186,6 @@ def measure(bench: DrafterBench) -> dict:
         costs=[{str(n): s for n, s in curve.items()} for curve in costs],
         runs=[asdict(run) for run in runs],
     )
-
-
-def tables(result: dict, name: str) -> str:
-    """Markdown: each method against plain decoding, overall and by category.
-
-    name  of the JSON file
-    """
-    rows = {int(n): [curve[n] for curve in result["costs"]] for n in result["costs"][0]}
-    cost = analysis.curve({n: statistics.median(seconds) for n, seconds in rows.items()})
-    one_pass = statistics.median(rows[1])
-    methods = list(dict.fromkeys(run["method"] for run in result["runs"]))
-    categories = list(dict.fromkeys(run["category"] for run in result["runs"]))
-    drafted = [m for m in methods if not m.startswith(PLAIN)]
-    lines = [
-        headline(result, name), "",
-        "| method | speed | tokens per round | accepted at depth 1, 2, ... | EWIF | EWIF, measured "
-        "rows | SWI | draft per round |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for method in drafted:
-        runs = [run for run in result["runs"] if run["method"] == method]
-        stats = total(runs)
-        draft = stats.draft_seconds / stats.rounds / one_pass
-        nodes = max(1, round(stats.nodes / stats.rounds))
-        alphas = analysis.acceptance(stats)
-        costs = [draft / max(len(alphas), 1)] * len(alphas)
-        paid = cost(nodes)  # a tree has more rows than its longest path
-        free_rows = analysis.ewif_horizontal(alphas, costs)
-        paid_rows = analysis.ewif_horizontal(alphas, costs, lambda rows, paid=paid: paid)
-        passes = [tuple(run) for r in runs for run in r["draft_runs"]]
-        lines.append(
-            f"| {method} | {geometric_mean(ratios(result, method, categories)):.2f} "
-            f"| {stats.tokens_per_round:.2f} | {', '.join(f'{a:.2f}' for a in alphas[:6])} "
-            f"| {free_rows:.2f} | {paid_rows:.2f} "
-            f"| {analysis.swi(stats.tokens, stats.rounds, passes):.2f} "
-            f"| {1000 * stats.draft_seconds / stats.rounds:.2f} ms |"
-        )
-    lines += ["", f"| category | {' | '.join(drafted)} |", f"|---|{'---|' * len(drafted)}"]
-    for category in categories:
-        cells = (f"{ratios(result, method, [category])[0]:.2f}" for method in drafted)
-        lines.append(f"| {category} | {' | '.join(cells)} |")
-    differences = ", ".join(result["differences"]) or "none"
-    lines += ["", f"Speeds are ratios to plain decoding. Texts that differ: {differences}."]
-    return "\n".join(lines)
-
-
-def total(runs: list[dict]) -> Stats:
-    """The counts of several runs together."""
-    depths = max((len(run["accepted_at"]) for run in runs), default=0)
-    add = lambda name: sum(run[name] for run in runs)
-    return Stats(
-        tokens=add("tokens"),
-        rounds=add("rounds"),
-        nodes=add("nodes"),
-        draft_seconds=add("draft_seconds"),
-        accepted_at=[
-            sum(run["accepted_at"][d] for run in runs if d < len(run["accepted_at"]))
-            for d in range(depths)
-        ],
-    )
-
-
-def ratios(result: dict, method: str, categories: list[str]) -> list[float]:
-    """Of each category: the geometric mean over its prompts of the speed over plain decoding."""
-    rates = defaultdict(list)
-    for run in result["runs"]:
-        rates[run["category"], run["prompt"], run["method"]].append(run["rate"])
-    baseline = next(run["baseline"] for run in result["runs"] if run["method"] == method)
-    return [
-        geometric_mean(
-            [
-                statistics.median(of_method) / statistics.median(rates[c, prompt, baseline])
-                for (c, prompt, name), of_method in rates.items()
-                if (c, name) == (category, method)
-            ]
-        )
-        for category in categories
-    ]
-
-
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)
 
 
 def lookups() -> str:

@@ -30,7 +30,7 @@ from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
 
 from . import prompts as prompt_files
 from .machine import RANDOM, Bench, document, machine, parser, write
-from .report import first_run_tables
+from .tables import first_run_tables
 
 PLAIN, FIRST, SECOND = "plain", "auto", "auto, second run"
 FIXED = (

@@ -30,7 +30,7 @@ from redrafter_mlx.target.adapter import adapt
 
 from . import speed
 from .machine import write
-from .report import gpu_table
+from .tables import gpu_table
 
 COLD = ("mlx_lm.generate", "redrafter_mlx.generate --no-draft", "redrafter_mlx.generate")
 ROWS = (1, 2, 4, 8, 16, 32, 64)

@@ -28,7 +28,7 @@ from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target
 
 from .machine import document, machine, parser, write
-from .report import hybrid_tables
+from .tables import hybrid_tables
 
 SHAPE = {
     "model_type": "qwen3_5_text",

@@ -16,7 +16,7 @@ from redrafter_mlx.measuring.picture import new_figure
 from redrafter_mlx.stream import Generation
 
 from .machine import Bench, add_prompt_file, document, machine, parser, write
-from .report import context_tables
+from .tables import context_tables
 
 
 def rate(bench: Bench, flags: argparse.Namespace, ids: list[int], budget) -> float:

@@ -16,7 +16,7 @@ from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOption
 from redrafter_mlx.stream import Generation
 
 from .machine import Bench, add_prompt_file, document, machine, parser, size, write
-from .report import memory_tables
+from .tables import memory_tables
 
 
 def measure(flags: argparse.Namespace) -> dict:

@@ -42,7 +42,7 @@ from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
 from .machine import Bench, add_prompts, document, machine, parser, write
-from .report import policy_tables
+from .tables import policy_tables
 
 HEAD, MAX_GRAM, UNION = "head", "max_gram", "union"
 FULL = Setting(DraftOptions.beam_width, DraftOptions.beam_length)

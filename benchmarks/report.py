@@ -16,7 +16,8 @@ import numpy as np
 
 from redrafter_mlx.measuring.picture import new_figure
 
-from .heads_table import table
+from . import drafters_table
+from .headline import command
 from .ratios import (
     BASE,
     PLAIN,
@@ -26,6 +27,16 @@ from .ratios import (
     efficiency,
     ratios,
     tokens_per_round,
+)
+from .tables import (
+    acceptance_tables,
+    context_tables,
+    cost_tables,
+    first_run_tables,
+    heads_tables,
+    hybrid_tables,
+    memory_tables,
+    policy_tables,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -155,234 +166,6 @@ def draw_speed(result: dict, path: Path) -> bool:
     return True
 
 
-def acceptance_tables(result: dict, name: str) -> str:
-    """Markdown of an acceptance benchmark: the shapes of trees at equal rows, over all prompts."""
-    lines = [headline(result, name)]
-    for temp, found in result["temps"].items():
-        yields = found["all"]
-        budgets = [n for n in ("2", "4", "6", "8", "12", "16", "24", "32") if n in yields["best"]]
-        lines += [
-            "", "Greedy:" if float(temp) == 0 else f"Temperature {temp}:", "",
-            f"| tokens per round at N rows | {' | '.join(budgets)} |",
-            f"|---|{'---|' * len(budgets)}",
-        ]  # fmt: skip
-        for shape, title in (("chain", "one beam"), ("best", "the likeliest nodes")):
-            cells = (f"{yields[shape][n]:.2f}" if n in yields[shape] else "" for n in budgets)
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-        beams = ", ".join(
-            f"{setting} {entry['tokens_per_round']:.2f} at {entry['rows']:.1f} rows "
-            f"(-{1 - entry['rows'] / entry['rows_unshared']:.0%} by shared prefixes)"
-            for setting, entry in yields["beams"].items()
-            if setting in result["shown"]
-        )
-        lines += ["", f"All beams and nothing else: {beams}."]
-    return "\n".join(lines)
-
-
-def cost_tables(result: dict, name: str) -> str:
-    """Markdown of a measured cost curve: passes over that of one row."""
-    curve = result["curve"]
-    lines = [
-        headline(result, name), "",
-        f"| context | {' | '.join(map(str, curve['rows']))} rows |",
-        f"|---|{'---|' * len(curve['rows'])}",
-    ]  # fmt: skip
-    for context, seconds in zip(curve["contexts"], curve["seconds"], strict=True):
-        cells = (f"{s / seconds[0]:.2f}" for s in seconds)
-        lines.append(f"| {context} ({1e3 * seconds[0]:.1f} ms) | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"\n{line}" for line in result["complaints"])])
-
-
-def memory_tables(result: dict, name: str) -> str:
-    """Markdown of a memory benchmark."""
-    lines = [
-        headline(result, name), "",
-        "| context | method | peak | target + head + KV cache | more |", "|---|---|---|---|---|",
-    ]  # fmt: skip
-    for run in result["runs"]:
-        held = result["target"] + result["head"] + run["kv_cache"]
-        lines.append(
-            f"| {run['context']} | {run['method']} | {run['peak'] / 1e6:.0f} MB "
-            f"| {held / 1e6:.0f} MB | {run['peak'] / held - 1:+.1%} |"
-        )
-    return "\n".join(lines)
-
-
-def context_tables(result: dict, name: str) -> str:
-    """Markdown of the benchmark over context lengths: speed over plain decoding."""
-    methods = [m for m in result["methods"] if m != PLAIN]
-    lines = [
-        headline(result, name), "",
-        f"| context | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}",
-    ]  # fmt: skip
-    for context, rates in result["rates"].items():
-        plain = statistics.median(rates[PLAIN])
-        cells = (f"{statistics.median(rates[m]) / plain:.2f}" for m in methods)
-        lines.append(f"| {context} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Cells: speed over our own plain decoding."])
-
-
-def policy_tables(result: dict, name: str) -> str:
-    """Markdown of the replay of recorded drafts: auto beside the best fixed setting."""
-    drafters = result["speeds"]
-    lines = [
-        headline(result, name), "",
-        "| | " + " | ".join(f"{d}: auto | best fixed | unseen" for d in drafters) + " |",
-        "|---" * (1 + 3 * len(drafters)) + "|",
-    ]  # fmt: skip
-    for group in next(iter(drafters.values())):
-        found = [speeds[group] for speeds in drafters.values()]
-        cells = [
-            f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']}) | "
-            + (f"{f['unseen']:.3f}" if "unseen" in f else "")  # of one text there are no others
-            for f in found
-        ]
-        lines.append(f"| {group} | {' | '.join(cells)} |")
-    notes = (
-        "Cells: speed over plain decoding (nodes of beams). Best fixed: the best of all for these "
-        "texts, known afterwards. Unseen: in each text the one that is best in the others."
-    )
-    return "\n".join([*lines, "", notes])
-
-
-def first_run_tables(result: dict, name: str) -> str:
-    """Markdown of runs in processes of their own: auto over plain and over fixed settings."""
-    runs = result["runs"]
-    plain, first, *others = runs[0]["speeds"]
-    ratio = lambda run, method, base=plain: run["speeds"][method] / run["speeds"][base]
-    texts = [run for run in runs if run["category"] != "readme"]
-    mean = lambda values: statistics.geometric_mean(list(values))
-    fixed = [method for method in others if method.startswith("--")]
-    lines = [
-        headline(result, name), "",
-        "| prompt | tokens | " + " | ".join([first, *others]) + " | look |",
-        "|---" * (3 + 1 + len(others)) + "|",
-    ]  # fmt: skip
-    for run in runs:
-        cells = " | ".join(f"{ratio(run, method):.2f}" for method in (first, *others))
-        lines.append(f"| {run['id']} | {run['tokens']} | {cells} | {run['look_seconds']:.1f} s |")
-    means = {method: mean(ratio(run, method) for run in texts) for method in (first, *others)}
-    cells = " | ".join(f"**{value:.3f}**" for value in means.values())
-    lines += [f"| geometric mean | | {cells} | |", ""]
-    differ = [run["id"] for run in runs if run["texts"] > 1]
-    lines.append(f"Texts that differ between methods: {', '.join(differ) or 'none'}.")
-    if fixed:
-        best = max(fixed, key=means.get)
-        for method in (first, *(m for m in others if m not in fixed)):
-            each = mean(
-                ratio(run, method) / max(1.0, *(ratio(run, f) for f in fixed)) for run in texts
-            )
-            lowest = min(ratio(run, method) for run in texts)
-            lines.append(
-                f"{method}: {each:.3f} of the best of plain and fixed settings for each text, "
-                f"{means[method] / means[best]:.3f} of the best for all ({best}), "
-                f"{lowest:.2f} of plain in the slowest text."
-            )
-    lines.append(
-        "Cells: speed over plain decoding. Look: before the first token, not in the speed."
-    )
-    return "\n".join(lines)
-
-
-def gpu_table(result: dict) -> str:
-    """Markdown of the benchmark of a GPU: starts, prices and speeds in one table."""
-    where, gpu = result["machine"], result["gpu"]
-    passes = {int(rows): seconds for rows, seconds in gpu["passes"].items()}
-    lines = [
-        f"{where['chip']}, mlx {where['mlx']} on {where['device']}, commit {where['commit']}, "
-        f"{where['date']}, target {result['settings']['model']}", "",
-        "| what | |",
-        "|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| `{words}`: seconds to the second token, first and second start | "
-        f"{' / '.join(f'{seconds:.1f}' for seconds in starts)} |"
-        for words, starts in gpu["starts"].items()
-    ]
-    rows = " / ".join(map(str, passes))
-    costs = " / ".join(f"{seconds / passes[1]:.2f}" for seconds in passes.values())
-    lines.append(f"| a pass over {rows} rows, over a plain round of {passes[1]:.4f} s | {costs} |")
-    share = gpu["draft"] / passes[16]
-    lines.append(f"| a full search, over a pass of 16 rows | {share:.2f} |")
-    for temp in sorted({run["temp"] for run in result["runs"]}):
-        part = at_temperature(result, temp)
-        for method in by(part["runs"], "method"):
-            if method != BASE:
-                mean = statistics.geometric_mean(ratios(part, method).values())
-                own = [run for run in part["runs"] if run["method"] == method]
-                lines.append(
-                    f"| {method}, temperature {temp:g}: speed over mlx-lm (tokens a round) | "
-                    f"{mean:.2f} ({tokens_per_round(own):.2f}) |"
-                )
-    differ = "; ".join(result["differences"]) or "none"
-    return "\n".join([*lines, f"| texts that differ from plain decoding | {differ} |"])
-
-
-def hybrid_tables(result: dict, name: str) -> str:
-    """Markdown of the benchmark of a model with recurrent layers."""
-    seconds, memory = result["seconds"], result["memory"]
-    lines = [
-        headline(result, name), "",
-        "| rows | mlx-lm's own | chain | tree | commit of a chain | commit of a tree "
-        "| memory: mlx-lm's own, chain, tree |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for rows in sorted(result["settings"]["rows"]):
-        stock = seconds[f"mlx-lm {rows}"]
-        cells = [f"{rows}", f"{1000 * stock:.0f} ms"]
-        for kind in ("chain", "tree"):
-            own = seconds.get(f"{kind} {rows}")
-            cells.append("" if own is None else f"{own / stock:.2f}")
-        for kind in ("chain", "tree"):
-            own = seconds.get(f"commit of a {kind} {rows}")
-            cells.append("" if own is None else f"{own / seconds[f'{kind} {rows}']:.1%}")
-        used = [memory.get(f"{kind} {rows}") for kind in ("mlx-lm", "chain", "tree")]
-        cells.append(", ".join(f"{x / 1e6:.0f} MB" for x in used if x is not None))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Chain and tree: over the same rows in mlx-lm's own layers. Commit: of the pass."]
-    return "\n".join(lines)
-
-
-def heads_tables(result: dict, name: str) -> str:
-    """Markdown of the comparison of heads."""
-    return f"{headline(result, name)}\n\n{table(result)}"
-
-
-FLAGS = (
-    "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
-    "rules", "budgets", "temps", "contexts", "reference",
-    "temp", "useless", "layers", "context",
-)  # fmt: skip
-"""Of the benchmarks, as far as they have them: those that tables name."""
-
-
-def command(result: dict, name: str) -> str:
-    """What made a result."""
-    settings, shown = result["settings"], []
-    for flag in FLAGS:
-        given = settings.get(flag)
-        values = given if isinstance(given, list) else [given]
-        if given is True:
-            values = []
-        elif not given or given == ["match"]:
-            continue
-        elif flag == "prompts":
-            values = [Path(path).name for path in values]
-        texts = (f"{x:g}" if isinstance(x, float) else str(x) for x in values)
-        shown.append(" ".join((f"--{flag.replace('_', '-')}", *texts)))
-    return f"python -m benchmarks.{result['kind']} {' '.join(shown)} --output {name}"
-
-
-def headline(result: dict, name: str) -> str:
-    """The command that made a result, and where it ran."""
-    where = result["machine"]
-    return (
-        f"`{command(result, name)}` at commit {where['commit']}, "
-        f"{where['date']}: {where['chip']}, mlx {where['mlx']} on {where['device']}, target "
-        f"{result['settings']['model']}."
-    )
-
-
 def summary(results: list[tuple[str, dict]]) -> str:
     """Markdown: for each machine a table with a row for each method, and what made it.
 
@@ -433,28 +216,21 @@ def _speeds(result: dict):
 
 def _drafter_speeds(result: dict):
     """The same of a benchmark of drafters and rules."""
-    from .drafters import ratios as drafter_ratios  # it imports this module
-
     categories = list(by(result["runs"], "category"))
     for method, runs in by(result["runs"], "method").items():
         if not method.startswith(PLAIN):
-            speeds = dict(zip(categories, drafter_ratios(result, method, categories), strict=True))
+            speeds = dict(
+                zip(categories, drafters_table.ratios(result, method, categories), strict=True)
+            )
             yield method, speeds, tokens_per_round(runs)
 
 
 _SUMMARIES = {"speed": _speeds, "drafters": _drafter_speeds}
 
 
-def drafter_tables(result: dict, name: str) -> str:
-    """Markdown of the benchmark of drafters and rules."""
-    from .drafters import tables  # it imports this module
-
-    return tables(result, name)
-
-
 TABLES = {
     "speed": speed_tables,
-    "drafters": drafter_tables,
+    "drafters": drafters_table.tables,
     "acceptance": acceptance_tables,
     "cost_curve": cost_tables,
     "memory": memory_tables,

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import drafters
+from benchmarks import drafters, drafters_table
 from benchmarks.prompts import read
 from benchmarks.report import TABLES
 from test_generate_command import tiny  # noqa: F401
@@ -50,12 +50,12 @@ RESULT = {
 
 
 def test_speeds_are_ratios_to_plain_decoding_of_the_same_prompt():
-    assert drafters.ratios(RESULT, "max_gram", ["chat", "copy"]) == [0.5, 4.5]
+    assert drafters_table.ratios(RESULT, "max_gram", ["chat", "copy"]) == [0.5, 4.5]
 
 
 def test_the_table_holds_formulas_beside_measurements():
     """3 tokens a round for a draft of 0.1 passes: 3 / 1.1; with 4 rows at 2 passes: 3 / 2.1."""
-    table = drafters.tables(RESULT, "result.json")
+    table = drafters_table.tables(RESULT, "result.json")
     assert "--prompts prompts.jsonl --per-category 2" in table
     assert table == TABLES["drafters"](RESULT, "result.json")
     (row,) = [line for line in table.splitlines() if line.startswith("| max_gram |")]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import policy as bench
-from benchmarks.report import policy_tables
+from benchmarks.tables import policy_tables
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.pricing.curve import CostCurve, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import settings_within

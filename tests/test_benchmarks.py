@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from benchmarks import first_run, machines, prompts, ratios, report
+from benchmarks import first_run, machines, prompts, ratios, report, tables
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.tree import Candidates
 
@@ -213,7 +213,7 @@ def first_run_document() -> dict:
 
 def test_the_table_of_first_runs():
     """The README's prompt has a row and no part in the means; a text may be best left plain."""
-    table = report.first_run_tables(first_run_document(), "x.json")
+    table = tables.first_run_tables(first_run_document(), "x.json")
     assert "| readme | 9 | 3.00 | 1.20 | 0.10 | 0.9 s |" in table
     assert f"| **{(1.6 * 0.9) ** 0.5:.3f}** |" in table
     each, best = ((16 / 20) * (9 / 10)) ** 0.5, (1.6 * 0.9) ** 0.5 / (2.0 * 0.5) ** 0.5

@@ -1,0 +1,39 @@
+"""What made a result: the command, and where it ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FLAGS = (
+    "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
+    "rules", "budgets", "temps", "contexts", "reference",
+    "temp", "useless", "layers", "context",
+)  # fmt: skip
+"""Of the benchmarks, as far as they have them: those that tables name."""
+
+
+def command(result: dict, name: str) -> str:
+    """What made a result."""
+    settings, shown = result["settings"], []
+    for flag in FLAGS:
+        given = settings.get(flag)
+        values = given if isinstance(given, list) else [given]
+        if given is True:
+            values = []
+        elif not given or given == ["match"]:
+            continue
+        elif flag == "prompts":
+            values = [Path(path).name for path in values]
+        texts = (f"{x:g}" if isinstance(x, float) else str(x) for x in values)
+        shown.append(" ".join((f"--{flag.replace('_', '-')}", *texts)))
+    return f"python -m benchmarks.{result['kind']} {' '.join(shown)} --output {name}"
+
+
+def headline(result: dict, name: str) -> str:
+    """The command that made a result, and where it ran."""
+    where = result["machine"]
+    return (
+        f"`{command(result, name)}` at commit {where['commit']}, "
+        f"{where['date']}: {where['chip']}, mlx {where['mlx']} on {where['device']}, target "
+        f"{result['settings']['model']}."
+    )
