@@ -200,6 +200,8 @@ def _train(flags: Namespace, source: Source, options, budget: Budget) -> int:
     places = Places(flags.output)
     begun = places.checkpoint.exists()  # it was made with the data that there is
     until = Deadline.after(0) if begun else budget.by("data")
+    if begun:
+        _say("training has begun: it goes on with the data it began with")
     jobs = write_data_of(flags.output, source, data_options, until)
     budget.note("data")
     with TrainingRun(
@@ -358,12 +360,13 @@ def _finish(flags: Namespace, run: TrainingRun, budget: Budget) -> int:
     from redrafter_mlx.training.picture import draw
     from redrafter_mlx.training.report import report, table, write_experience
 
+    # the picture first: after the report, which takes the time that is left, nothing may take long
+    drawn = draw(run.log, flags.output / "training.png", f"drafter for {flags.model}")
     found = report(run.drafter, run.answers, budget.end)
     write_experience(flags.output, found)
     run.note(found)
     words = sys.argv[1:] if flags.command is None else flags.command
     command = shlex.join(["python", "-m", "redrafter_mlx.train", *words])
-    drawn = draw(run.log, flags.output / "training.png", f"drafter for {flags.model}")
     budget.note("report")
     shown = f"{table(found)}\n\n{budget}"
     (flags.output / "README.md").write_text(

@@ -31,8 +31,8 @@ from redrafter_mlx.training.run import Places, TrainingRun
 from redrafter_mlx.training.shards import part_path, write_batch
 from redrafter_mlx.training.windows import LENGTH
 
-FIRST_ANSWERS = 0.25
-"""Share of a batch's columns after which rows have begun to answer: the least that is of use."""
+FIRST_ANSWERS = 64
+"""Columns of a batch after which enough rows answer for it to be cut, as the demo target writes."""
 CONVERSATIONS = 32
 """Made-up ones."""
 
@@ -98,7 +98,10 @@ def _estimate(source: Any, options: DataOptions, jobs: int, job: int, tell) -> t
 def _kept(budget: Budget, loading: float, parts: list[Estimate], rehearsal: Rehearsal) -> str:
     """How --minutes will be spent; UserError if that is more than they are."""
     whole = 60 * budget.minutes
-    first = max(FIRST_ANSWERS * part.seconds / part.batches for part in parts)
+    first = max(
+        min(FIRST_ANSWERS, part.columns) * part.seconds / part.batches / part.columns
+        for part in parts
+    )
     least = loading + first + rehearsal.setting_out + rehearsal.step + rehearsal.report
     if least > whole:
         raise UserError(

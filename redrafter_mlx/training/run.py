@@ -59,7 +59,7 @@ QUICK_SECONDS = 30.0
 """What a measurement during training may take of a run with a deadline."""
 COURSE = 10_000
 """Places of the learning rate's course in a run whose number of steps is not known beforehand."""
-RECENT = 16
+RECENT = 8
 """Steps whose times tell how many more a deadline leaves room for."""
 
 
