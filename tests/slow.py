@@ -2,9 +2,9 @@
 
 pytest -m "slow or not slow" --junitxml times.xml && python tests/slow.py times.xml
 
-Every test keeps its quickest cases, at least one, as many as fit into so many seconds for each test
-that all of them together take `SECONDS` of one process. The other cases are listed in slow.txt:
-`pytest` leaves them out, `pytest -m slow` runs them, and CI runs both.
+Cases that take longer than some time wait, but every test keeps its quickest case if that takes at most
+`PATIENCE` times as long. The time is chosen so that what is left takes a `SHARE` of the whole run.
+`pytest` runs that, `pytest -m slow` the listed cases, and CI both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
 
-SECONDS = 270.0
+SHARE, PATIENCE = 0.13, 8.0
 LIST = Path(__file__).parent / "slow.txt"
 
 
@@ -28,24 +28,21 @@ def times(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def kept(cases: dict[str, float], seconds: float) -> set[str]:
-    """The quickest cases that fit, at least one."""
-    taken, total = set(), 0.0
-    for name, each in sorted(cases.items(), key=lambda entry: entry[1]):
-        total += each
-        if taken and total > seconds:
-            break
-        taken.add(name)
-    return taken
+def kept(cases: dict[str, float], longest: float) -> set[str]:
+    """The cases of a test that do not wait."""
+    quickest = min(cases, key=cases.get)
+    found = {name for name, seconds in cases.items() if seconds <= longest}
+    return found or ({quickest} if cases[quickest] <= PATIENCE * longest else set())
 
 
-def slow(found: dict[str, dict[str, float]], seconds: float = SECONDS) -> list[str]:
-    """Cases that are left out so that the others take at most so long."""
-    low, high = 0.0, seconds
-    for _ in range(40):
+def slow(found: dict[str, dict[str, float]], share: float = SHARE) -> list[str]:
+    """The cases that wait, so that the others take at most a share of the time of all."""
+    whole = sum(sum(cases.values()) for cases in found.values())
+    low, high = 0.0, whole
+    for _ in range(60):
         middle = (low + high) / 2
         total = sum(cases[name] for cases in found.values() for name in kept(cases, middle))
-        low, high = (middle, high) if total <= seconds else (low, middle)
+        low, high = (middle, high) if total <= share * whole else (low, middle)
     names = {name for cases in found.values() for name in cases.keys() - kept(cases, low)}
     return sorted(names)
 

@@ -12,8 +12,9 @@ from test_training import OPTIONS, alone, gradients_of, grammar  # noqa: F401
 
 from benchmarks import heads
 from families import build
-from redrafter_mlx import hub, train
+from redrafter_mlx import train
 from redrafter_mlx.drafters.checkpoint import load_head
+from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import data, deadline, gradients, lockstep, loop, replay, report
 from redrafter_mlx.training import run as training_run
