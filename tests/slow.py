@@ -2,8 +2,8 @@
 
 pytest -m "slow or not slow" --junitxml times.xml && python tests/slow.py times.xml
 
-Cases that take longer than some time wait, but every test keeps its quickest case if that takes at most
-`PATIENCE` times as long. The time is chosen so that what is left takes a `SHARE` of the whole run.
+Cases that take longer than some time wait, but every test keeps its quickest case if that takes at
+most `PATIENCE` times as long. The time is chosen so that the rest takes a `SHARE` of the whole run.
 `pytest` runs that, `pytest -m slow` the listed cases, and CI both.
 """
 
