@@ -7,7 +7,7 @@ from pathlib import Path
 FLAGS = (
     "prompts", "per_category", "max_tokens", "repeats", "drafter", "drafters", "draft_model",
     "rules", "budgets", "temps", "contexts", "reference",
-    "temp", "useless", "layers", "context",
+    "temp", "useless", "layers", "context", "clients", "requests", "history",
 )  # fmt: skip
 """Of the benchmarks, as far as they have them: those that tables name."""
 

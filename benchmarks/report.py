@@ -37,6 +37,7 @@ from .tables import (
     hybrid_tables,
     memory_tables,
     policy_tables,
+    serving_tables,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +240,7 @@ TABLES = {
     "first_run": first_run_tables,
     "hybrid": hybrid_tables,
     "heads": heads_tables,
+    "serving": serving_tables,
 }
 """By the `kind` of a document."""
 

@@ -32,6 +32,7 @@ from redrafter_mlx.loading import hub
 
 from . import prompts as prompt_files
 from .machine import add_prompts, document, machine, parser, write
+from .tables import serving_tables
 
 OURS, THEIRS, ALONE = "redrafter_mlx.server", "mlx_lm.server", "one by one"
 READY_SECONDS = 180
@@ -67,8 +68,9 @@ def main(args: list[str] | None = None) -> int:
     found["other texts"] = sum(
         texts[text] != said for text, said in found.pop("said") if text in texts
     )
-    write(document("serving", flags, machine(), **found), flags.output)
-    print(_table(found))
+    result = document("serving", flags, machine(), **found)
+    write(result, flags.output)
+    print(serving_tables(result, Path(flags.output or "NAME.json").name))
     return int(found["other texts"] > 0)
 
 
@@ -207,25 +209,6 @@ async def _ask(client, address, model, messages, tokens) -> Answered:
                 text += said
             count = (chunk.get("usage") or {}).get("completion_tokens", count)
     return Answered(first or 0.0, time.perf_counter() - began, count, text)
-
-
-def _table(found: dict) -> str:
-    lines = [
-        "| clients | server | tokens/s | first word | whole answer |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        lines.append(
-            f"| {row['clients']} | {row['server']} | {row['tokens'] / row['seconds']:.1f} "
-            f"| {row['first_word']:.2f} s | {row['last_word']:.2f} s |"
-        )
-    for name, each in found["follow_up"].items():
-        lines.append(
-            f"\n{name}: first word after a long history {each['cold']['first']:.2f} s cold, "
-            f"{each['warm']['first']:.2f} s warm"
-        )
-    lines.append(f"\nanswers that differ from those alone: {found['other texts']}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

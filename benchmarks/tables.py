@@ -207,3 +207,24 @@ def hybrid_tables(result: dict, name: str) -> str:
 def heads_tables(result: dict, name: str) -> str:
     """Markdown of the comparison of heads."""
     return f"{headline(result, name)}\n\n{table(result)}"
+
+
+def serving_tables(result: dict, name: str) -> str:
+    """Markdown of the benchmark of servers."""
+    lines = [
+        headline(result, name), "",
+        "| clients | server | tokens/s | first word | whole answer |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['clients']} | {row['server']} | {row['tokens'] / row['seconds']:.1f} "
+            f"| {row['first_word']:.2f} s | {row['last_word']:.2f} s |"
+        )
+    lines += ["", "| after a long history | first word, cold | warm |", "|---|---|---|"]
+    for server, each in result["follow_up"].items():
+        first = (f"{each[when]['first']:.2f} s" for when in ("cold", "warm"))
+        lines.append(f"| {server} | {' | '.join(first)} |")
+    return "\n".join(
+        [*lines, "", f"Answers that differ from those alone: {result['other texts']}."]
+    )
