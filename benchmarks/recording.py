@@ -117,7 +117,8 @@ def svg(takes: Sequence[Take], note: str) -> str:
 _STYLE = """<style>
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre }
 .panel { fill: #16181d } .title { fill: #9aa3b2; font-weight: 600 } .told { fill: #9aa3b2 }
-.own { fill: #e6e9ef } .drafted { fill: #8ee6a8 } .mark { fill: #1f3a2a } .note { fill: #808895; font-size: 10.5px }
+.own { fill: #e6e9ef } .drafted { fill: #8ee6a8 } .mark { fill: #1f3a2a }
+.note { fill: #808895; font-size: 10.5px }
 </style>
 """
 
