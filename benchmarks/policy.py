@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -186,6 +187,12 @@ class Played:
         return self.plain / self.seconds
 
 
+class At(NamedTuple):
+    """As much of a Context as budgets read."""
+
+    position: int
+
+
 @dataclass
 class Told:
     """As much of a Step as budgets read."""
@@ -222,7 +229,7 @@ class Paper:
         while position < len(text.head):
             context = text.context + position
             setting, seconds, tree, path = None, 0.0, TokenTree.root(0), [0]
-            if budget.plan(context):
+            if budget.plan(At(context)):
                 if drafter == UNION:
                     budget.search(text.max_gram[position])
                 setting = Setting(budget.width, budget.length)

@@ -23,7 +23,7 @@ def decode(
     is that the budget plans no draft for.
     """
     while True:
-        drafts = budget.plan(context.position)
+        drafts = budget.plan(context)
         began = time.perf_counter()
         if drafts:
             context.transcript.tokens  # noqa: B018  a plain pass under way is no draft's time

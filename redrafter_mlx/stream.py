@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -260,7 +261,8 @@ class Generation:
             policy = self._knowledge.policy(
                 self._draft, temp, context, max(tokens, 0), self._drafter
             )
-            self._budget = AutoBudget(policy, self._place.clock)
+            again = partial(self._knowledge.look_again, self._draft, drafter=self._drafter)
+            self._budget = AutoBudget(policy, again, self._place.clock)
         return self._budget
 
     def _rule(self) -> Rule:

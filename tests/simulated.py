@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from benchmarks.policy import Told
+from benchmarks.policy import At, Told
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.pricing.budget import AutoBudget, FixedBudget
 from redrafter_mlx.pricing.curve import Setting
@@ -145,7 +145,7 @@ def play(
     while sum(log.tokens) < tokens:
         began = machine.now
         position = context + sum(log.tokens)
-        drafted = budget.plan(position)
+        drafted = budget.plan(At(position))
         setting = Setting(budget.width, budget.length) if drafted else None
         draft_seconds, tree = 0.0, TokenTree.root(0)
         if drafted:

@@ -128,7 +128,7 @@ def test_drafts_that_were_not_measured_follow_from_those_that_were():
         costs.observe(Setting(2, 3), 2 * true(2, 3))
     assert costs.of(Setting(2, 3)) == pytest.approx(2 * true(2, 3))
     assert costs.of(Setting(4, 5)) == pytest.approx(2 * true(4, 5)), "the machine got slower"
-    assert costs.corrected().keys() == {*costs.measured, Setting(2, 3)}
+    assert costs.least().keys() == {*costs.measured, Setting(2, 3)}
 
 
 def test_what_needs_no_search_is_priced_apart():

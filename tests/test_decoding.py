@@ -12,6 +12,7 @@ from redrafter_mlx import decoding, stream
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.protocol import NoDrafter
 from redrafter_mlx.machine import device
+from redrafter_mlx.measuring.knowledge import Knowledge
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Transcript
 from redrafter_mlx.rounds.sampling import Sampler
@@ -110,6 +111,7 @@ def test_a_round_waits_for_the_device_at_most_twice(monkeypatch, temp, budget):
 
     options = DraftOptions(budget=budget)
     run = generation(model, prompt, drafter, draft=options, temp=temp, seed=1)
+    monkeypatch.setattr(Knowledge, "look_again", lambda *_, **__: False)  # no part of a round
     tokens = iter(run)
     next(tokens)
     monkeypatch.setattr(mx, "eval", counting)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks.policy import Told
+from benchmarks.policy import At, Told
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.protocol import candidates_of
 from redrafter_mlx.drafters.union import UnionDrafter, pooled
@@ -165,7 +165,7 @@ def rounds(union, found, texts, accepts) -> list[int]:
     head, asked = union.members[0], []
     for turn, text in enumerate(texts):
         before = len(head.shapes)
-        if found.plan(100):
+        if found.plan(At(100)):
             tree = union.propose(replace(CONTEXT, transcript=Transcript(text)), found)
             child = tree.children[0].get(accepts)
             path = [0] if child is None else [0, child]
@@ -195,7 +195,7 @@ def test_where_a_search_does_not_pay_only_the_search_is_given_up():
     union, found = UnionDrafter([head, MaxGramDrafter()]), budget(head, 0.2)
     asked = rounds(union, found, [ECHOES] * 6 + [SILENT] * 300, accepts=None)
     assert len(asked) < 40
-    assert found.plan(100), "an echo may begin anywhere"
+    assert found.plan(At(100)), "an echo may begin anywhere"
     assert found.width == 0
 
 
@@ -204,11 +204,12 @@ def test_a_search_is_not_made_where_what_was_found_is_enough():
     union, found = UnionDrafter([head, MaxGramDrafter()]), budget(head, 0.2)
     long_echo = [*range(20, 60), *range(20, 40)]
     for _ in range(3):
-        found.plan(100)
+        found.plan(At(100))
         tree = union.propose(replace(CONTEXT, transcript=Transcript(long_echo)), found)
+        found.now += 1.0
     assert head.shapes[1:] == [], "the first was a sample"
     assert tree.tokens[1] == 40
-    found.plan(100)
+    found.plan(At(100))
     union.propose(replace(CONTEXT, transcript=Transcript(list(range(20, 60)))), found)
     assert len(head.shapes) == 2
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.machine.storage import CACHE_VARIABLE, one_line
-from redrafter_mlx.measuring.measure import look_at_drafts, look_at_passes
+from redrafter_mlx.measuring.measure import (
+    look_at_drafts,
+    look_at_passes,
+    time_of_draft,
+    time_of_pass,
+)
 from redrafter_mlx.measuring.profile import (
     Profile,
     experience_key,
@@ -20,7 +27,7 @@ from redrafter_mlx.measuring.profile import (
     update,
 )
 from redrafter_mlx.pricing.calibration import Calibration
-from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.curve import UNEVEN, CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.pricing.policy import Policy, Samples
 from redrafter_mlx.rounds.round import Context
@@ -31,6 +38,8 @@ _log = logging.getLogger("redrafter_mlx")
 LONGER, SHORT = 2, 128
 """Times the longest measured context, of so many tokens at least, beyond which passes are looked at
 again."""
+SPOT = 8
+"""Rows of a tree that stands for others in a spot check."""
 DISTURBED = (
     "something else is using this machine: several rows took longer than one after the other "
     "would, so little or nothing is drafted; it will be measured again"
@@ -43,7 +52,14 @@ class Knowledge:
     Costs and what is known of drafts come from the profile that earlier runs left; what is missing
     is measured after the first prompt. Each temperature has a Policy of its own, and begins with
     what is known at the nearest one, of the profile's or the head's own.
+
+    Whatever else a machine does makes things take longer, never shorter. So when passes turn out
+    to take much less than they were measured to, they are measured anew at once; and what is seen
+    while they take much more is not kept.
     """
+
+    PAUSE = 8
+    """Times all looks at a machine have taken that pass before it is looked at again."""
 
     def __init__(self, target: Target, drafter: Drafter):
         self.target, self._drafter = target, drafter
@@ -58,6 +74,8 @@ class Knowledge:
         self._policies: dict[tuple[Setting, float], Policy] = {}
         self._bases: dict[tuple[Setting, float], tuple[Experience | None, int, int]] = {}
         self._is_kept = True  # until that fails
+        self._is_new = False  # whether the curve is to take the place of that in the profile
+        self._looked_at = self._spent = 0.0  # when the last look ended, seconds of all of them
 
     @property
     def is_first(self) -> bool:
@@ -77,7 +95,7 @@ class Knowledge:
         tokens   that the answer may have
         drafter  the text's own, if it is not the one that this is about
         """
-        full, temp = Setting(options.beam_width, options.beam_length), round(temp, 1)
+        full, temp = _full_search(options), round(temp, 1)
         self._look(full, context, tokens, drafter or self._drafter)
         if (full, temp) not in self._policies:
             self._policies[full, temp] = self._new_policy(full, temp)
@@ -92,6 +110,7 @@ class Knowledge:
             return
         try:
             update(self._identity, lambda stored: self._merged(stored, context))
+            self._is_new = False
         except OSError as error:
             self._is_kept = False
             _log.warning(
@@ -99,30 +118,83 @@ class Knowledge:
                 one_line(error), CACHE_VARIABLE,
             )  # fmt: skip
 
+    def look_again(self, options: DraftOptions, context: Context, drafter: Drafter) -> bool:
+        """Measure in the middle of a text what was measured in trouble; False: it is too soon."""
+        if time.perf_counter() - self._looked_at < self.PAUSE * self._spent:
+            return False
+        full, known = _full_search(options), self._draft_costs.least()
+        if not self._costs.is_outdated and not self._is_dearer(full, context, drafter):
+            self._costs.untried.confirm()
+            self._draft_costs.untried.confirm()
+            return True
+        with self._looking("again", ["drafts", "passes"]):
+            self._look_at_drafts(full, context, drafter, known)
+            self._look_at_passes(None, context)
+        self._is_new = True
+        return True
+
+    def _is_dearer(self, full: Setting, context: Context, drafter: Drafter) -> bool:
+        """Whether what was not tried for long is known to cost far more than it does now."""
+        known = now = 0.0
+        if self._costs.untried.is_long:
+            rows = min(SPOT, self._costs.curve.rows[-1])
+            known += self._costs.at(context.position, rows)[rows]
+            now += time_of_pass(self.target, context, rows)
+        if self._draft_costs.untried.is_long and searches(self._drafter):
+            known += self._draft_costs.of(full)
+            now += time_of_draft(drafter, context, full)
+        return known > UNEVEN * now
+
     def _look(self, full: Setting, context: Context, tokens: int, drafter: Drafter) -> None:
         """Measure what is not known yet, within about a second, and say so."""
-        began, looked_at = time.perf_counter(), []
-        if not self._draft_costs.measured:
-            settings = [full, Setting(1, full.length), Setting(1, 2)]
-            if looks(self._drafter):
-                settings.insert(1, Setting(0, full.length))
-            self._draft_costs = LiveDraftCosts(look_at_drafts(drafter, context, settings))
-            looked_at.append("drafts")
         curve = self._costs.curve if self._costs else None
         if curve is not None and curve.is_disturbed:
             curve = None
+        missing = [] if self._draft_costs.measured else ["drafts"]
         if curve is None or context.position > LONGER * max(curve.contexts[-1], SHORT):
-            spent = time.perf_counter() - began
-            seconds = look_at_passes(self.target, context, tokens, spent)
-            self._costs = LiveCosts(_with_context(curve, context.position, seconds))
-            looked_at.append("passes")
+            missing.append("passes")
+        if not missing:
+            return
+        with self._looking("once", missing):
+            if "drafts" in missing:
+                self._look_at_drafts(full, context, drafter)
+            if "passes" in missing:
+                self._look_at_passes(curve, context, tokens)
+
+    @contextmanager
+    def _looking(self, often: str, at: list[str]) -> Iterator[None]:
+        """Around measuring: the policies take it over, the user is told."""
+        self._began = time.perf_counter()
+        yield
         for policy in self._policies.values():
             policy.costs, policy.draft_costs = self._costs, self._draft_costs
-        if looked_at:
-            spent = time.perf_counter() - began
-            _log.info("measured once what %s cost here (%.1f s)", " and ".join(looked_at), spent)
+        self._looked_at = time.perf_counter()
+        spent = self._looked_at - self._began
+        self._spent += spent
+        _log.info("measured %s what %s cost here (%.1f s)", often, " and ".join(at), spent)
         if self._costs.curve.is_disturbed:
             _log.warning(DISTURBED)
+
+    def _look_at_drafts(
+        self,
+        full: Setting,
+        context: Context,
+        drafter: Drafter,
+        known: Mapping[Setting, float] | None = None,
+    ) -> None:
+        """Measure drafts; what is `known` of them to take less stays."""
+        settings = [full, Setting(1, full.length), Setting(1, 2)]
+        if looks(self._drafter):
+            settings.insert(1, Setting(0, full.length))
+        self._draft_costs = LiveDraftCosts(
+            least(known or {}, look_at_drafts(drafter, context, settings))
+        )
+
+    def _look_at_passes(self, curve: CostCurve | None, context: Context, tokens: int = 0) -> None:
+        """Measure passes at this context, beside what a curve says of others."""
+        spent = time.perf_counter() - self._began
+        seconds = look_at_passes(self.target, context, tokens, spent)
+        self._costs = LiveCosts(_with_context(curve, context.position, seconds))
 
     def _new_policy(self, full: Setting, temp: float) -> Policy:
         known = self._experiences.get(experience_key(full, temp))
@@ -151,15 +223,29 @@ class Knowledge:
                 policy.calibration.rounds,
                 policy.samples.added,
             )
-        is_usable = stored is not None and not stored.curve.is_disturbed
-        curve = stored.curve if is_usable else self._costs.curve
-        for each in self._costs.curve.contexts:
+        summary, drafts = (stored.summary, stored.drafts) if stored else ({}, {})
+        if not self._costs.is_troubled:
+            drafts = least(drafts, self._believable_drafts(context))
+        return Profile(
+            self._identity, self._merged_curve(stored, context), drafts, experiences, summary
+        )
+
+    def _believable_drafts(self, context: int) -> dict[Setting, float]:
+        """What drafts take at their best; none if so much that nobody would try and find out."""
+        drafts, plain = self._draft_costs.least(), self._costs.at(context, 1)[1]
+        searches = [seconds for setting, seconds in drafts.items() if setting.width]
+        is_hopeless = self._draft_costs.is_shunned and max(searches, default=0.0) > plain
+        return {} if is_hopeless else drafts
+
+    def _merged_curve(self, stored: Profile | None, context: int) -> CostCurve:
+        costs = self._costs
+        is_usable = stored is not None and not stored.curve.is_disturbed and not self._is_new
+        curve = stored.curve if is_usable else costs.curve
+        for each in () if costs.is_outdated or costs.is_troubled else costs.curve.contexts:
             is_near = each / LONGER <= context <= LONGER * max(each, SHORT)
             if is_near or each not in curve.contexts:
-                curve = curve.with_context(each, self._costs.corrected(each))
-        drafts = {**(stored.drafts if stored else {}), **self._draft_costs.corrected()}
-        summary = stored.summary if stored else {}
-        return Profile(self._identity, curve, drafts, experiences, summary)
+                curve = curve.with_context(each, costs.corrected(each))
+        return curve
 
 
 def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:
@@ -168,6 +254,16 @@ def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:
     if known is None or known.target is not target:
         known = drafter._redrafter_knowledge = Knowledge(target, drafter)
     return known
+
+
+def least(*known: Mapping[Setting, float]) -> dict[Setting, float]:
+    """The least seconds that anybody knows of each setting."""
+    settings = {setting for each in known for setting in each}
+    return {s: min(each[s] for each in known if s in each) for s in settings}
+
+
+def _full_search(options: DraftOptions) -> Setting:
+    return Setting(options.beam_width, options.beam_length)
 
 
 def _with_context(curve: CostCurve | None, context: int, seconds: dict[int, float]) -> CostCurve:

@@ -10,7 +10,7 @@ from typing import Protocol
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.policy import Policy
-from redrafter_mlx.rounds.round import Step
+from redrafter_mlx.rounds.round import Context, Step
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 SEVERAL = 16
@@ -23,8 +23,8 @@ class Budget(Protocol):
     width: int
     length: int
 
-    def plan(self, position: int) -> bool:
-        """A round begins at `position`: whether to draft. Sets `width` and `length` for it."""
+    def plan(self, context: Context) -> bool:
+        """A round begins: whether to draft. Sets `width` and `length` for it."""
 
     def search(self, found: Candidates) -> bool:
         """Whether to search beside what was found without. Sets `width` and `length` for it."""
@@ -51,7 +51,7 @@ class FixedBudget:
     def from_options(cls, options: DraftOptions) -> FixedBudget:
         return cls(options.beam_width, options.beam_length, options.budget)
 
-    def plan(self, position: int) -> bool:
+    def plan(self, context: Context) -> bool:
         return self.nodes != 1
 
     def search(self, found: Candidates) -> bool:
@@ -90,9 +90,13 @@ class AutoBudget:
     not wait for a round before it. The first draft of a text is not priced: it may read the prompt.
     A draft of which nothing is verified costs what its round takes longer than a plain one: beside
     itself the host's work that a plain round hides, which is most of it on a fast device.
+
+    look_again  measures passes and drafts anew when it is doubtful that what is known of them holds;
+                whether it did measure anything
     """
 
     policy: Policy
+    look_again: Callable[[Context], bool] = lambda context: False
     clock: Callable[[], float] = time.perf_counter
     width: int = field(init=False)
     length: int = field(init=False)
@@ -106,13 +110,15 @@ class AutoBudget:
         self.width, self.length = self.policy.full
         self.policy.begin_text()
 
-    def plan(self, position: int) -> bool:
+    def plan(self, context: Context) -> bool:
         now = self.clock()
         if self._last is not None:
             self._price(now - self._last.began)
-        setting = self.policy.plan(position)
+        if self.policy.is_doubtful and self.look_again(context):
+            self._last, now = None, self.clock()
+        setting = self.policy.plan(context.position)
         self.width, self.length = setting or self.policy.full
-        self._before, self._last = self._last, _Round(position, setting, now)
+        self._before, self._last = self._last, _Round(context.position, setting, now)
         return setting is not None
 
     def search(self, found: Candidates) -> bool:
@@ -131,6 +137,8 @@ class AutoBudget:
         last.is_known = step.is_known
         self._rounds += 1
         self._trees += step.nodes > 1
+        self.policy.costs.untried.count(step.nodes > 1)
+        self.policy.draft_costs.untried.count(bool(last.setting and last.setting.width))
         if last.setting is not None:
             self.policy.observe(tree, list(step.verdict.path))
 
@@ -160,6 +168,8 @@ class AutoBudget:
             if last.is_known and (before is None or before.is_known):
                 drafts.observe(last.setting, last.draft_seconds)
                 costs.observe(last.nodes, last.position, seconds - last.draft_seconds)
-        elif before.setting is not None and before.is_known == last.is_known:
-            plain = float(costs.at(last.position, 1)[1])
+        elif before is not None and before.setting and before.is_known == last.is_known:
+            plain, alone = float(costs.at(last.position, 1)[1]), seconds - last.draft_seconds
             drafts.observe(last.setting, max(seconds - plain, last.draft_seconds))
+            if alone < plain:  # a plain round takes no longer than that
+                costs.observe(1, last.position, alone)

@@ -144,6 +144,26 @@ class Recent:
         return len(self._values)
 
 
+class Untried:
+    """Rounds since something was last tried: what it costs may have become less meanwhile."""
+
+    def __init__(self):
+        self._rounds, self._most = 0, Recent.STALE
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it should be looked at."""
+        return self._rounds >= self._most
+
+    def count(self, is_tried: bool) -> None:
+        """A round is over."""
+        self._rounds = 0 if is_tried else self._rounds + 1
+
+    def confirm(self) -> None:
+        """It was looked at, and costs what it did: the next time may be later."""
+        self._rounds, self._most = 0, 4 * self._most
+
+
 class LiveCosts:
     """What passes cost here and now: a measured curve, corrected by the rounds that ran.
 
@@ -152,17 +172,49 @@ class LiveCosts:
     that grows with its evidence, plain rounds the fastest: they are another kind of thing, and
     rarely timed. No pass costs less than one over a single row: where it looks so, the machine has
     changed since the single row was timed.
+
+    untried  rounds since a tree was verified
     """
 
     FORGET = 256
     """Passes after which a measurement counts no more: contexts grow and machines get warm."""
     DOUBT = 12.0
     """Measurements of a size that weigh as much as the curve's word on it; of one row, one."""
+    PROOF = 3
+    """Measurements of a size from which on they may say that the curve is wrong altogether."""
 
     def __init__(self, curve: CostCurve):
         self.curve = curve
         self._recent: dict[int, Recent] = {}
         self._now = 0
+        self.untried = Untried()
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether passes take far less time now than the curve says.
+
+        What else runs only ever makes them take more, so the curve is of a time of trouble, or of
+        a slower mode of the machine. What more rows cost then says little about now.
+        """
+        return any(value * UNEVEN < 1 for value in self._proven)
+
+    @property
+    def is_troubled(self) -> bool:
+        """Whether passes take far more time now than the curve says."""
+        return any(value > UNEVEN for value in self._proven)
+
+    @property
+    def _proven(self) -> list[float]:
+        known = self._known().values()
+        return [recent.value for recent in known if len(recent) >= self.PROOF]
+
+    def _known(self) -> dict[int, Recent]:
+        """What was measured of late, by rows."""
+        return {
+            rows: recent
+            for rows, recent in sorted(self._recent.items())
+            if recent.value is not None and self._now - recent.seen_at < self.FORGET
+        }
 
     def observe(self, rows: int, context: int, seconds: float) -> None:
         """A pass over `rows` rows after `context` tokens took `seconds`, everything included."""
@@ -183,11 +235,7 @@ class LiveCosts:
 
     def _correction(self, most: int) -> np.ndarray:
         """(most + 1,) by what the curve is to be multiplied."""
-        known = {
-            rows: recent
-            for rows, recent in sorted(self._recent.items())
-            if recent.value is not None and self._now - recent.seen_at < self.FORGET
-        }
+        known = self._known()
         if not known:
             return np.ones(most + 1)
         sizes = np.array(list(known), float)
@@ -203,6 +251,7 @@ class LiveDraftCosts:
     """What drafts cost here and now, by setting.
 
     measured  seconds of some settings
+    untried   rounds since a search was made
 
     A search takes something once, something for each step, and something for each beam of a step
     (steps are what takes time: on a CPU one of four beams 10 to 60 % more than one of one). So what
@@ -213,30 +262,49 @@ class LiveDraftCosts:
         self.measured = dict(measured or {})
         self._recent: dict[Setting, Recent] = {}
         self._parts = self._fit()
+        self._now = 0
+        self.untried = Untried()
+
+    def pass_round(self) -> None:
+        """A round begins, drafted or not: what drafts took lately is a round older."""
+        self._now += 1
 
     def observe(self, setting: Setting, seconds: float) -> None:
         """A draft took `seconds`."""
         ratio = max(seconds, SHORTEST) / self._base(setting)
-        self._recent.setdefault(setting, Recent()).add(ratio, 0)
+        self._recent.setdefault(setting, Recent()).add(ratio, self._now)
 
     def of(self, setting: Setting) -> float:
         """Seconds; 0 while nothing at all is known."""
-        own = self._recent.get(setting)
-        if own is not None and own.value is not None:
-            return own.value * self._base(setting)
+        ratios = self._ratios()
+        if setting in ratios:
+            return ratios[setting] * self._base(setting)
         if not self.measured:
             return 0.0
-        kind = [
-            r.value
-            for s, r in self._recent.items()
-            if r.value and bool(s.width) == bool(setting.width)
-        ]
+        kind = [ratio for s, ratio in ratios.items() if bool(s.width) == bool(setting.width)]
         return self._base(setting) * (statistics.median(kind) if kind else 1.0)
 
-    def corrected(self) -> dict[Setting, float]:
-        """Seconds of all settings that were measured or drafted, as they look now."""
-        tried = {setting for setting, recent in self._recent.items() if recent.value is not None}
-        return {setting: self.of(setting) for setting in {*self.measured, *tried}}
+    @property
+    def is_shunned(self) -> bool:
+        """Whether rounds have passed and none of them, of late, had a draft that was timed."""
+        return self._now > 0 and not self._ratios()
+
+    def least(self) -> dict[Setting, float]:
+        """Seconds of all settings that were measured or drafted, at their best.
+
+        What else runs only ever makes a draft take longer, and one that looks too dear is not
+        made, so nobody would find out. One that looks too cheap is, and then it is known.
+        """
+        tried = {*self.measured, *self._ratios()}
+        return {s: min(self.of(s), self.measured.get(s, np.inf)) for s in tried}
+
+    def _ratios(self) -> dict[Setting, float]:
+        """How far drafts of late were off what was measured before."""
+        return {
+            setting: recent.value
+            for setting, recent in self._recent.items()
+            if recent.value is not None and self._now - recent.seen_at < LiveCosts.FORGET
+        }
 
     def _base(self, setting: Setting) -> float:
         """Seconds if measured, else what those that were say."""

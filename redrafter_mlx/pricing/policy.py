@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from redrafter_mlx.pricing.calibration import Calibration
-from redrafter_mlx.pricing.curve import LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.curve import UNEVEN, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.rounds.tree import Candidates, TokenTree, likeliest
 
 MOST_NODES = 64
@@ -140,12 +140,33 @@ class Policy:
         plain = 1 / self._costs[1]
         return max(plain, self._tokens / self._seconds) if self._rounds else plain
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether what passes cost should be looked at again.
+
+        That is so when they cost much less than was known, and when drafts that might pay are not
+        made or verified for what that is known to cost: nobody would see that it costs less now.
+        """
+        is_long_ago = self.costs.untried.is_long or (
+            self.searches and self.draft_costs.untried.is_long
+        )
+        return self.costs.is_outdated or (is_long_ago and self._might_pay)
+
+    @property
+    def _might_pay(self) -> bool:
+        """Whether the drafter would be worth asking if a tree cost no more than a single row."""
+        if not len(self.samples):
+            return True
+        free = np.full(MOST_NODES + 1, 1.0)
+        return self.samples.worth(self.calibration, free, 0.0)[:, -1].mean() > UNEVEN
+
     def plan(self, context: int) -> Setting | None:
         """What to begin a round with, after `context` tokens; None: decode plainly.
 
         Of a drafter that finds something without a search it is to look for that.
         """
         self.calibration.pass_round()
+        self.draft_costs.pass_round()
         self._gained = self.EAGER + self.FADE * (self._gained - self.EAGER)
         self._costs = self.costs.at(context, MOST_NODES)
         if self._rounds % self.LOOK_AGAIN == 0 or self._worth is None:
