@@ -8,6 +8,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from test_policy import policy as policy_of
 
 from families import build
 from redrafter_mlx.config import DraftOptions
@@ -19,7 +20,6 @@ from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Re
 from redrafter_mlx.target.adapter import adapt
 from simulated import Guesser, Machine, play
 from support import random_drafter
-from test_policy import policy as policy_of
 
 FULL, SHORT = Setting(4, 5), Setting(1, 2)
 ROWS = [1, 2, 4, 8, 16]

@@ -91,8 +91,8 @@ class AutoBudget:
     A draft of which nothing is verified costs what its round takes longer than a plain one: beside
     itself the host's work that a plain round hides, which is most of it on a fast device.
 
-    look_again  measures passes and drafts anew when it is doubtful that what is known of them holds;
-                whether it did measure anything
+    look_again  measures passes and drafts anew when it is doubtful that what is known of them
+                holds; whether it did measure anything
     """
 
     policy: Policy
