@@ -262,22 +262,28 @@ def details(results: list[tuple[str, dict]]) -> str:
 
 
 def short(results: list[tuple[str, dict]]) -> str:
-    """Markdown: what the default drafter gives, a row for each run of it."""
-    lines = [
-        "| machine | prompts | speed | tokens per round |",
-        "|---|---|---|---|",
-    ]
+    """Markdown: what the default drafter gives, for each machine and model the largest run of it."""
+    largest: dict[tuple[str, str], tuple[int, str]] = {}
     for name, result in results:
         if result["kind"] != "speed":
             continue
-        settings, machine = result["settings"], result["machine"]["chip"]
+        settings, prefix = result["settings"], name.split(".")[0]
         prompts = len({run["prompt"] for run in result["runs"]})
-        where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
         for method, speeds, tokens in _speeds(result):
-            if method == "auto":
+            if method == "auto" and prompts > largest.get((prefix, settings["model"]), (0,))[0]:
                 mean = statistics.geometric_mean(speeds.values())
-                cores = name.split(".")[0].split("-")[2]
-                lines.append(f"| {machine}, {cores} | {where} | **{mean:.2f}** | {tokens:.2f} |")
+                low, high = min(speeds.values()), max(speeds.values())
+                row = (
+                    f"| {result['machine']['chip']}, {prefix.split('-')[2]} | {settings['model']} | "
+                    f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} "
+                    f"tokens | **{mean:.2f}** | {low:.2f} to {high:.2f} | {tokens:.2f} |"
+                )
+                largest[prefix, settings["model"]] = prompts, row
+    lines = [
+        "| machine | model | prompts | speed | by task | tokens per round |",
+        "|---|---|---|---|---|---|",
+        *(row for _, row in largest.values()),
+    ]
     return "\n".join(lines)
 
 
