@@ -27,7 +27,7 @@ from redrafter_mlx.config import (
     parse_keywords,
 )
 from redrafter_mlx.decoding import Rule, decode, overlap
-from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
+from redrafter_mlx.drafters.protocol import Drafter, NoDrafter, readers_of
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
 from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
@@ -236,7 +236,7 @@ class Generation:
         self.stats.cached_tokens = known
         steps = self._target.prefill_by_chunks(
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self.caches, known,
-            place.marks,
+            place.marks, min(self._target.readers, readers_of([self._drafter])),
         )  # fmt: skip
         while True:
             try:
