@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -24,7 +26,7 @@ def test_chunks_end_at_marks_only_where_a_cache_needs_it(family, rows):
     read, caches = [], target.empty_caches()
     for done in target.prefill_by_chunks(tiny_prompt(41), 16, None, caches, marks=(21, 34)):
         read.append(done)
-    assert [after - before for before, after in zip(read, read[1:], strict=False)] == rows
+    assert [after - before for before, after in pairwise(read)] == rows
 
 
 def lookback(model):
@@ -75,7 +77,7 @@ def test_a_conversation_is_encoded_once(tokenizer, monkeypatch, continued):
         return encode(text, **how)
 
     monkeypatch.setattr(tokenizer._tokenizer, "encode", counted)
-    prompt = prompt_of(tokenizer, messages, continue_last=continued)
+    prompt_of(tokenizer, messages, continue_last=continued)
     last = len(messages[-1]["content"]) if continued else 0
     assert sum(read) < max(read) + last + 200
 

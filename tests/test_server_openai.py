@@ -147,6 +147,17 @@ def test_where_an_answer_stops(ask):
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("one", "length")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_stop_string_are_not_told(ask, stream):
+    """Not with log-probabilities either, though some came rounds before it was known."""
+    reply, _ = ask("one two three", stop=[" two thr", " two x"], logprobs=True, stream=stream)
+    choices = [chunk.choices[0] for chunk in reply if chunk.choices] if stream else reply.choices
+    told = [entry.token for choice in choices for entry in choice.logprobs.content]
+    assert told == list("one")
+    reply, _ = ask("one two", stop=" two x", logprobs=True)
+    assert [entry.token for entry in reply.choices[0].logprobs.content] == list("one two")
+
+
 def test_logprobs(ask):
     reply, _ = ask("aé", logprobs=True, top_logprobs=2)
     entries = reply.choices[0].logprobs.content

@@ -44,7 +44,7 @@ def plan_message(asked: MessagesRequest, served: Served, defaults: Defaults) -> 
     prompt, box = _prompt(asked, served, defaults)
     stops = stop_strings(asked.stop_sequences, defaults)
     requests = plan_requests(served, defaults, asked, [prompt], stops, asked.max_tokens)
-    speech = Speech(served.tokenizer, prompt.channel, box, stops)
+    speech = Speech(served.tokenizer, prompt.channel, box)
     return Plan(requests, MessageWriter(served, speech), bool(asked.stream))
 
 

@@ -58,7 +58,7 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
         raise ApiError(400, message, "invalid_value", "top_logprobs")
     top = (asked.top_logprobs or 0) if asked.logprobs else None
     requests = plan_requests(served, defaults, asked, [prompt], stops, most, top)
-    speeches = [Speech(tokenizer, prompt.channel, box, stops) for _ in requests]
+    speeches = [Speech(tokenizer, prompt.channel, box) for _ in requests]
     writer = ChatWriter(served, asked, speeches)
     return Plan(requests, writer, bool(asked.stream), writer.details)
 
@@ -74,7 +74,7 @@ def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults
     requests = plan_requests(
         served, defaults, asked, prompts, stops, asked.max_tokens, asked.logprobs
     )
-    speeches = [Speech(served.tokenizer, None, stops=stops) for _ in requests]
+    speeches = [Speech(served.tokenizer, None) for _ in requests]
     writer = CompletionWriter(served, asked, speeches)
     return Plan(requests, writer, bool(asked.stream), writer.details)
 

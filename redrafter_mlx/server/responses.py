@@ -57,7 +57,7 @@ def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -
     wanted = asked.top_logprobs is not None or bool(asked.include)
     top = (asked.top_logprobs or 0) if wanted else None
     requests = plan_requests(served, defaults, asked, [prompt], stops, asked.max_output_tokens, top)
-    speech = Speech(tokenizer, prompt.channel, box, stops)
+    speech = Speech(tokenizer, prompt.channel, box)
     return Plan(requests, ResponseWriter(served, asked, speech), bool(asked.stream))
 
 
