@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from families import build
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
@@ -14,7 +13,6 @@ from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.engine.conversation import prompt_of
 from redrafter_mlx.engine.prefixes import common_length
 from redrafter_mlx.target.adapter import Target, adapt
-from scripted_engine import byte_tokenizer
 from support import generation, ids, random_drafter, tiny_prompt
 
 
@@ -54,11 +52,6 @@ def test_states_are_kept_for_drafters_that_read_them(made, monkeypatch):
     ids(generation(model, tiny_prompt(20), drafter, max_tokens=12))
     assert trails
     assert all((trail is not None) == (made in ("head", "union")) for trail in trails)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> TokenizerWrapper:
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def dialogue(*contents):

@@ -27,19 +27,6 @@ STATS = {"generation_tps", "tokens_per_round", "rounds", "generation_tokens", "p
 CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Köln"}}</tool_call>'
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def served(tokenizer):
-    """An engine, its address; tests set what it says."""
-    engine = ScriptedEngine(tokenizer, lambda request: "")
-    with serving(engine) as (address, _):
-        yield engine, address
-
-
 @pytest.fixture
 def ask(served):
     """(answer, request) -> the engine's last request and what the client made of the reply."""
