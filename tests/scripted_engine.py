@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import mlx_lm.tokenizer_utils
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from redrafter_mlx.config import EngineOptions
+from redrafter_mlx.config import EngineOptions, GenerationOptions
 from redrafter_mlx.engine import DraftedTree, Piece, QueueFull, Request, Stopping, Ticket, Turn
 from redrafter_mlx.engine.engine import Totals
 from redrafter_mlx.rounds.stats import Stats
@@ -23,6 +23,7 @@ from redrafter_mlx.server.models import Models
 from redrafter_mlx.server.options import ServerOptions
 from redrafter_mlx.server.plan import Defaults
 from redrafter_mlx.server.serving import bind, uvicorn_of
+from redrafter_mlx.stream import Token, turns_of_text
 
 MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *MARKS]
@@ -152,40 +153,25 @@ class ScriptedEngine:
         if isinstance(text, Exception):
             yield Turn(finish_reason="error", error=text, stats=stats.as_dict())
             return
-        stop = min((text.find(stop) for stop in request.generation.stop if stop in text), default=0)
-        stopped = any(stop in text for stop in request.generation.stop)
-        ends = [tokenizer.eos_token_id]
-        if stopped:
-            ends = tokenizer.encode(next(s for s in request.generation.stop
-                                         if text.startswith(s, stop)))  # fmt: skip
-            text = text[:stop]
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        spoken = [(token, True) for token in tokens] + [(token, False) for token in ends]
-        most, reason = request.generation.max_tokens, "stop"
-        if 0 <= most < len(spoken):
-            spoken, reason = spoken[:most], "length"
-        detokenizer = tokenizer.detokenizer
-        for start in range(0, len(spoken), self.step):
-            pieces, stats.rounds = [], stats.rounds + 1
-            for place, (token, is_said) in enumerate(spoken[start : start + self.step]):
-                if is_said:
-                    detokenizer.add_token(token)
-                if start + place + 1 == len(spoken):
-                    detokenizer.finalize()
-                pieces.append(self._piece(request, token, detokenizer.last_segment, place > 0))
-                stats.nodes += 1
-                stats.count(place > 0, place)
-            last = start + self.step >= len(spoken)
+        said = tokenizer.encode(text, add_special_tokens=False)
+        run = _Scripted([*said, tokenizer.eos_token_id], request.generation, stats, self.step)
+        pieces = []
+        for event in turns_of_text(run, tokenizer):
+            pieces.append(self._piece(request, event.token, event.text, event.from_draft))
+            if not event.end_of_round:
+                continue
             found = [piece.token for piece in pieces]
-            tree = DraftedTree(found, list(range(-1, len(found) - 1)), list(range(len(found))))
             yield Turn(
                 pieces,
                 len(request.prompt),
                 stats.as_dict(),
-                tree,
-                reason if last else None,
+                DraftedTree(found, list(range(-1, len(found) - 1)), list(range(len(found)))),
+                event.finish_reason,
                 seed=seed,
+                kept=event.kept,
+                stopped_by=event.stopped_by,
             )
+            pieces = []
 
     @staticmethod
     def _piece(request: Request, token: int, text: str, drafted: bool) -> Piece:
@@ -193,6 +179,27 @@ class ScriptedEngine:
             return Piece(text, token, drafted)
         top = [(token, -0.5), (0, float("-inf"))][: request.top_logprobs]
         return Piece(text, token, drafted, -0.5, top)
+
+
+class _Scripted:
+    """A Generation that says these tokens, `step` of them in a round."""
+
+    def __init__(self, tokens: list[int], options: GenerationOptions, stats: Stats, step: int):
+        self.options, self.stats = options, stats
+        self._tokens, self._step = tokens, step
+
+    def turns(self) -> Iterator[Token]:
+        most = self.options.max_tokens
+        cut = 0 <= most < len(self._tokens)
+        tokens = self._tokens[:most] if cut else self._tokens
+        for place, token in enumerate(tokens):
+            drafted, is_last = place % self._step > 0, place == len(tokens) - 1
+            self.stats.rounds += not drafted
+            self.stats.nodes += 1
+            self.stats.count(drafted, place % self._step)
+            reason = ("length" if cut else "stop") if is_last else None
+            end = is_last or place % self._step == self._step - 1
+            yield Token(token, drafted, reason, end, None)
 
 
 @contextmanager

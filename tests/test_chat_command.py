@@ -232,11 +232,11 @@ import redrafter_mlx.chat.__main__ as command
 
 load = command._served
 
-def loads(flags):
-    load(flags)
+def loads(*how):
+    load(*how)
     print("loading", flush=True)
     while True:
-        load(flags)
+        load(*how)
 
 command._served = loads
 sys.exit(command.main(sys.argv[1:]))

@@ -288,6 +288,23 @@ def test_stop_strings_and_ends_of_text():
         assert again.tokens == plain("llama", prompt + said[:8])
 
 
+@pytest.mark.parametrize("right", [0, 1, 4])
+def test_which_tokens_a_stop_string_leaves_is_told(right):
+    """At the end just those before it, and before the end none that may still belong to it."""
+    prompt = tiny_prompt(12)
+    said = plain("llama", prompt)
+    stops = (f" {said[7]} {said[8]} {said[9]}", f" {said[7]} no", f" {said[6]} {said[7]} no")
+    with engine_of(drafter=lambda m: ScriptedDrafter(prompt + said, right=right)) as engine:
+        seen = Answer(engine, prompt, stop=stops).finish().seen
+        whole = Answer(engine, prompt, tokens=9, stop=stops).finish().seen
+    pieces = sum(len(turn.pieces) for turn in seen)
+    assert (pieces, seen[-1].kept, seen[-1].stopped_by) == (10, 7, stops[0])
+    assert all(turn.kept <= 7 and turn.stopped_by is None for turn in seen[:-1])
+    kept = [turn.kept for turn in whole]
+    assert kept == sorted(kept)
+    assert (kept[-1], whole[-1].stopped_by, whole[-1].finish_reason) == (9, None, "length")
+
+
 def test_progress_of_a_prompt_is_told():
     with engine_of() as engine:
         answer = Answer(engine, tiny_prompt(100), tokens=2).finish()

@@ -528,6 +528,26 @@ def test_settings_reach_the_server(visit, server):
     assert body["redrafter"] == {"details": True, "drafter": "max_gram", "budget": 8}
 
 
+def test_another_model_can_be_chosen_where_the_server_lists_others(visit, server):
+    server.models = ["tiny-model", "org/a-model-with-a-name-of-some-length-8B-4bit"]
+    page = visit(viewport=PHONE)
+    chooser = page.get_by_label("Model to ask")
+    expect(chooser).to_have_value("tiny-model")
+    expect(page.locator("#model")).to_be_hidden()
+    assert dangling(page) <= 0
+    ask(page, "plain")
+    chooser.select_option(server.models[1])
+    expect(page.locator("#question")).to_be_focused()
+    ask(page, "plain again")
+    assert [body["model"] for body in server.requests] == server.models
+
+
+def test_there_is_no_choice_of_one_model(visit):
+    page = visit()
+    expect(page.locator("#model")).to_be_visible()
+    expect(page.locator("#models")).to_be_hidden()
+
+
 # ---------------------------------------------------------------------------------------------
 # Reading, keys, windows
 

@@ -16,16 +16,11 @@ import pytest
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.server import app, asking, page, replies
 from redrafter_mlx.server.options import ServerOptions
-from scripted_engine import ScriptedEngine, byte_tokenizer, serving, wait_until
+from scripted_engine import ScriptedEngine, serving, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "Hallo"}]}
 MESSAGE = CHAT | {"max_tokens": 10_000}
 LONG = "abcdefgh " * 100
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 import anthropic
 import pytest
 
-from scripted_engine import ScriptedEngine, byte_tokenizer, serving
-
 USER = [{"role": "user", "content": "Was ist los? 🙂"}]
 WEATHER = {
     "name": "weather",
@@ -14,15 +12,6 @@ WEATHER = {
     "input_schema": {"type": "object", "properties": {"town": {"type": "string"}}},
 }
 CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Köln"}}</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """An engine and its address; tests set what it says."""
-    tokenizer = byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    engine = ScriptedEngine(tokenizer, lambda request: "")
-    with serving(engine) as (address, _):
-        yield engine, address
 
 
 @pytest.fixture

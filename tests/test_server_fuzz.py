@@ -23,7 +23,7 @@ from schemathesis.specs.openapi import checks
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.server import schemas
 from redrafter_mlx.server.app import ROUTES
-from scripted_engine import ScriptedEngine, byte_tokenizer, serving
+from scripted_engine import ScriptedEngine, serving
 
 EXAMPLES = int(os.environ.get("REDRAFTER_MLX_FUZZ", "12"))
 CHECKS = [
@@ -44,9 +44,8 @@ SAID = [
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(tokenizer):
     """A server whose engine says this and that."""
-    tokenizer = byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     rng = random.Random(0)
     with serving(ScriptedEngine(tokenizer, lambda _: rng.choice(SAID))) as (address, _):
         yield address

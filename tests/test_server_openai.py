@@ -27,19 +27,6 @@ STATS = {"generation_tps", "tokens_per_round", "rounds", "generation_tokens", "p
 CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Köln"}}</tool_call>'
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def served(tokenizer):
-    """An engine, its address; tests set what it says."""
-    engine = ScriptedEngine(tokenizer, lambda request: "")
-    with serving(engine) as (address, _):
-        yield engine, address
-
-
 @pytest.fixture
 def ask(served):
     """(answer, request) -> the engine's last request and what the client made of the reply."""
@@ -145,6 +132,17 @@ def test_where_an_answer_stops(ask):
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("one two", "stop")
     reply, _ = ask("one two three", max_tokens=3)
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("one", "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_stop_string_are_not_told(ask, stream):
+    """Not with log-probabilities either, though some came rounds before it was known."""
+    reply, _ = ask("one two three", stop=[" two thr", " two x"], logprobs=True, stream=stream)
+    choices = [chunk.choices[0] for chunk in reply if chunk.choices] if stream else reply.choices
+    told = [entry.token for choice in choices for entry in choice.logprobs.content]
+    assert told == list("one")
+    reply, _ = ask("one two", stop=" two x", logprobs=True)
+    assert [entry.token for entry in reply.choices[0].logprobs.content] == list("one two")
 
 
 def test_logprobs(ask):

@@ -8,8 +8,6 @@ import httpx
 import openai
 import pytest
 
-from scripted_engine import ScriptedEngine, byte_tokenizer, serving
-
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -19,14 +17,6 @@ WEATHER = {
 }
 CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Köln"}}</tool_call>'
 EVERYTHING = f"<think>\nHm?</think>\n\nMoment. 🙂 {CALL} Gut."
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    tokenizer = byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    engine = ScriptedEngine(tokenizer, lambda request: "")
-    with serving(engine) as (address, _):
-        yield engine, address
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ FAMILIES = ["llama", "gemma3_text", "qwen3_5", "lfm2", "falcon_h1", "llama4", "g
 class Watcher(ScriptedDrafter):
     """Proposes what is right among what is wrong, and notes what it is shown."""
 
+    readers = 1
+
     def __init__(self, view, *script, **how):
         super().__init__(*script, **how)
         self.view, self.last, self.rows, self.tokens = view, [], [], []

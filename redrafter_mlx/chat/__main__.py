@@ -25,14 +25,7 @@ from redrafter_mlx.config import (
     from_flags,
 )
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.model_flags import (
-    add_end_tokens,
-    add_model_flags,
-    check_drafter,
-    check_template_config,
-    loading,
-    name_of_drafter,
-)
+from redrafter_mlx.model_flags import add_end_tokens, add_model_flags, drafter_of, loading
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.chat.session import Chat
@@ -62,8 +55,7 @@ def make_parser() -> cli.Parser:
 def command(flags: Namespace) -> int:
     """Chat until the input ends; the exit code."""
     settings = Settings.from_flags(flags)
-    check_drafter(name_of_drafter(flags), from_flags(DrafterOptions, flags))
-    check_template_config(flags.chat_template_config)
+    drafter = drafter_of(flags)
     if not cli.is_text(flags.system or ""):
         raise UserError("--system is not UTF-8; convert it, for example with iconv -t UTF-8")
     if flags.load:  # a bad file is told before a model is loaded
@@ -79,7 +71,7 @@ def command(flags: Namespace) -> int:
     with screen.notes_log():
         if interactive:
             screen.note(f"loading {flags.model}")
-        engine = Engine(lambda: _served(flags), from_flags(EngineOptions, flags))
+        engine = Engine(lambda: _served(flags, *drafter), from_flags(EngineOptions, flags))
         with terminal.unechoed():
             engine.start()
         try:
@@ -94,11 +86,10 @@ def command(flags: Namespace) -> int:
     return 0
 
 
-def _served(flags: Namespace) -> Served:
+def _served(flags: Namespace, drafter: str | None, options: DrafterOptions) -> Served:
     """Called in the engine's thread."""
     from redrafter_mlx.engine.served import load_served
 
-    drafter, options = name_of_drafter(flags), from_flags(DrafterOptions, flags)
     served = load_served(flags.model, drafter, options, **loading(flags))
     add_end_tokens(served.tokenizer, flags.extra_eos_token)
     if not served.tokenizer.has_chat_template:

@@ -261,6 +261,8 @@ class AttentionDrafter(BeamDrafter):
     view   what the head reads of what is captured of the target
     """
 
+    readers = 1
+
     def __init__(
         self,
         head: AttentionHead,

@@ -11,7 +11,7 @@ from copy import copy
 
 import numpy as np
 
-from redrafter_mlx.drafters.protocol import Drafter, Written, candidates_of
+from redrafter_mlx.drafters.protocol import Drafter, Written, candidates_of, readers_of
 from redrafter_mlx.pricing.budget import Budget
 from redrafter_mlx.rounds.round import Context, Step
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
@@ -38,6 +38,10 @@ class CascadeDrafter:
 
     def __init__(self, levels: Sequence[Drafter], k: Sequence[Sequence[int]], lenience: float):
         self.levels, self.k, self.lenience = list(levels), k, lenience
+
+    @property
+    def readers(self) -> int:
+        return readers_of(self.levels)
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         root = context.transcript.tokens[-1]

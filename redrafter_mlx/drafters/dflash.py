@@ -54,6 +54,8 @@ class DFlashDrafter(ParallelDrafter):
     view   what the head reads of what is captured of the target
     """
 
+    readers = 1
+
     def __init__(self, head: BlockHead, vocabulary, embed, view: View, experience: Experiences):
         super().__init__(vocabulary, head.config.depths, experience)
         self.head, self.embed, self.view = head, embed, view

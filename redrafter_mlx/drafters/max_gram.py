@@ -39,6 +39,7 @@ class MaxGramDrafter:
     """
 
     needs_no_search = True
+    readers = 0
     CONTINUATIONS = 4
     LEAST = 0.02  # probability of a path below which it is not proposed
 

@@ -50,6 +50,8 @@ class ModelDrafter:
     read, a whole prompt at first. `passes` counts its forward passes over a text.
     """
 
+    readers = 0
+
     def __init__(self, model: nn.Module, vocab_size: int):
         self.model = model
         self._target = adapt(model)

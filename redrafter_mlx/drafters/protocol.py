@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -13,7 +13,12 @@ from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 
 
 class Drafter(Protocol):
-    """Proposes continuations of the pending token; never sees the target's layers."""
+    """Proposes continuations of the pending token; never sees the target's layers.
+
+    readers  how many of its parts read the Trail of a text; taken for 1 where it does not say
+    """
+
+    readers: int
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         """A tree rooted at the pending token, no larger than the budget allows."""
@@ -36,6 +41,8 @@ class Unheeding:
     that its transcript would not tell them.
     """
 
+    readers = 0
+
     def observe(self, step: Step) -> None:
         pass
 
@@ -44,6 +51,11 @@ class Unheeding:
 
     def fork(self, length: int) -> Drafter:
         return self
+
+
+def readers_of(drafters: Iterable[Drafter]) -> int:
+    """How many of drafters, or of their parts, read the Trail of a text."""
+    return sum(getattr(drafter, "readers", 1) for drafter in drafters)
 
 
 class NoDrafter(Unheeding):

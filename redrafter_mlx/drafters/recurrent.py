@@ -61,6 +61,10 @@ class RecurrentDrafter(BeamDrafter):
         self.view = view or View(tuple(range(1 + len(config.fused_layers))), config.hidden_size)
         self._memory = self._new_memory() if config.lookback_heads else None
 
+    @property
+    def readers(self) -> int:
+        return int(self._memory is not None)
+
     def begin(self, context: Context) -> Begun:
         memory = self._memory.of(context.transcript, context.trail) if self._memory else []
         return self.view(context.hidden), memory

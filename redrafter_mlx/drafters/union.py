@@ -8,7 +8,7 @@ from copy import copy
 
 import numpy as np
 
-from redrafter_mlx.drafters.protocol import Drafter, candidates_of
+from redrafter_mlx.drafters.protocol import Drafter, candidates_of, readers_of
 from redrafter_mlx.pricing.budget import Budget
 from redrafter_mlx.rounds.round import Context, Step
 from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
@@ -24,6 +24,10 @@ class UnionDrafter:
 
     def __init__(self, members: Sequence[Drafter]):
         self.members = list(members)
+
+    @property
+    def readers(self) -> int:
+        return readers_of(self.members)
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         free = [m for m in self.members if getattr(m, "needs_no_search", False)]

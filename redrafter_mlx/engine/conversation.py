@@ -56,16 +56,20 @@ def prompt_of(
     more = {"tools": list(tools)} if tools else {}
     more |= template
 
-    def rendered(some: Sequence[Mapping[str, Any]], **how: bool) -> list[int]:
-        text = tokenizer.apply_chat_template(list(some), tokenize=False, **how, **more)
+    def rendered(some: Sequence[Mapping[str, Any]], **how: bool) -> str:
+        return tokenizer.apply_chat_template(list(some), tokenize=False, **how, **more)
+
+    def encoded(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     ends = {"add_generation_prompt": not continue_last, "continue_final_message": continue_last}
     try:
-        tokens = rendered(messages, **ends)
+        text = rendered(messages, **ends)
+        tokens = encoded(text)
     except Exception as error:  # a template may raise what it likes
         raise UserError(f"the model's chat template refuses this: {one_line(error)}") from error
-    marks = {common_length(tokens, other) for other in _others(rendered, messages, continue_last)}
+    others = _others(rendered, messages, continue_last)
+    marks = {_parting(encoded, text, tokens, other) for other in others}
     inside = tuple(sorted(mark for mark in marks if 0 < mark < len(tokens)))
     return Prompt(tokens, inside, _first_channel(tokenizer, tokens, continue_last))
 
@@ -79,6 +83,19 @@ def _others(rendered, messages, continue_last):
             yield rendered(some, add_generation_prompt=False)
         except Exception:  # not every template takes every conversation: then there is no mark
             continue
+
+
+def _parting(encoded, text: str, tokens: Sequence[int], other: str) -> int:
+    """How many of a text's tokens another one begins with.
+
+    What the text adds to the other is short where only the model's turn is added: then the
+    tokens of that are counted, and the whole conversation is not read once more.
+    """
+    if text.startswith(other):
+        added = encoded(text[len(other) :])
+        if added and tokens[-len(added) :] == added:
+            return len(tokens) - len(added)
+    return common_length(tokens, encoded(other))
 
 
 def _first_channel(tokenizer: TokenizerWrapper, tokens: Sequence[int], continued: bool) -> str:

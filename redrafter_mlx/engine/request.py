@@ -76,6 +76,9 @@ class Turn:
     error          what went wrong, if that is it
     seed           that the answer is sampled with; None at temperature 0
     note           what the user should know; mostly nothing
+    kept           tokens of the answer so far whose text stays; what follows them may belong to a
+                   stop string, at the end it does
+    stopped_by     the stop string that ended the answer
     """
 
     pieces: Sequence[Piece] = ()
@@ -86,6 +89,8 @@ class Turn:
     error: Exception | None = None
     seed: int | None = None
     note: str = ""
+    kept: int = 0
+    stopped_by: str | None = None
 
     @property
     def text(self) -> str:

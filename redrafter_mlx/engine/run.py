@@ -67,6 +67,7 @@ class Run:
             place=place,
         )
         self._events = turns_of_text(self._generation, served.tokenizer)
+        self._kept, self._stopped_by = 0, None
 
     @property
     def request(self) -> Request:
@@ -90,6 +91,7 @@ class Run:
                     break
                 pieces.append(self._piece(event))
                 reason = event.finish_reason
+                self._kept, self._stopped_by = event.kept, event.stopped_by
                 if event.end_of_round:
                     break
         tree = None
@@ -110,7 +112,10 @@ class Run:
         if (plain := run.plain_tps) is not None:
             stats["plain_tps"] = round(plain, 3)
         read = min(self.caches.length + 1, len(run.prompt))
-        return Turn(pieces, read, stats, tree, reason, error, run.seed, run.note if reason else "")
+        note = run.note if reason else ""
+        return Turn(
+            pieces, read, stats, tree, reason, error, run.seed, note, self._kept, self._stopped_by
+        )
 
     def close(self) -> None:
         """No more turns."""

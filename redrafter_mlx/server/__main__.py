@@ -23,14 +23,7 @@ from redrafter_mlx.config import (
 )
 from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.model_flags import (
-    add_end_tokens,
-    add_model_flags,
-    check_drafter,
-    check_template_config,
-    loading,
-    name_of_drafter,
-)
+from redrafter_mlx.model_flags import add_end_tokens, add_model_flags, drafter_of, loading
 from redrafter_mlx.server.options import AnswerOptions, ServerOptions
 
 KEY_VARIABLE = "REDRAFTER_MLX_API_KEY"
@@ -69,9 +62,7 @@ def command(flags: Namespace) -> int:
     if os.environ.get(KEY_VARIABLE):
         flags.api_key = [*flags.api_key, os.environ[KEY_VARIABLE]]
     options = from_flags(ServerOptions, flags)
-    drafter, drafter_options = name_of_drafter(flags), from_flags(DrafterOptions, flags)
-    check_drafter(drafter, drafter_options)
-    check_template_config(flags.chat_template_config)
+    drafter, drafter_options = drafter_of(flags)
     if not (options.is_local or options.api_key):
         _log.warning("everybody who reaches %s may ask: give --api-key", options.host)
     from redrafter_mlx.server.plan import Defaults

@@ -11,14 +11,11 @@ from redrafter_mlx.server.faults import ApiError, anthropic_shape
 from redrafter_mlx.server.plan import (
     Defaults,
     Plan,
-    check_length,
-    effort_arguments,
     event,
     plan_requests,
     refuse_details,
-    stop_strings,
+    template_arguments,
     template_prompt,
-    thinking_arguments,
     usage_of,
 )
 from redrafter_mlx.server.schemas_anthropic import (
@@ -42,9 +39,9 @@ def plan_message(asked: MessagesRequest, served: Served, defaults: Defaults) -> 
     if asked.redrafter and asked.redrafter.details:
         refuse_details("only chat completions have them")
     prompt, box = _prompt(asked, served, defaults)
-    stops = stop_strings(asked.stop_sequences, defaults)
-    requests = plan_requests(served, defaults, asked, [prompt], stops, asked.max_tokens)
-    speech = Speech(served.tokenizer, prompt.channel, box, stops)
+    stop, most = asked.stop_sequences, asked.max_tokens
+    requests = plan_requests(served, defaults, asked, [prompt], stop, most)
+    speech = Speech(served.tokenizer, prompt.channel, box)
     return Plan(requests, MessageWriter(served, speech), bool(asked.stream))
 
 
@@ -66,11 +63,8 @@ def _prompt(
     parallel = False if choice and choice.disable_parallel_tool_use else None
     box = toolbox(tokenizer, tools, choice.type if choice else None, parallel)
     effort = asked.output_config.effort if asked.output_config else None
-    template = dict(defaults.template)
-    template |= effort_arguments(tokenizer, effort, "output_config.effort")
-    if asked.thinking:
-        template |= thinking_arguments(tokenizer, asked.thinking.type == "adaptive")
-    template |= asked.chat_template_kwargs or {}
+    own, thinking = asked.chat_template_kwargs, asked.thinking and asked.thinking.type == "adaptive"
+    template = template_arguments(served, defaults, own, effort, "output_config.effort", thinking)
     messages = []
     if asked.system:
         messages.append({"role": "system", "content": _text_of(asked.system)})
@@ -81,9 +75,7 @@ def _prompt(
     if begun and "tool_calls" in messages[-1]:
         message = f"messages[{len(asked.messages) - 1}]: the results of its tools are missing"
         raise ApiError(400, message, "invalid_value", "messages")
-    if not may_be_long:
-        check_length(served, defaults, (message["content"] for message in messages))
-    return template_prompt(tokenizer, messages, box, template, begun), box
+    return template_prompt(served, defaults, messages, box, template, begun, may_be_long), box
 
 
 def _text_of(content: str | Sequence[TextBlock] | None) -> str:

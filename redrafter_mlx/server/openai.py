@@ -15,11 +15,10 @@ from redrafter_mlx.server.plan import (
     Plan,
     check_length,
     details_of,
-    effort_arguments,
     event,
     plan_requests,
     refuse_details,
-    stop_strings,
+    template_arguments,
     template_prompt,
     usage_of,
 )
@@ -43,13 +42,10 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
     tokenizer = served.tokenizer
     tools = [tool.function.model_dump() for tool in asked.tools or ()]
     box = toolbox(tokenizer, tools, asked.tool_choice, asked.parallel_tool_calls)
-    template = dict(defaults.template)
-    template |= effort_arguments(tokenizer, asked.reasoning_effort, "reasoning_effort")
-    template |= asked.chat_template_kwargs or {}
+    own, effort = asked.chat_template_kwargs, asked.reasoning_effort
+    template = template_arguments(served, defaults, own, effort, "reasoning_effort")
     messages = [_templated(message, place) for place, message in enumerate(asked.messages)]
-    check_length(served, defaults, (message["content"] for message in messages))
-    prompt = template_prompt(tokenizer, messages, box, template)
-    stops = stop_strings(asked.stop, defaults)
+    prompt = template_prompt(served, defaults, messages, box, template)
     most = asked.max_tokens
     if asked.max_completion_tokens is not None:
         most = min(most or asked.max_completion_tokens, asked.max_completion_tokens)
@@ -57,8 +53,8 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
         message = "top_logprobs needs logprobs: set logprobs to true"
         raise ApiError(400, message, "invalid_value", "top_logprobs")
     top = (asked.top_logprobs or 0) if asked.logprobs else None
-    requests = plan_requests(served, defaults, asked, [prompt], stops, most, top)
-    speeches = [Speech(tokenizer, prompt.channel, box, stops) for _ in requests]
+    requests = plan_requests(served, defaults, asked, [prompt], asked.stop, most, top)
+    speeches = [Speech(tokenizer, prompt.channel, box) for _ in requests]
     writer = ChatWriter(served, asked, speeches)
     return Plan(requests, writer, bool(asked.stream), writer.details)
 
@@ -70,11 +66,10 @@ def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults
     prompts = [_tokens(served, defaults, prompt) for prompt in ([given] if is_one else given)]
     if len(prompts) * (asked.n or 1) > 128:
         raise ApiError(400, "n: these are more than 128 answers", "invalid_value", "n")
-    stops = stop_strings(asked.stop, defaults)
     requests = plan_requests(
-        served, defaults, asked, prompts, stops, asked.max_tokens, asked.logprobs
+        served, defaults, asked, prompts, asked.stop, asked.max_tokens, asked.logprobs
     )
-    speeches = [Speech(served.tokenizer, None, stops=stops) for _ in requests]
+    speeches = [Speech(served.tokenizer, None) for _ in requests]
     writer = CompletionWriter(served, asked, speeches)
     return Plan(requests, writer, bool(asked.stream), writer.details)
 

@@ -87,11 +87,13 @@ def plan_requests(
     defaults: Defaults,
     asked: Sampled,
     prompts: Sequence[Prompt],
-    stops: Sequence[str],
+    stop: str | Sequence[str] | None,
     max_tokens: int | None,
     top_logprobs: int | None = None,
 ) -> list[Request]:
     """The engine's requests for prompts: each as often as asked, with seeds one after the other.
+
+    stop, max_tokens  what ends an answer; None: what the server's own flags say
 
     Raises ApiError for what does not fit the model; UserError for options out of range.
     """
@@ -102,6 +104,8 @@ def plan_requests(
         message = f"{param} {drafter[:100]!r} is not loaded; there are: {known}"
         raise ApiError(400, message, "invalid_value", param)
     draft = {name: getattr(extension, name) for name in ("budget", "beam_width", "beam_length")}
+    stop = defaults.generation.stop if stop is None else stop
+    stops = [stop] if isinstance(stop, str) else stop
     requests = []
     for prompt in prompts:
         _check_context(served, defaults, prompt)
@@ -120,19 +124,25 @@ def plan_requests(
 
 
 def template_prompt(
-    tokenizer: TokenizerWrapper,
+    served: Served,
+    defaults: Defaults,
     messages: Sequence[Mapping[str, Any]],
     toolbox: Toolbox,
-    template: Mapping[str, Any] | None,
+    template: Mapping[str, Any],
     continue_last: bool = False,
+    may_be_long: bool = False,
 ) -> Prompt:
     """The prompt of a conversation.
 
-    template  arguments that the request gives to the chat template
+    template     arguments for the chat template, as `template_arguments` gives them
+    may_be_long  whether it may have more tokens than the context
 
-    Raises ApiError for arguments that are not its to give, UserError if the template fails.
+    Raises ApiError for arguments that are not the request's to give and for a prompt that is much
+    too long, UserError if the template fails.
     """
-    template = dict(template or {})
+    tokenizer = served.tokenizer
+    if not may_be_long:
+        check_length(served, defaults, (message["content"] for message in messages))
     if taken := sorted(template.keys() & set(OUR_ARGUMENTS)):
         param = f"chat_template_kwargs.{taken[0]}"
         raise ApiError(400, f"{param} is set by the server: leave it out", "invalid_value", param)
@@ -145,7 +155,29 @@ def template_prompt(
     return prompt_of(tokenizer, messages, toolbox.tools or None, continue_last, **template)
 
 
-def effort_arguments(tokenizer: TokenizerWrapper, effort: str | None, param: str) -> dict[str, Any]:
+def template_arguments(
+    served: Served,
+    defaults: Defaults,
+    own: Mapping[str, Any] | None,
+    effort: str | None,
+    param: str,
+    thinking: bool | None = None,
+) -> dict[str, Any]:
+    """Arguments for the chat template: the server's, what a request says of thinking, its own.
+
+    param  the field that `effort` comes from, for errors
+
+    Raises ApiError for what the template does not know how to say.
+    """
+    given = {**defaults.template, **_effort_arguments(served.tokenizer, effort, param)}
+    if thinking is not None:
+        given |= _thinking_arguments(served.tokenizer, thinking)
+    return given | dict(own or {})
+
+
+def _effort_arguments(
+    tokenizer: TokenizerWrapper, effort: str | None, param: str
+) -> dict[str, Any]:
     """How hard the model should think, as arguments of its chat template.
 
     Raises ApiError, which names `param`, where the template does not know how to say it.
@@ -153,7 +185,7 @@ def effort_arguments(tokenizer: TokenizerWrapper, effort: str | None, param: str
     if effort is None:
         return {}
     if effort == "none":
-        return thinking_arguments(tokenizer, False)
+        return _thinking_arguments(tokenizer, False)
     source = tokenizer.chat_template if tokenizer.has_chat_template else ""
     if "reasoning_effort" in str(source):
         return {"reasoning_effort": effort}
@@ -161,7 +193,7 @@ def effort_arguments(tokenizer: TokenizerWrapper, effort: str | None, param: str
     raise ApiError(400, message, "unsupported_value", param)
 
 
-def thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, Any]:
+def _thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, Any]:
     """Whether the model should think, as arguments of its chat template."""
     if tokenizer.has_thinking:
         return {"enable_thinking": wanted}
@@ -228,13 +260,6 @@ def event(data: Mapping[str, Any], name: str | None = None) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {text}\n\n"
-
-
-def stop_strings(stop: str | Sequence[str] | None, defaults: Defaults) -> Sequence[str]:
-    """The strings that end an answer: those of the request, else those of the server."""
-    if stop is None:
-        return tuple(defaults.generation.stop)
-    return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
 def context_of(served: Served, defaults: Defaults) -> int | None:

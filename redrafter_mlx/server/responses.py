@@ -13,12 +13,10 @@ from redrafter_mlx.server.openai import BEAT
 from redrafter_mlx.server.plan import (
     Defaults,
     Plan,
-    check_length,
-    effort_arguments,
     event,
     plan_requests,
     refuse_details,
-    stop_strings,
+    template_arguments,
     template_prompt,
     usage_of,
 )
@@ -45,19 +43,16 @@ def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -
     ]
     box = toolbox(tokenizer, tools, asked.tool_choice, asked.parallel_tool_calls)
     effort = asked.reasoning.effort if asked.reasoning else None
-    template = dict(defaults.template)
-    template |= effort_arguments(tokenizer, effort, "reasoning.effort")
-    template |= asked.chat_template_kwargs or {}
-    given = asked.input
+    own, given = asked.chat_template_kwargs, asked.input
+    template = template_arguments(served, defaults, own, effort, "reasoning.effort")
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     messages += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
-    check_length(served, defaults, (message["content"] for message in messages))
-    prompt = template_prompt(tokenizer, messages, box, template)
-    stops = stop_strings(asked.stop, defaults)
+    prompt = template_prompt(served, defaults, messages, box, template)
     wanted = asked.top_logprobs is not None or bool(asked.include)
     top = (asked.top_logprobs or 0) if wanted else None
-    requests = plan_requests(served, defaults, asked, [prompt], stops, asked.max_output_tokens, top)
-    speech = Speech(tokenizer, prompt.channel, box, stops)
+    most = asked.max_output_tokens
+    requests = plan_requests(served, defaults, asked, [prompt], asked.stop, most, top)
+    speech = Speech(tokenizer, prompt.channel, box)
     return Plan(requests, ResponseWriter(served, asked, speech), bool(asked.stream))
 
 

@@ -69,17 +69,37 @@ class Sampled(Schema):
     redrafter: Extension | None = None
 
 
+class OpenAIRequest(Sampled):
+    """What all of OpenAI's requests say."""
+
+    seed: Seed | None = None
+    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
+    user: str | None = None
+
+
+class OpenAIConversation(OpenAIRequest):
+    """What OpenAI's requests for conversations say; chat_template_kwargs are ours."""
+
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    store: Off | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    safety_identifier: str | None = None
+
+
 class StreamOptions(Schema):
     include_usage: bool | None = None
     include_obfuscation: Off | None = None
 
 
-class OpenAISampled(Sampled):
+class OpenAISampled(OpenAIRequest):
     """What OpenAI's two older requests have in common."""
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Seed | None = None
-    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
     max_tokens: Count | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: Penalty | None = None
@@ -89,7 +109,6 @@ class OpenAISampled(Sampled):
     xtc_probability: Share | None = None
     xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
 
 
 class CompletionRequest(OpenAISampled):
@@ -181,24 +200,15 @@ class TextFormat(Schema):
     type: Literal["text"]
 
 
-class ChatRequest(OpenAISampled):
+class ChatRequest(OpenAISampled, OpenAIConversation):
     """POST /v1/chat/completions."""
 
     messages: Annotated[Many[Message], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     tools: Many[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     reasoning_effort: Effort | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     modalities: Many[Literal["text"]] | None = None
     metadata: dict[str, Any] | None = None
-    store: Off | None = None
-    service_tier: Literal["auto", "default"] | None = None
     verbosity: Literal["medium"] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: Literal["in_memory"] | None = None
-    safety_identifier: str | None = None

@@ -7,16 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from redrafter_mlx.server.schemas import (
-    MOST_TOP_LOGPROBS,
     Count,
     Effort,
     Empty,
     Many,
     Off,
-    Sampled,
+    OpenAIConversation,
     Schema,
-    Seed,
-    Stop,
     TextFormat,
 )
 
@@ -112,29 +109,17 @@ class ResponsesStreamOptions(Schema):
     include_obfuscation: Off | None = None
 
 
-class ResponsesRequest(Sampled):
-    """POST /v1/responses. seed, stop and chat_template_kwargs are as in chat requests."""
+class ResponsesRequest(OpenAIConversation):
+    """POST /v1/responses. seed and stop are as in chat requests."""
 
     input: str | Annotated[Many[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     tools: Many[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextOptions | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     include: Many[Literal["message.output_text.logprobs"]] | None = None
     stream_options: ResponsesStreamOptions | None = None
-    seed: Seed | None = None
-    stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
-    store: Off | None = None
     background: Off | None = None
     truncation: Literal["disabled"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: Literal["in_memory"] | None = None
-    safety_identifier: str | None = None
-    user: str | None = None

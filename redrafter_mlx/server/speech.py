@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,9 @@ class Speech:
     """One answer.
 
     channel  that it begins in; None: everything is the answer, marks as well
-    stops    strings that end it
 
-    After the last turn: finish_reason, stopped_by (the string), stats, seed.
+    logprobs are of tokens whose text stays. After the last turn: finish_reason, stopped_by (the
+    stop string), stats, seed.
     """
 
     def __init__(
@@ -39,9 +39,8 @@ class Speech:
         tokenizer: TokenizerWrapper,
         channel: str | None = ANSWER,
         toolbox: Toolbox | None = None,
-        stops: Sequence[str] = (),
     ):
-        self.tokenizer, self.toolbox, self.stops = tokenizer, toolbox or Toolbox(), stops
+        self.tokenizer, self.toolbox = tokenizer, toolbox or Toolbox()
         self.channels = None if channel is None else Channels(tokenizer, channel)
         self._channel = channel or ANSWER
         self._call_text, self._after_mark = "", False
@@ -52,12 +51,9 @@ class Speech:
         self.stopped_by: str | None = None
         self.stats: dict[str, Any] = {}
         self.seed: int | None = None
-        self._tokens: list[int] = []
-
-    @property
-    def last_token(self) -> int | None:
-        """Of those heard so far."""
-        return self._tokens[-1] if self._tokens else None
+        self.last_token: int | None = None
+        self._tokens = 0
+        self._uncertain: deque[tuple[int, dict[str, Any]]] = deque()  # place, log-probabilities
 
     @property
     def is_enough(self) -> bool:
@@ -71,14 +67,17 @@ class Speech:
         for piece in turn.pieces:
             if self.is_enough:
                 break
-            self._tokens.append(piece.token)
+            self.last_token, place = piece.token, self._tokens
+            self._tokens += 1
             before, length = self._channel, len(self.text)
             segments = self.channels.split(piece.text) if self.channels else [(ANSWER, piece.text)]
             self._take(segments, piece.from_draft, heard)
             self.reasoning_tokens += self._channel == REASONING
             is_answer = len(self.text) > length or before == ANSWER == self._channel
             if piece.logprob is not None and is_answer and not self._is_end(piece):
-                self.logprobs.append(self._logprob(piece))
+                self._uncertain.append((place, self._logprob(piece)))
+        while self._uncertain and self._uncertain[0][0] < turn.kept:
+            self.logprobs.append(self._uncertain.popleft()[1])
         if turn.finish_reason:
             self._finish(turn, heard)
         return heard
@@ -130,16 +129,9 @@ class Speech:
             self._take(self.channels.finish(), drafted, heard)
             if self._channel == TOOL:
                 self._end_call(drafted, heard, is_whole=False)
-        self.finish_reason = turn.finish_reason
-        if turn.finish_reason == "stop" and not (turn.pieces and self._is_end(turn.pieces[-1])):
-            self.stopped_by = self._stop_in(self.tokenizer.decode(self._tokens))
+        self.finish_reason, self.stopped_by = turn.finish_reason, turn.stopped_by
         if self.is_enough or (self.calls and turn.finish_reason != "length"):
             self.finish_reason = "tool_calls"
-
-    def _stop_in(self, text: str) -> str | None:
-        """The stop string that comes first in a text; several may be of its last token."""
-        ends = {stop: text.find(stop) + len(stop) for stop in self.stops if stop in text}
-        return min(ends, key=ends.get) if ends else None
 
     def _is_end(self, piece: Piece) -> bool:
         return piece.token in self.tokenizer.eos_token_ids

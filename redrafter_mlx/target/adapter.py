@@ -193,15 +193,21 @@ class Target:
         caches: LayerCaches,
         begun: int = 0,
         marks: Collection[int] = (),
+        readers: int | None = None,
     ) -> Generator[int, None, Context]:
         """`prefill`, which yields the number of tokens processed after each chunk, 0 before them.
 
-        begun  tokens, of `tokens`, that the caches hold already
-        marks  places at which the caches are to remember how they were
+        begun    tokens, of `tokens`, that the caches hold already
+        marks    places at which the caches are to remember how they were
+        readers  drafters that will read the hidden states of the whole text; by default all that
+                 have asked for them
 
-        Chunks end at multiples of their size and at marks, wherever the work begins.
+        Chunks end at multiples of their size, wherever the work begins, and at marks where caches
+        cannot go back to any place by themselves.
         """
-        trail = Trail(self.readers, begun) if self.readers else None
+        readers = self.readers if readers is None else readers
+        trail = Trail(readers, begun) if readers else None
+        marks = () if caches.can_be_cut else marks
         last = len(tokens) - 1
         yield begun
         hidden, place = self._nothing(), begun
@@ -211,6 +217,7 @@ class Target:
             if end in marks:
                 caches.remember()
             yield end
+        device.finish(hidden)
         pending, transcript = mx.array(tokens[last:]), Transcript(tokens)
         return Context(pending, hidden, caches.length, transcript, caches, noise, trail)
 
@@ -227,6 +234,9 @@ class Target:
         """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros.
 
         trail  takes in the hidden states of all
+
+        The hidden state is left to be computed by who needs it: what the last layer makes of its
+        attention is in no cache, so of all chunks but a prompt's last nobody does.
         """
         hidden = self._nothing()
         for start in range(0, len(tokens), chunk):
@@ -236,7 +246,7 @@ class Target:
             hidden = states[-1:]
             kept = [] if trail is None else trail.add(states)
             caches.commit(range(len(ids)))
-            device.finish(hidden, caches.state, kept)
+            device.finish(caches.state, kept)
             mx.clear_cache()
         return hidden
 

@@ -5,7 +5,7 @@ import { keyDialog, settingsDialog, shortcutsDialog } from "./dialogs.js";
 import { announce, byId, el, icon, toast } from "./dom.js";
 import { Panel } from "./panel.js";
 import { Sticky } from "./scroll.js";
-import { keepKey, modelName } from "./server.js";
+import { keepKey, modelNames } from "./server.js";
 import { Sidebar } from "./sidebar.js";
 import { Store } from "./store.js";
 import { welcome } from "./welcome.js";
@@ -25,7 +25,7 @@ const panel = new Panel(store.recall("shading") !== "off", shade, () => closeDra
 const sticky = new Sticky(byId("scroller"), (away) => (byId("latest").hidden = !away));
 const chat = new Chat(store, panel, sticky, { model: () => model, askKey, changed: show });
 const sidebar = new Sidebar({ open, rename, remove });
-let model = "";
+let model = ""; // that answers what is asked next
 
 function notice(text) {
   const place = byId("notice");
@@ -228,6 +228,7 @@ function connect() {
   on("backdrop", closeDrawers);
   byId("send").append(icon("send"));
   byId("composer").addEventListener("submit", (event) => (event.preventDefault(), send()));
+  byId("models").addEventListener("change", choose);
   question.addEventListener("keydown", onQuestionKey);
   question.addEventListener("input", () => write(question.value));
   document.addEventListener("keydown", onKey);
@@ -249,11 +250,25 @@ function changedElsewhere(key) {
   else show();
 }
 
+/** Models to choose from: more than one only where requests may change it. */
+function offer(names) {
+  model = names[0] ?? "";
+  byId("models").replaceChildren(...names.map((name) => el("option", {}, name)));
+  byId("models").hidden = names.length < 2;
+  byId("model").hidden = names.length > 1;
+  show();
+}
+
+function choose() {
+  model = byId("models").value;
+  show();
+  question.focus();
+}
+
 async function greet() {
   for (let again = false; ; again = true) {
     try {
-      model = await modelName();
-      return show();
+      return offer(await modelNames());
     } catch (error) {
       const key = error.status === 401 && (await askKey(again));
       if (!key) return notice(error.message);

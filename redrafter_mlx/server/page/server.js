@@ -55,11 +55,11 @@ async function refusal(response) {
   return new ServerError(message, response.status, seconds >= 0 ? seconds : null);
 }
 
-/** The name of the server's model. */
-export async function modelName() {
+/** The names of the models that the server answers with, the one that is loaded first. */
+export async function modelNames() {
   const response = await call("v1/models");
   const body = await response.json();
-  return body.data?.[0]?.id ?? "";
+  return (body.data ?? []).map((model) => model.id);
 }
 
 /** The chunks of an answer. Raises ServerError, also for one that the server sends in the stream. */
