@@ -67,9 +67,7 @@ def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     return found
 
 
-def _convolved(
-    weights: Weights, name: str, sublayer: Callable[[Any], Any], x: Any
-) -> Any:
+def _convolved(weights: Weights, name: str, sublayer: Callable[[Any], Any], x: Any) -> Any:
     """(B, h): DFlash 2's convolutions before and after a sublayer, whose weights x asks for.
 
     Row b becomes the sum over taps t of kernel[b, t] * row[b - t]; rows before the first are 0.

@@ -1,4 +1,4 @@
-"""What each kind of head computes, in PyTorch from the published formulas and in MLX: all of them."""
+"""Formulas of all kinds of heads: in PyTorch as published, and in MLX as the package computes."""
 
 from __future__ import annotations
 

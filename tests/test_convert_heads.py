@@ -486,7 +486,9 @@ def test_verify_of_the_other_markov_heads(kind, copied, tmp_path, capsys):
     change(
         path,
         **{
-            f"markov_head__{layer}__weight": mx.array(rng.standard_normal((rows, columns), np.float32)),
+            f"markov_head__{layer}__weight": mx.array(
+                rng.standard_normal((rows, columns), np.float32)
+            ),
             f"markov_head__{layer}__bias": mx.array(rng.standard_normal(rows, np.float32)),
         },
     )
