@@ -27,6 +27,7 @@ import mlx.core as mx
 from redrafter_mlx import train
 from redrafter_mlx.drafters.eagle3 import reads_by_default
 from redrafter_mlx.loading import hub
+from redrafter_mlx.loading.drafters import load_drafter
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Verdict
 from redrafter_mlx.rounds.tree import TokenTree
@@ -144,7 +145,7 @@ def measure(flags: argparse.Namespace) -> None:
     heads = sorted(path.parent for path in (flags.directory / "heads").glob("*/facts.json"))
     if not heads:
         sys.exit(f"{flags.directory}: no head was trained there yet")
-    drafters = {path.name: hub.load_drafter(str(path), model) for path in heads}
+    drafters = {path.name: load_drafter(str(path), model) for path in heads}
     times = draft_times(target, answers[0], drafters)
     rows = []
     for path in heads:

@@ -16,6 +16,7 @@ import numpy as np
 from redrafter_mlx.errors import UserError
 
 from .head import Head
+from .safetensors import Tensor
 from .weights import as_mlx, as_numpy
 
 
@@ -32,7 +33,7 @@ class Weights:
 
     def linear(self, module: str, x: Any) -> Any:
         """x (..., in) times the module's weight, plus its bias if it has one."""
-        count = self.head.tensors[f"{module}.weight"].shape[0]
+        count = self._matrix(module).shape[0]
         step = max(1, self.BLOCK // x.shape[-1])
         pieces = []
         for start in range(0, count, step):
@@ -44,9 +45,21 @@ class Weights:
         tensor = self.head.tensors[name]
         return self._floats(tensor.whole(), tensor.dtype)
 
+    def picked(self, module: str, ids: np.ndarray) -> Any:
+        """The rows of a module's weight that a few ids name."""
+        return self.torch.cat([self.rows(module, i, i + 1) for i in ids.tolist()])
+
+    def whole(self, module: str) -> Any:
+        """A module's weight."""
+        return self.rows(module, 0, self._matrix(module).shape[0])
+
+    def _matrix(self, module: str) -> Tensor:
+        """A module's weight, or a matrix that is no module's."""
+        return self.head.tensors[module if module in self else f"{module}.weight"]
+
     def rows(self, module: str, start: int, stop: int) -> Any:
-        """Those rows of a module's weight."""
-        weight = self.head.tensors[f"{module}.weight"]
+        """Those rows of a module's weight, or of a matrix that is no module's."""
+        weight = self._matrix(module)
         if weight.dtype != "U32":
             return self._floats(weight.rows(start, stop), weight.dtype)
         # PyTorch knows no such packing: here mlx unpacks for both sides.
@@ -68,6 +81,11 @@ def rms_normed(torch: ModuleType, x: Any, eps: float) -> Any:
     return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps)
 
 
+def gated(torch: ModuleType, x: Any, gate: Any, up: Any, down: Any) -> Any:
+    """What three matrices make of rows, as `mlp` does."""
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
 def mlp(weights: Weights, name: str, x: Any) -> Any:
     gate = weights.torch.nn.functional.silu(weights.linear(f"{name}.gate_proj", x))
     return weights.linear(f"{name}.down_proj", gate * weights.linear(f"{name}.up_proj", x))
@@ -81,14 +99,16 @@ class Shape:
     frequencies    of rotary positions, for the first columns of a head
     centred        what is added to the weights of the norms of queries and keys
     gated          whether queries come with gates of what is heard
+    interleaved    whether neighbouring columns are turned together, not distant ones
     """
 
     heads: int
     shared: int
     eps: float
     frequencies: Any
-    centred: int = 0
+    centred: float = 0
     gated: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,21 +150,26 @@ class Attention:
             y = rms_normed(self.weights.torch, y, self.shape.eps) * scale
         angles = (places[:, None] * self.shape.frequencies)[:, None]
         torch, size = self.weights.torch, 2 * angles.shape[-1]
-        return torch.cat([_rotated(torch, y[..., :size], angles), y[..., size:]], dim=-1)
+        turned = _rotated(torch, y[..., :size], angles, self.shape.interleaved)
+        return torch.cat([turned, y[..., size:]], dim=-1)
 
 
-def shape_of(torch: ModuleType, args: Any) -> Shape:
+def shape_of(torch: ModuleType, args: Any, interleaved: bool = False) -> Shape:
     """The shape that mlx-lm's ModelArgs describe."""
     frequencies = _frequencies(torch, args, args.head_dim)
     heads = args.num_attention_heads, args.num_key_value_heads
-    return Shape(*heads, args.rms_norm_eps, frequencies)
+    return Shape(*heads, args.rms_norm_eps, frequencies, interleaved=interleaved)
 
 
-def _rotated(torch: ModuleType, x: Any, angles: Any) -> Any:
-    """x (..., d), its first half paired with the second, turned by angles (..., d / 2)."""
-    a, b = x.chunk(2, dim=-1)
+def _rotated(torch: ModuleType, x: Any, angles: Any, interleaved: bool) -> Any:
+    """x (..., d), its first half paired with the second, turned by angles (..., d / 2).
+
+    interleaved  each column is paired with the next one instead
+    """
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    pairs = [a * cos - b * sin, b * cos + a * sin]
+    return torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
 
 
 def _frequencies(torch: ModuleType, args: Any, size: int) -> Any:

@@ -9,9 +9,10 @@ import numpy as np
 
 from redrafter_mlx.errors import UserError
 
+from .formula import SCORES
 from .head import Head
 from .pickles import import_torch
-from .torch_heads import formula_of, logits
+from .torch_heads import computed, formula_of
 from .torch_parts import Weights
 from .weights import Recipe
 
@@ -34,6 +35,8 @@ MOST = 0.8
 @dataclass(frozen=True)
 class Comparison:
     """Logits of the source and of the result; of a tied head, what the target's head would read.
+
+    Of a head that computes several things, the one that differs most.
 
     largest   absolute difference
     relative  that, over the largest absolute logit
@@ -67,23 +70,30 @@ def verify(head: Head, directory: Path, recipe: Recipe, seed: int = 0) -> Compar
     weights = Weights(import_torch("--verify"), head)
     formula = formula_of(head)
     given = formula.inputs(head.config, np.random.default_rng(seed))
-    theirs, ours = logits(formula, weights, directory, given)
-    if recipe.kept is not None and any(f"{x}.weight" in weights for x in head.outputs):
-        theirs = theirs[:, recipe.kept]
-    difference, scale = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-    found = Comparison(
-        largest=difference,
-        relative=difference / scale if scale else difference,
-        top1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
-        limit=_limit(head, recipe, formula.depth),
-        rows=len(ours),
-    )
+    limit, compared = _limit(head, recipe, formula.depth), []
+    for part, (theirs, ours) in computed(formula, weights, directory, given).items():
+        if part == SCORES and recipe.kept is not None:
+            theirs = theirs[:, recipe.kept]
+        compared.append(_compared(theirs, ours, limit))
+    # one that is no number is the worst
+    found = max(compared, key=lambda c: np.nan_to_num(c.relative, nan=np.inf))
     if not found.relative <= found.limit:
         raise UserError(
             f"--verify: the result does not compute what the source computes: {found}; nothing "
             "was written"
         )
     return found
+
+
+def _compared(theirs: np.ndarray, ours: np.ndarray, limit: float) -> Comparison:
+    difference, scale = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+    return Comparison(
+        largest=difference,
+        relative=difference / scale if scale else difference,
+        top1=float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+        limit=limit,
+        rows=len(ours),
+    )
 
 
 def _limit(head: Head, recipe: Recipe, depth: float) -> float:

@@ -19,7 +19,7 @@ except KeyboardInterrupt:
 
 _PUBLIC = {
     "load": "loading.hub",
-    "load_drafter": "loading.hub",
+    "load_drafter": "loading.drafters",
     "generate": "stream",
     "stream_generate": "stream",
     "GenerationResponse": "stream",

@@ -75,7 +75,7 @@ def _main(flags: Namespace) -> int:
 def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) -> int:
     """Fill the report and print it section by section; the exit code."""
     from redrafter_mlx import diagnosis
-    from redrafter_mlx.loading import hub
+    from redrafter_mlx.loading import drafters, hub
     from redrafter_mlx.target.adapter import adapt
 
     began = time.perf_counter()
@@ -96,7 +96,7 @@ def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) ->
     facts = report["model"] = diagnosis.describe(model, flags.model)
     drafter = None
     if facts["trees"]:
-        drafter = hub.load_drafter(flags.drafter, model, tokenizer=tokenizer)
+        drafter = drafters.load_drafter(flags.drafter, model, tokenizer=tokenizer)
         facts["drafters"] = diagnosis.drafters_for(model)
     _section("Model", _model_lines(facts))
 

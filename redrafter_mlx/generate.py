@@ -203,10 +203,12 @@ def _load_drafter(
     name: str, model: Any, tokenizer: Any, options: DrafterOptions, asked_for: bool
 ) -> Drafter | None:
     """The drafter; None, with one line, where nobody asked for it and the model cannot draft."""
-    from redrafter_mlx.loading import hub
+    from redrafter_mlx.loading import drafters
 
     try:
-        return hub.load_drafter(name, model, tokenizer=tokenizer, **dataclasses.asdict(options))
+        return drafters.load_drafter(
+            name, model, tokenizer=tokenizer, **dataclasses.asdict(options)
+        )
     except UserError as error:
         if asked_for or options != DrafterOptions():
             raise

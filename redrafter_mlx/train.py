@@ -102,7 +102,7 @@ def _main(flags: Namespace) -> int:
         raise UserError(f"--keep {flags.keep} is outside its range: 0 to 1")
     options = [from_flags(group, flags) for group in (DataOptions, HeadOptions, TrainingOptions)]
     _check_output(flags)
-    from redrafter_mlx.loading import hub
+    from redrafter_mlx.loading import drafters
     from redrafter_mlx.machine.storage import in_use
     from redrafter_mlx.training.recipes import recipe_for
     from redrafter_mlx.training.start import shape_of
@@ -120,7 +120,7 @@ def _main(flags: Namespace) -> int:
     )
     target = source.target()
     if flags.start_from:
-        hub.load_head_of(target, flags.start_from)
+        drafters.load_head_of(target, flags.start_from)
     recipe = recipe_for(target, options[1])
     _refuse_unused(options[1], recipe)
     recipe.config(options[1].draft_vocab, options[2].ahead)  # refuses what cannot be, before hours
@@ -344,11 +344,11 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _evaluate(flags: Namespace, model) -> int:
-    from redrafter_mlx.loading import hub
+    from redrafter_mlx.loading import drafters
     from redrafter_mlx.training.report import held_out_answers, report, table, write_experience
     from redrafter_mlx.training.run import Places
 
-    drafter = hub.load_drafter(str(flags.output), model)
+    drafter = drafters.load_drafter(str(flags.output), model)
     found = report(drafter, held_out_answers(Places(flags.output).data))
     print(table(found))
     write_experience(flags.output, found)

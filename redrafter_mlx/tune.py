@@ -69,7 +69,7 @@ def _main(flags: Namespace) -> int:
     if flags.picture and not flags.picture.parent.is_dir():
         raise UserError(f"--picture {flags.picture}: no such directory {flags.picture.parent}")
 
-    from redrafter_mlx.loading import hub
+    from redrafter_mlx.loading import drafters, hub
     from redrafter_mlx.measuring.picture import draw
     from redrafter_mlx.measuring.profile import save
     from redrafter_mlx.measuring.tuning import tune
@@ -83,7 +83,7 @@ def _main(flags: Namespace) -> int:
         trust_remote_code=flags.trust_remote_code,
     )[:2]
     name = flags.drafter
-    drafter = None if name == NONE else hub.load_drafter(name, model, tokenizer=tokenizer)
+    drafter = None if name == NONE else drafters.load_drafter(name, model, tokenizer=tokenizer)
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     found = tune(adapt(model), drafter, ids, options, draft, tokenizer.eos_token_ids, _progress)
     if flags.json:

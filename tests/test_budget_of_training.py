@@ -14,7 +14,7 @@ from benchmarks import heads
 from families import build
 from redrafter_mlx import train
 from redrafter_mlx.drafters.checkpoint import load_head
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training import data, deadline, gradients, lockstep, loop, replay, report
 from redrafter_mlx.training import run as training_run
@@ -255,7 +255,7 @@ def test_data_end_with_the_time(tmp_path, monkeypatch):
 
 def test_a_report_with_time_enough_is_what_its_searches_find(tmp_path, tiny):
     assert command(tmp_path, "--steps", 2) == 0
-    drafter = hub.load_drafter(str(tmp_path), tiny)
+    drafter = drafters.load_drafter(str(tmp_path), tiny)
     answers = report.held_out_answers(tmp_path / "training" / "data")[:2]
     whole = report.report(drafter, answers)
     assert whole.tokens == sum(len(answer.tokens) for answer in answers) == len(whole.drafts)

@@ -14,6 +14,7 @@ from test_heads import HEADS, reference
 
 from convert.kinds import NAMES
 from convert_heads import apple_config, apple_tensors, convert, read, run, settings, write, write_in
+from families import build
 from redrafter_mlx.drafters.kinds import KINDS, recognised
 from redrafter_mlx.drafters.medusa import KIND as MEDUSA
 from redrafter_mlx.drafters.published import load_published
@@ -404,23 +405,48 @@ ROUNDED = {
     "8 bits": ["--quantize", "8", "--group-size", "32"],
     "4 bits": ["--quantize", "4", "--group-size", "32"],
 }
-WITHOUT = ("dflash2", "dspark", "mtp_qwen3_5_moe", "mtp_qwen3_next")
-VERIFIED = [name for name in FIXTURES if name not in WITHOUT]
 SWAPPED = {
     "medusa": ("heads.0.1.weight", "heads.2.1.weight"),
     "medusa_shared": ("heads.0.0.linear.weight", "heads.1.0.linear.weight"),
     "eagle3": ("layers.0.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"),
     "eagle3_speculators_layers": ("layers.1.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+    "dflash2": (
+        "candidate_selector.predecessor_codebook",
+        "candidate_selector.successor_codebook",
+    ),
+    "dflash2 convolutions": (
+        "layers.0.attention_conv.base_kernel",
+        "layers.0.mlp_conv.base_kernel",
+    ),
+    "dspark": ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight"),
+    "mtp_qwen3_next": (
+        "layer.mlp.experts.0.up_proj.weight",
+        "layer.mlp.experts.1.up_proj.weight",
+    ),
+    "mtp_qwen3_next gates": (
+        "layer.mlp.experts.2.gate_proj.weight",
+        "layer.mlp.experts.2.up_proj.weight",
+    ),
+    "mtp_qwen3_5_moe": (
+        "layer.mlp.shared_expert.up_proj.weight",
+        "layer.mlp.shared_expert.gate_proj.weight",
+    ),
 }
 
 
+def relative_of(capsys, source: Path, output: Path, *words) -> float:
+    """The difference that --verify prints, as a part of the largest number."""
+    capsys.readouterr()
+    convert(source, output, *words, "--verify")
+    first = capsys.readouterr().out.splitlines()[0]
+    return float(first.split(" of the largest logit")[0].rpartition(" ")[2])
+
+
 @pytest.mark.parametrize("flags", ROUNDED.values(), ids=ROUNDED)
-@pytest.mark.parametrize("name", VERIFIED)
+@pytest.mark.parametrize("name", FIXTURES)
 def test_verify_prints_the_difference(name, flags, tmp_path, capsys):
     pytest.importorskip("torch", reason="--verify needs PyTorch")
-    convert(HEADS / name, tmp_path / "out", *flags, "--verify")
-    first = capsys.readouterr().out.splitlines()[0]
-    relative = float(first.split(" of the largest logit")[0].rpartition(" ")[2])
+    relative = relative_of(capsys, HEADS / name, tmp_path / "out", *flags)
     assert relative < (0.5 if "4" in flags else 0.06 if flags else 1e-5)
 
 
@@ -433,7 +459,8 @@ def test_verify_finds_a_converter_that_confuses_tensors(name, tmp_path, capsys, 
     theirs = Published._theirs
     swap = lambda self, n: theirs(self, {one: other, other: one}.get(n, n))
     monkeypatch.setattr(Published, "_theirs", swap)
-    words = ("--input", HEADS / name, "--output", tmp_path / "out", "--dtype", "bfloat16")
+    source = HEADS / name.split()[0]
+    words = ("--input", source, "--output", tmp_path / "out", "--dtype", "bfloat16")
     found = refused(capsys, *words, "--verify")
     assert found.startswith("--verify: the result does not compute what the source computes: ")
     assert not (tmp_path / "out").exists()
@@ -447,13 +474,57 @@ def test_verify_of_a_packed_source_and_a_reduced_vocabulary(counts, tmp_path, ca
     assert "(limit 0.0001)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [name for name in FIXTURES if name in WITHOUT])
-def test_verify_of_a_head_that_computes_more_is_refused(name, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_verify_of_the_other_markov_heads(kind, copied, tmp_path, capsys):
     pytest.importorskip("torch", reason="--verify needs PyTorch")
-    words = ("--input", HEADS / name, "--output", tmp_path / "out", "--verify")
+    path = copied("dspark")
+    h, rank = 32, 8
+    columns, rows = (h + rank, rank) if kind == "gated" else (2 * rank + h, 3 * rank)
+    layer = "gate_proj" if kind == "gated" else "joint_proj"
+    rng = np.random.default_rng(0)
+    configure(path, markov_head_type=kind)
+    change(
+        path,
+        **{
+            f"markov_head__{layer}__weight": mx.array(
+                rng.standard_normal((rows, columns), np.float32)
+            ),
+            f"markov_head__{layer}__bias": mx.array(rng.standard_normal(rows, np.float32)),
+        },
+    )
+    assert relative_of(capsys, path, tmp_path / "out") < 1e-5
+
+
+def test_verify_of_positions_that_turn_neighbouring_columns(copied, tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    path = copied("dflash2")
+    configure(path, rope_is_neox_style=False)
+    assert relative_of(capsys, path, tmp_path / "out") < 1e-5
+
+
+def test_verify_of_a_markov_head_of_fewer_ids(counts, tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    words = ("--draft-vocab", 8, counts)
+    assert relative_of(capsys, HEADS / "dspark", tmp_path / "out", *words) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mtp_qwen3_5", "mtp_qwen3_5_moe"])
+def test_verify_of_norms_that_the_one_was_added_to(name, copied, tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    path = copied(name)
+    is_norm = lambda n: n.startswith("mtp.") and "norm" in n
+    change(path, **{n: x + 1 for n, x in read(path).items() if is_norm(n)})
+    assert relative_of(capsys, path, tmp_path / "out") < 1e-5
+
+
+def test_verify_of_another_family_of_mtp_heads_is_refused(tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    from test_heads_mtp import made
+
+    made(tmp_path / "head", "mimo", build("mimo"))
+    words = ("--input", tmp_path / "head", "--output", tmp_path / "out", "--verify")
     assert refused(capsys, *words) == (
-        f"--verify knows no formula for this head of the kind {kind_at(HEADS / name).name}: leave "
-        "it out"
+        "--verify knows no formula for this head of the kind mtp: leave it out"
     )
 
 

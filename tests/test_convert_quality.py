@@ -9,7 +9,7 @@ import pytest
 from mlx_lm import batch_generate
 
 from convert_heads import convert
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.rounds.round import Transcript
 from redrafter_mlx.target.adapter import adapt
 
@@ -23,7 +23,7 @@ def states(demo_path):
     """The target; its hidden states at P places (P, c), the embeddings of the next DEPTHS tokens
     (P, DEPTHS, h), and what the target says after each of those (P, DEPTHS)."""
     model, tokenizer = hub.load("demo")
-    hub.load_drafter("demo", model)  # tells which of its layers are read
+    drafters.load_drafter("demo", model)  # tells which of its layers are read
     target = adapt(model)
     texts = (ROOT / "benchmarks" / "prompts.jsonl").read_text().splitlines()
     messages = [[{"role": "user", "content": json.loads(text)["turns"][0]}] for text in texts]
@@ -48,7 +48,7 @@ def states(demo_path):
 def likeliest(path: Path, states) -> np.ndarray:
     """The head's likeliest token ids, (P, DEPTHS), without looking back."""
     model, hidden, embeddings, _ = states
-    drafter = hub.load_drafter(str(path), model)
+    drafter = drafters.load_drafter(str(path), model)
     d2t, rows = drafter.vocabulary.of(Transcript([0]))
     steps, state, found = drafter.head.steps(hidden), None, []
     for depth in range(DEPTHS):

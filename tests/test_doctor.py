@@ -12,7 +12,7 @@ from redrafter_mlx import diagnosis, doctor
 from redrafter_mlx.diagnosis import Answer, Check
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.stream import Generation, Token
 from redrafter_mlx.target.adapter import adapt
 from support import TinyTokenizer, random_drafter
@@ -32,7 +32,7 @@ def model(monkeypatch, tmp_path):
     model = build("llama")
     drafter = random_drafter(model)
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, Tokenizer()))
-    monkeypatch.setattr(hub, "load_drafter", lambda *args, **kwargs: drafter)
+    monkeypatch.setattr(drafters, "load_drafter", lambda *args, **kwargs: drafter)
     return model
 
 
@@ -195,7 +195,7 @@ def test_a_drafter_of_no_use_is_called_so():
 
 
 def test_max_gram_alone(monkeypatch, capsys, caplog):
-    monkeypatch.setattr(hub, "load_drafter", lambda *args, **kwargs: MaxGramDrafter())
+    monkeypatch.setattr(drafters, "load_drafter", lambda *args, **kwargs: MaxGramDrafter())
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
         assert command("--drafter", "max_gram") == 0
     assert "max_gram" in capsys.readouterr().out.splitlines()[-1]

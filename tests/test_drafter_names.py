@@ -8,7 +8,7 @@ from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.spec import POSSIBLE, Spec, cascade_matrix, parse
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 
 NONE = DrafterOptions()
 
@@ -195,33 +195,33 @@ def demo(demo_path):
 
 def test_loading_what_needs_no_other_model(demo):
     model, _ = demo
-    assert isinstance(hub.load_drafter("max_gram", model), MaxGramDrafter)
-    union = hub.load_drafter("union:[demo,max_gram]", model)
+    assert isinstance(drafters.load_drafter("max_gram", model), MaxGramDrafter)
+    union = drafters.load_drafter("union:[demo,max_gram]", model)
     assert [type(member).__name__ for member in union.members] == [
         "RecurrentDrafter",
         "MaxGramDrafter",
     ]
-    cascade = hub.load_drafter("cascade:[demo,max_gram]", model, cascade_k=[[3, 9], [0, 0]])
+    cascade = drafters.load_drafter("cascade:[demo,max_gram]", model, cascade_k=[[3, 9], [0, 0]])
     assert isinstance(cascade, CascadeDrafter)
     assert (cascade.k, cascade.lenience) == ([[3, 9], [0, 0]], 1.0)
 
 
 def test_auto_is_max_gram_and_the_targets_own_head_if_there_is_one(demo):
     model, _ = demo
-    union = hub.load_drafter("auto", model)
+    union = drafters.load_drafter("auto", model)
     assert isinstance(union, UnionDrafter)
     assert len(union.members) == 2
     model._redrafter_name = "org/name"
     try:
-        assert isinstance(hub.load_drafter("auto", model), MaxGramDrafter)
+        assert isinstance(drafters.load_drafter("auto", model), MaxGramDrafter)
     finally:
         model._redrafter_name = "demo"
 
 
 def test_a_draft_model_needs_the_tokenizer_and_is_checked(demo, caplog):
     model, tokenizer = demo
-    assert "tokenizer=" in refused(hub.load_drafter, "model:demo", model)
-    drafter = hub.load_drafter("model:demo", model, tokenizer=tokenizer)
+    assert "tokenizer=" in refused(drafters.load_drafter, "model:demo", model)
+    drafter = drafters.load_drafter("model:demo", model, tokenizer=tokenizer)
     assert drafter.passes == 0
     assert "demo is no smaller than the target" in caplog.text
 
@@ -231,22 +231,22 @@ def test_memory_and_bigrams_are_read_at_load(demo, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one two one two one two")
     options = {"max_gram_memory": str(tmp_path / "m.json"), "max_gram_bigrams": str(text)}
-    drafter = hub.load_drafter("max_gram", model, tokenizer=tokenizer, **options)
+    drafter = drafters.load_drafter("max_gram", model, tokenizer=tokenizer, **options)
     one, two = (tokenizer.encode(word)[0] for word in (" one", " two"))
     assert drafter.bigrams[one][0] == two
     drafter.save()
     assert (tmp_path / "m.json").exists()
-    assert "tokenizer=" in refused(hub.load_drafter, "max_gram", model, **options)
+    assert "tokenizer=" in refused(drafters.load_drafter, "max_gram", model, **options)
     text.write_bytes(b"\xff")
-    message = refused(hub.load_drafter, "max_gram", model, tokenizer=tokenizer, **options)
+    message = refused(drafters.load_drafter, "max_gram", model, tokenizer=tokenizer, **options)
     assert "--max-gram-bigrams" in message
 
 
 def test_what_load_drafter_cannot_do_is_told(demo):
     model, _ = demo
-    assert "unknown option k=" in refused(hub.load_drafter, "demo", model, k=[[1]])
-    assert "revision 'v1'" in refused(hub.load_drafter, "max_gram", model, revision="v1")
-    assert "max_gram" in refused(hub.load_drafter, "no such thing", model)
+    assert "unknown option k=" in refused(drafters.load_drafter, "demo", model, k=[[1]])
+    assert "revision 'v1'" in refused(drafters.load_drafter, "max_gram", model, revision="v1")
+    assert "max_gram" in refused(drafters.load_drafter, "no such thing", model)
 
 
 def refused(function, *args, **kwargs) -> str:

@@ -9,7 +9,7 @@ from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from support import generation, ids, random_drafter, tiny_prompt
 
 V = 97
@@ -127,7 +127,7 @@ def demo(demo_path):
 @pytest.mark.parametrize("name", ["max_gram", "auto", "cascade:[demo,max_gram]"])
 def test_demo_target(demo, name, prompt):
     model, prompts, plain = demo
-    drafter = hub.load_drafter(name, model)
+    drafter = drafters.load_drafter(name, model)
     run = generation(model, prompts[prompt], drafter, max_tokens=32)
     reference = generation(model, prompts[prompt], max_tokens=32)
     text = ids(run)
@@ -140,7 +140,7 @@ def test_the_union_needs_no_more_rounds_than_its_members(demo, prompt):
     model, prompts, _ = demo
     rounds = {}
     for name in ("demo", "max_gram", "auto"):
-        drafter = hub.load_drafter(name, model)
+        drafter = drafters.load_drafter(name, model)
         draft = DraftOptions(budget=64)
         run = generation(model, prompts[prompt], drafter, max_tokens=32, draft=draft)
         ids(run)

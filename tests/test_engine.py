@@ -18,7 +18,7 @@ from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.engine import Engine, QueueFull, Request, Served, Stopping
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters
 from redrafter_mlx.target.adapter import adapt
 from support import Numbers, ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
@@ -89,7 +89,7 @@ def lookback(model):
 
 def eagle3(path):
     def make(model):
-        return hub.load_drafter(str(write_eagle3(path, adapt(model))), model)
+        return drafters.load_drafter(str(write_eagle3(path, adapt(model))), model)
 
     return make
 

@@ -218,7 +218,7 @@ def test_drafting_is_the_default_where_the_model_can(command, monkeypatch, caplo
     def refuse(*args, **kwargs):
         raise UserError("it cannot verify a tree")
 
-    monkeypatch.setattr("redrafter_mlx.loading.hub.load_drafter", refuse)
+    monkeypatch.setattr("redrafter_mlx.loading.drafters.load_drafter", refuse)
     found = result_of(command(*words))
     assert (found["drafter"], found["text"]) == (None, plain["text"])
     assert "plain decoding, because it cannot verify a tree" in caplog.text

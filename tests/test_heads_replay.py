@@ -76,3 +76,46 @@ def test_a_head_that_knows_the_answer_is_found_to(monkeypatch):
     monkeypatch.setattr(drafter, "project", lambda outputs, rows: 9 * outputs.astype(mx.float32))
     assert (replay.recall(drafter, [answer], 4) == 1).all()
     assert replay.replay(drafter, [answer], 2, 5).tokens_per_round[64] == 5
+
+
+@pytest.mark.parametrize("variant", ["dflash", "dflash2", "medusa"])
+def test_how_far_positions_are_filled_up_changes_no_figure(variant, monkeypatch):
+    """Answers of all lengths, each as long as it is, against all of them filled up to the most."""
+    model = build("llama")
+    drafter = medusa_for(model) if variant == "medusa" else drafter_for(model, variant)
+    answers = [written(model, tiny_prompt(), length)[0] for length in (2, 16, 17, 100)]
+    figures = lambda: (
+        replay.recall(drafter, answers, 4),
+        replay.replay(drafter, answers, 2, 5).rounds,
+        [
+            [array[: piece.count] for array in found]
+            for answer in answers
+            for piece, found in replay.Replayer(drafter, 2, 5).pieces(answer)
+        ],
+    )
+    sizes = lambda: [
+        len(piece.roots) for a in answers for piece, _ in replay.Replayer(drafter, 2, 5).pieces(a)
+    ]
+    assert sizes() == [16, 16, 32, 128]
+    recall, rounds, found = figures()
+    monkeypatch.setattr(replay, "LEAST", replay.MOST)
+    assert sizes() == [256] * 4
+    recall_of_most, rounds_of_most, found_of_most = figures()
+    np.testing.assert_array_equal(recall, recall_of_most)
+    np.testing.assert_array_equal(rounds, rounds_of_most)
+    for some, most in zip(found, found_of_most, strict=True):
+        np.testing.assert_array_equal(some[0], most[0])
+        np.testing.assert_allclose(some[1], most[1], atol=1e-5)
+        np.testing.assert_array_equal(some[2], most[2])
+
+
+def test_positions_are_filled_up_to_few_sizes():
+    """Beyond the most an answer is tried in several pieces."""
+    assert {replay._filled(count) for count in range(1, 257)} == {16, 32, 64, 128, 256}
+    assert all(replay._filled(count) >= count for count in range(1, 257))
+    model = build("llama")
+    drafter = drafter_for(model, "dflash")
+    answer, _ = written(model, tiny_prompt(), 270)
+    pieces = [piece for piece, _ in replay.Replayer(drafter, 1, 3).pieces(answer)]
+    assert [(piece.count, len(piece.roots)) for piece in pieces] == [(256, 256), (14, 16)]
+    np.testing.assert_array_equal(pieces[0].ahead[-1], answer.tokens[256:258])

@@ -25,7 +25,7 @@ from tokenizers import pre_tokenizers
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import import_gguf
-from redrafter_mlx.loading import demo, hub, places
+from redrafter_mlx.loading import demo, drafters, hub, places
 from redrafter_mlx.loading.precision import compute_in_float32
 from redrafter_mlx.machine import storage
 
@@ -119,7 +119,7 @@ NO_REPO_IDS = (
 @pytest.mark.parametrize("name", [*NO_REPO_IDS.split(), "", "org name/x", "\0"])
 def test_a_name_that_cannot_be_a_repo_never_reaches_the_network(name, monkeypatch):
     monkeypatch.setattr(places, "snapshot_download", None)
-    for resolve in (hub.load, hub.resolve_drafter):
+    for resolve in (hub.load, drafters.resolve_drafter):
         assert repr(name).strip("'") in refused(resolve, name)
 
 
@@ -133,7 +133,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_home_is_expanded(model, monkeypatch):
     monkeypatch.setenv("HOME", str(model.parent))
     assert hub.resolve_target("~/tiny") == model
-    assert hub.resolve_drafter("~/tiny") == model
+    assert drafters.resolve_drafter("~/tiny") == model
 
 
 def test_a_local_directory_wins_over_a_repo(model, monkeypatch, tmp_path):
@@ -145,7 +145,7 @@ def test_a_local_directory_wins_over_a_repo(model, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", None])
 def test_a_revision_is_for_repos_only(name, model):
-    for resolve in (hub.load, hub.resolve_drafter):
+    for resolve in (hub.load, drafters.resolve_drafter):
         assert "'v1'" in refused(resolve, name or str(model), revision="v1")
 
 
@@ -230,18 +230,18 @@ def test_a_missing_adapter_is_named(model):
 
 
 def test_a_drafter_directory_needs_config_and_weights(broken):
-    assert hub.resolve_drafter(str(broken)) == broken
+    assert drafters.resolve_drafter(str(broken)) == broken
     (broken / "model.safetensors").unlink()
-    assert "safetensors" in refused(hub.resolve_drafter, str(broken))
+    assert "safetensors" in refused(drafters.resolve_drafter, str(broken))
     (broken / "config.json").unlink()
-    assert "config.json" in refused(hub.resolve_drafter, str(broken))
+    assert "config.json" in refused(drafters.resolve_drafter, str(broken))
 
 
 def test_the_demo_drafter_is_the_one_in_the_package(monkeypatch, tmp_path, model):
-    monkeypatch.setattr(hub.importlib.resources, "files", lambda package: tmp_path)
-    assert "demo_drafter" in refused(hub.resolve_drafter, "demo")
+    monkeypatch.setattr(drafters.importlib.resources, "files", lambda package: tmp_path)
+    assert "demo_drafter" in refused(drafters.resolve_drafter, "demo")
     shutil.copytree(model, tmp_path / "demo_drafter")
-    assert hub.resolve_drafter("demo") == tmp_path / "demo_drafter"
+    assert drafters.resolve_drafter("demo") == tmp_path / "demo_drafter"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -542,14 +542,14 @@ def endpoint(model):
 
 LOAD_ALL = """
 import json, sys
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 
 results = {}
 for name in sys.argv[1:]:
     repo, _, revision = name.partition("@")
     try:
         model, _ = hub.load(repo, revision=revision or None)
-        results[name] = str(hub.resolve_drafter(repo))
+        results[name] = str(drafters.resolve_drafter(repo))
     except hub.UserError as error:
         results[name] = str(error)
 print(json.dumps(results))

@@ -51,6 +51,7 @@ LAYERS = [
     ["measuring.knowledge"],
     ["measuring.acceptance", "measuring.measure", "measuring.profile"],
     ["decoding", "rounds.stats"],
+    ["loading.drafters"],
     ["loading.hub"],
     ["loading.demo", "loading.known_heads"],
     ["loading.places"],

@@ -20,7 +20,7 @@ from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.loading import hub, places
+from redrafter_mlx.loading import drafters, places
 from redrafter_mlx.loading.known_heads import download_head, known_head, own_head, pairs
 from redrafter_mlx.machine import device
 from redrafter_mlx.target.adapter import adapt
@@ -41,7 +41,7 @@ SAMPLING = [
 
 
 def loaded(kind: str, model, path, **settings):
-    return hub.load_drafter(str(WRITERS[kind](path, adapt(model), **settings)), model)
+    return drafters.load_drafter(str(WRITERS[kind](path, adapt(model), **settings)), model)
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=lambda s: f"temp{s.get('temp', 0)}")
@@ -127,7 +127,7 @@ def test_several_heads_share_a_target(tmp_path):
     model, prompt = build("llama"), tiny_prompt(9)
     plain = ids(generation(model, prompt))
     heads = [loaded(kind, model, tmp_path / kind) for kind in WRITERS]
-    heads.append(hub.load_drafter(str(tmp_path / "eagle3"), model))
+    heads.append(drafters.load_drafter(str(tmp_path / "eagle3"), model))
     assert ids(generation(model, prompt, UnionDrafter(heads), draft=BUDGETS[1])) == plain
 
 
@@ -166,12 +166,12 @@ def test_products_come_best_first():
 def test_kinds_are_told_by_their_files(tmp_path):
     model = build("llama")
     eagle = write_eagle3(tmp_path / "e", adapt(model))
-    assert isinstance(hub.load_drafter(f"eagle3:{eagle}", model), AttentionDrafter)
+    assert isinstance(drafters.load_drafter(f"eagle3:{eagle}", model), AttentionDrafter)
     assert isinstance(loaded("medusa", model, tmp_path / "m"), MedusaDrafter)
     with pytest.raises(UserError, match=f"is no medusa head but eagle3: give eagle3:{eagle}"):
-        hub.load_drafter(f"medusa:{eagle}", model)
+        drafters.load_drafter(f"medusa:{eagle}", model)
     with pytest.raises(UserError, match="model_type is 'llama'"):
-        hub.load_drafter(
+        drafters.load_drafter(
             str(write(tmp_path / "x", {"model_type": "llama"}, {"a": mx.zeros(1)})), model
         )
 
@@ -215,7 +215,7 @@ def test_heads_that_cannot_be_are_refused(change, message, tmp_path):
     model = build("llama")
     path = write_eagle3(tmp_path / "head", adapt(model), draft_vocab=20)
     with pytest.raises(UserError, match=message) as refused:
-        hub.load_drafter(changed(path, **change), model)
+        drafters.load_drafter(changed(path, **change), model)
     assert "\n" not in str(refused.value)
     assert str(path) in str(refused.value)
 
@@ -243,7 +243,7 @@ def test_sixteen_and_eight_bits(tmp_path):
     assert "scales" in packed.fc
     assert packed.fc.scales.dtype == mx.bfloat16
     model = build("llama", dtype=mx.bfloat16)
-    drafter = hub.load_drafter(str(path), model)
+    drafter = drafters.load_drafter(str(path), model)
     assert len(ids(generation(model, tiny_prompt(9), drafter, draft=BUDGETS[1]))) == 40
 
 
@@ -263,11 +263,11 @@ def test_auto_takes_the_head_beside_a_model(tmp_path, caplog):
     model._redrafter_name, model._redrafter_directory = "org/name", tmp_path
     assert own_head("org/name", tmp_path) is None
     write_eagle3(tmp_path / "drafter", adapt(model))
-    union = hub.load_drafter("auto", model)
+    union = drafters.load_drafter("auto", model)
     assert [type(m).__name__ for m in union.members] == ["AttentionDrafter", "MaxGramDrafter"]
     other = build("llama", hidden_size=32)
     other._redrafter_name, other._redrafter_directory = "org/name", tmp_path
-    assert type(hub.load_drafter("auto", other)).__name__ == "MaxGramDrafter"
+    assert type(drafters.load_drafter("auto", other)).__name__ == "MaxGramDrafter"
     assert "made for another target" in caplog.text
 
 
@@ -342,7 +342,7 @@ def test_a_medusa_head_on_the_targets_output_layer_tells_no_vocabulary(tmp_path)
     tensors = mx.load(str(path / "model.safetensors"))
     blocks = {name: x for name, x in tensors.items() if ".linear." in name}
     write(path, {"medusa_num_heads": 3, "medusa_num_layers": 1, "version": "2"}, blocks)
-    drafter = hub.load_drafter(str(path), model)
+    drafter = drafters.load_drafter(str(path), model)
     assert drafter.vocabulary.of(None)[0].size == 97
     plain = ids(generation(model, prompt))
     assert ids(generation(model, prompt, drafter, draft=BUDGETS[1])) == plain

@@ -16,7 +16,7 @@ from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.drafters.tensors import read_json, tensor_names
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.lockstep import Part, Role, play
@@ -135,7 +135,7 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     assert sum(x.size for _, x in tree_flatten(read.parameters())) >= sum(
         x.size for _, x in tree_flatten(head.parameters())
     )
-    again = hub.load_drafter(str(tmp_path), model)
+    again = drafters.load_drafter(str(tmp_path), model)
     drafts = [
         each.propose(target.prefill(tiny_prompt(9), 512), BUDGET).tokens.tolist()
         for each in (drafter, again)

@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step
 from families import build
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
 BUDGETS = [
@@ -101,7 +101,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def demo(demo_path: Path):
     model, tokenizer = hub.load("demo")
-    return model, tokenizer, hub.load_drafter("demo", model)
+    return model, tokenizer, drafters.load_drafter("demo", model)
 
 
 @pytest.mark.parametrize("sampling", SAMPLING[:3], ids=name_of)

@@ -8,7 +8,7 @@ import pytest
 from families import build
 from redrafter_mlx import UserError, generate, stream, stream_generate
 from redrafter_mlx.check import compare_with_plain
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.rounds.verification import Match
 from support import accept_everything, generation, ids, random_drafter, tiny_prompt
 
@@ -20,7 +20,7 @@ def demo(demo_path):
     model, tokenizer = hub.load("demo")
     messages = [{"role": "user", "content": MESSAGE}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return model, tokenizer, prompt, hub.load_drafter("demo", model)
+    return model, tokenizer, prompt, drafters.load_drafter("demo", model)
 
 
 @pytest.fixture(scope="module")

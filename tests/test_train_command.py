@@ -13,7 +13,7 @@ import pytest
 from families import build
 from redrafter_mlx import train
 from redrafter_mlx.drafters.checkpoint import load_head
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.machine.storage import in_use
 from redrafter_mlx.pricing.experience import read as read_experience
 from redrafter_mlx.training import report
@@ -57,7 +57,7 @@ def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, sh
     shown = capsys.readouterr()
     assert "step 6/6" in shown.err
     assert "| 4 x 5 |" in shown.out
-    drafter = hub.load_drafter(str(output), target)
+    drafter = drafters.load_drafter(str(output), target)
     prompt = tiny_prompt()
     run = generation(target, prompt, drafter)
     assert ids(run) == ids(generation(build("llama"), prompt))

@@ -6,7 +6,7 @@ import pytest
 
 from families import build
 from redrafter_mlx import tune
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.measuring.profile import identify, load
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.target.adapter import adapt
@@ -30,7 +30,7 @@ def pair(monkeypatch, tmp_path):
     model = build("llama")
     drafter = random_drafter(model)
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, Tokenizer()))
-    monkeypatch.setattr(hub, "load_drafter", lambda *args, **kwargs: drafter)
+    monkeypatch.setattr(drafters, "load_drafter", lambda *args, **kwargs: drafter)
     return model, drafter
 
 

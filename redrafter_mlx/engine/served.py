@@ -18,6 +18,7 @@ from redrafter_mlx.engine.request import DEFAULT, PLAIN
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.loading import hub
 from redrafter_mlx.loading.context import known_positions
+from redrafter_mlx.loading.drafters import load_drafter
 from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
 from redrafter_mlx.target.adapter import Target, adapt
 
@@ -69,7 +70,7 @@ def load_served(
 
     drafter  None: plain decoding
 
-    Raises UserError as `hub.load` and `hub.load_drafter` do; where nobody asked for a drafter
+    Raises UserError as `hub.load` and `load_drafter` do; where nobody asked for a drafter
     (auto) and the model cannot draft, it decodes plainly and says so.
     """
     options = drafter_options or DrafterOptions()
@@ -77,7 +78,7 @@ def load_served(
     drafters: dict[str, Drafter | None] = {}
     if drafter is not None:
         try:
-            drafters[DEFAULT] = hub.load_drafter(
+            drafters[DEFAULT] = load_drafter(
                 drafter, loaded, tokenizer=tokenizer, **dataclasses.asdict(options)
             )
         except UserError as error:

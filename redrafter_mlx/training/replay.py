@@ -27,7 +27,9 @@ from redrafter_mlx.training.shards import as_mlx, map_shard
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 RECALL = (1, 2, 4, 8)
-AT_ONCE = 256
+LEAST, MOST = 16, 256
+"""Positions that are tried at once. Fewer are filled up to a power of two: few shapes are compiled,
+and a short answer does not cost what a long one does, each position a product with a vocabulary."""
 UNSCORED = 2**30
 
 
@@ -206,7 +208,7 @@ def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.n
 
 @dataclass(frozen=True)
 class _Piece:
-    """`count` positions of an answer, filled up to AT_ONCE: begun (P, c), roots (P,), and the
+    """`count` positions of an answer, filled up (`_filled`): begun (P, c), roots (P,), and the
     tokens after them, ahead (P, depths), -1 beyond the end; memory as in a Begun.
     """
 
@@ -221,13 +223,14 @@ def _pieces(drafter: BeamDrafter, answer: Answer, depths: int) -> Iterator[_Piec
     text = np.concatenate([answer.prompt, answer.tokens])
     captured = mx.concatenate([answer.before, answer.hidden]).astype(mx.float32)
     begun, memory = drafter.replayed(text, captured, len(answer.prompt))
-    for at in range(0, len(answer.tokens), AT_ONCE):
-        here = slice(at, at + AT_ONCE)
+    for at in range(0, len(answer.tokens), MOST):
+        here = slice(at, at + MOST)
         roots = answer.tokens[here]
-        missing = AT_ONCE - len(roots)
-        ahead = np.full((AT_ONCE, depths), -1)
+        size = _filled(len(roots))
+        missing = size - len(roots)
+        ahead = np.full((size, depths), -1)
         for depth in range(depths):
-            following = answer.tokens[at + depth + 1 : at + depth + 1 + AT_ONCE]
+            following = answer.tokens[at + depth + 1 : at + depth + 1 + size]
             ahead[: len(following), depth] = following
         yield _Piece(
             mx.pad(begun[here], [(0, missing), (0, 0)]),
@@ -236,6 +239,11 @@ def _pieces(drafter: BeamDrafter, answer: Answer, depths: int) -> Iterator[_Piec
             ahead,
             len(roots),
         )
+
+
+def _filled(count: int) -> int:
+    """Positions that `count` of them are filled up to, at most MOST: 16, 32, ..., 256."""
+    return max(LEAST, 1 << (count - 1).bit_length())
 
 
 def path_ranks(

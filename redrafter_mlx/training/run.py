@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters
 from redrafter_mlx.loading.precision import compute_in_float32
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.deadline import NEVER, Deadline
@@ -115,7 +115,7 @@ class TrainingRun:
     load      gives the target, with the layers that the head fuses in `taps`
     jobs      processes that compute gradients; with several, `load` is called in each and must be
               picklable. The weights do not depend on it.
-    start     a head to train further, as `hub.load_head_of` takes it; None: a new one
+    start     a head to train further, as `drafters.load_head_of` takes it; None: a new one
     until     by when all must be done, the report included; the steps are as many as that allows
     reserve   seconds of it that the report may take; less if it turns out to need less
     settings  everything the weights depend on; a checkpoint made with others is refused
@@ -144,7 +144,7 @@ class TrainingRun:
         if start is None:
             self.head, d2t = self._new_head(head, seed)
         else:
-            self.head, d2t = hub.load_head_of(target, start)
+            self.head, d2t = drafters.load_head_of(target, start)
             compute_in_float32(self.head)
         if start and head.lookback_heads and not self.head.config.lookback_heads:
             batch = next(self.shards.batches("fit", 64, 1))

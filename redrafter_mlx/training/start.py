@@ -12,14 +12,14 @@ from mlx.utils import tree_flatten
 from redrafter_mlx.config import flag_name
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading import drafters
 from redrafter_mlx.machine import device
 from redrafter_mlx.training.options import HeadOptions
 
 
 def shape_of(name: str, given: HeadOptions) -> HeadOptions:
     """The options that describe an existing head; UserError where `given` ones say otherwise."""
-    c = load_head(hub.resolve_drafter(name), mx.float32)[2]
+    c = load_head(drafters.resolve_drafter(name), mx.float32)[2]
     output_layer = "tied" if c.tied_output else "trained"
     lookback_heads = c.lookback_heads or given.lookback_heads or 0  # it can learn to look back
     shape = HeadOptions(

@@ -1,0 +1,47 @@
+"""What a formula of a kind of head is, and what all of them need.
+
+Shape letters: R rows, D draft vocabulary, h hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .head import Head
+from .torch_parts import Weights
+
+ROWS, STEPS = 16, 4
+Inputs = Mapping[str, np.ndarray]
+
+SCORES = "scores"
+"""Of what a head computes, the part with a column for each of its draft ids, (R, D). Other parts
+are `hidden` (R, h), what the target's output layer reads, and `router` (R, experts)."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One kind of head in both worlds.
+
+    inputs    shape, generator -> random inputs
+    in_mlx    directory of the result, inputs -> what it computes, by part
+    in_torch  weights of the source, inputs -> the same. It is given what MLX found beside the
+              inputs, for choices that rounding may turn: which experts compute
+    depth     how many times as far as through a recurrent head rounding has to go
+    knows     whether it is that of this head too, where a kind has several
+    """
+
+    inputs: Callable[[Any, np.random.Generator], Inputs]
+    in_torch: Callable[[Weights, Inputs], dict[str, Any]]
+    in_mlx: Callable[[Path, Inputs], dict[str, mx.array]]
+    depth: float = 1
+    knows: Callable[[Head], bool] = lambda head: True
+
+
+def normal(generator: np.random.Generator, *shape: int) -> np.ndarray:
+    return generator.standard_normal(shape, np.float32)
