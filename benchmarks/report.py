@@ -262,7 +262,7 @@ def details(results: list[tuple[str, dict]]) -> str:
 
 
 def short(results: list[tuple[str, dict]]) -> str:
-    """Markdown: what the default drafter gives, for each machine and model the largest run of it."""
+    """Markdown: what the default drafter gives: of each machine and model the largest run."""
     largest: dict[tuple[str, str], tuple[int, str]] = {}
     for name, result in results:
         if result["kind"] != "speed":
@@ -273,10 +273,11 @@ def short(results: list[tuple[str, dict]]) -> str:
             if method == "auto" and prompts > largest.get((prefix, settings["model"]), (0,))[0]:
                 mean = statistics.geometric_mean(speeds.values())
                 low, high = min(speeds.values()), max(speeds.values())
+                where = f"{result['machine']['chip']}, {prefix.split('-')[2]}"
                 row = (
-                    f"| {result['machine']['chip']}, {prefix.split('-')[2]} | {settings['model']} | "
-                    f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} "
-                    f"tokens | **{mean:.2f}** | {low:.2f} to {high:.2f} | {tokens:.2f} |"
+                    f"| {where} | {settings['model']} | {prompts} of "
+                    f"{Path(settings['prompts']).stem}, {settings['max_tokens']} tokens | "
+                    f"**{mean:.2f}** | {low:.2f} to {high:.2f} | {tokens:.2f} |"
                 )
                 largest[prefix, settings["model"]] = prompts, row
     lines = [
