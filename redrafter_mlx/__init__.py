@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redrafter_mlx.machine import blas
 
@@ -25,7 +25,20 @@ _PUBLIC = {
     "GenerationResponse": "stream",
     "UserError": "errors",
 }
-__all__ = list(_PUBLIC)
+__all__ = [
+    "GenerationResponse",
+    "UserError",
+    "generate",
+    "load",
+    "load_drafter",
+    "stream_generate",
+]
+
+if TYPE_CHECKING:
+    from redrafter_mlx.errors import UserError
+    from redrafter_mlx.loading.drafters import load_drafter
+    from redrafter_mlx.loading.hub import load
+    from redrafter_mlx.stream import GenerationResponse, generate, stream_generate
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from redrafter_mlx.errors import UserError
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Options")
 
 
 def option(default: Any, help: str, *, low=-math.inf, high=math.inf, type=None, **flag) -> Any:
@@ -60,7 +60,7 @@ def flag_name(f: dataclasses.Field) -> str:
 class Options:
     """Base of the option groups: values are checked when the group is made."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # None: off, as mlx-lm has it
             if isinstance(f.default, tuple) and getattr(self, f.name) is None:
                 object.__setattr__(self, f.name, f.default)
@@ -129,7 +129,7 @@ class SamplingOptions(Options):
         metavar="RULE",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rule not in RULES:
             raise UserError(f"--rule must be one of {', '.join(RULES)}, not {self.rule!r}")
@@ -177,7 +177,7 @@ class DraftOptions(Options):
         metavar="N",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget == AUTO and isinstance(self.budget, str):
             return
@@ -212,7 +212,7 @@ class GenerationOptions(Options):
         5000, "tokens from which on the KV cache is quantised, with --kv-bits", low=0
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_tokens == 0:
             raise UserError("--max-tokens 0 generates nothing; use -1 for no limit")
@@ -286,7 +286,7 @@ class TuneOptions(Options):
         metavar="FILE",
     )  # fmt: skip
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.contexts or list(self.contexts) != sorted(set(self.contexts)):
             raise UserError(f"--contexts must ascend, not be {list(self.contexts)}")
@@ -317,7 +317,7 @@ class DrafterOptions(Options):
         metavar="FILE",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_gram_memory", "max_gram_bigrams"):
             if not isinstance(getattr(self, name), (str, NoneType)):
@@ -358,7 +358,9 @@ def parse_keywords(keywords: dict[str, Any], *groups: type) -> list[Any]:
 def add_flags(parser: ArgumentParser, *groups: type) -> None:
     """Give `parser` one flag for each option of the groups."""
     for group in groups:
-        section = parser.add_argument_group(group.__doc__.split(".")[0].split(";")[0].lower())
+        section = parser.add_argument_group(
+            (group.__doc__ or "").split(".")[0].split(";")[0].lower()
+        )
         for f in dataclasses.fields(group):
             shown = "" if f.default in (None, ()) else f" (default: {f.default})"
             if f.metadata["type"] is bool:

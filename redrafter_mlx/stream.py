@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import TextStateMachine, wired_limit
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -165,7 +166,8 @@ class Generation:
         self._target = adapt(model, branching=drafter is not None)
         self._drafter = drafter or NoDrafter()
         self.tree: tuple[TokenTree, Sequence[int]] = TokenTree.root(), [0]
-        self._draft, self._budget, self._knowledge = draft, budget, None
+        self._draft, self._budget = draft, budget
+        self._knowledge: Knowledge | None = None
         self._prompt_cache, self.said = prompt_cache, list(prompt)
         self._place = place or Place()
         self.caches = self._place.caches
@@ -268,10 +270,15 @@ class Generation:
             )
             again = partial(self._knowledge.look_again, self._draft, drafter=self._drafter)
             self._budget = AutoBudget(policy, again, self._place.clock)
+        assert self._budget is not None, "either it is given or follows from the options"
         return self._budget
 
     def _rule(self) -> Rule:
-        rules = {"match": Match, "rejection": Rejection, "typical": Typical}
+        rules: dict[str, Callable[[Sampler], Rule]] = {
+            "match": Match,
+            "rejection": Rejection,
+            "typical": Typical,
+        }
         return rules[self.sampler.options.rule](self.sampler)
 
     def _finish_reason(self, token: int) -> str | None:
@@ -412,7 +419,11 @@ def _response(
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompt: str | Sequence[int], verbose: bool = False, **options
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    verbose: bool = False,
+    **options: Any,
 ) -> str:
     """Generate the whole answer as a string, like mlx_lm.generate; see `stream_generate`.
 
@@ -431,7 +442,7 @@ def generate(
 def encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | Sequence[int]) -> list[int]:
     """Token ids of a prompt; text gets the special tokens that it does not start with already."""
     if isinstance(prompt, mx.array):
-        return prompt.tolist()
+        return np.array(prompt).tolist()
     if not isinstance(prompt, str):
         return list(prompt)
     starts_special = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 from redrafter_mlx.pricing.budget import Budget
 from redrafter_mlx.rounds.round import Context, Step
@@ -18,7 +18,8 @@ class Drafter(Protocol):
     readers  how many of its parts read the Trail of a text; taken for 1 where it does not say
     """
 
-    readers: int
+    @property
+    def readers(self) -> int: ...
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         """A tree rooted at the pending token, no larger than the budget allows."""
@@ -49,7 +50,7 @@ class Unheeding:
     def reset(self) -> None:
         pass
 
-    def fork(self, length: int) -> Drafter:
+    def fork(self, length: int) -> Self:
         return self
 
 
@@ -127,9 +128,15 @@ class _Everything:
         self.width, self.length = width, length
         self.candidates: Candidates | None = None
 
+    def plan(self, context: Context) -> bool:
+        return True
+
     def search(self, found: Candidates) -> bool:
         return self.width > 0
 
     def tree(self, candidates: Candidates) -> TokenTree:
         self.candidates = candidates
         return TokenTree.root(candidates.root)
+
+    def observe(self, tree: TokenTree, step: Step) -> None:
+        pass

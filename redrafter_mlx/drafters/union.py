@@ -80,7 +80,9 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     def pool(trie: Trie, places: list[list[int]]) -> None:
         opinions = []
         for part, place in zip(parts, places, strict=True):
-            said = defaultdict(dict)  # node -> {its child: log-probability of the step}
+            said: dict[int, dict] = defaultdict(
+                dict
+            )  # node -> {its child: log-probability of the step}
             before = np.append(part.logprobs, 0.0)[part.parents]  # the root's lies at -1
             for node, step in zip(place, (part.logprobs - before).tolist(), strict=True):
                 said[trie.parents[node]][node] = step

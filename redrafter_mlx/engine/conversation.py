@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,9 @@ def prompt_of(
     return Prompt(tokens, inside, _first_channel(tokenizer, tokens, continue_last))
 
 
-def _others(rendered, messages, continue_last):
+def _others(
+    rendered: Callable[..., str], messages: Sequence[Mapping[str, Any]], continue_last: bool
+) -> Iterator[str]:
     """Prompts like those that may follow: without the model's turn, and the same system prompt."""
     system = [message for message in messages if message["role"] == "system"]
     user = {"role": "user", "content": "?"}
@@ -85,7 +87,9 @@ def _others(rendered, messages, continue_last):
             continue
 
 
-def _parting(encoded, text: str, tokens: Sequence[int], other: str) -> int:
+def _parting(
+    encoded: Callable[[str], list[int]], text: str, tokens: Sequence[int], other: str
+) -> int:
     """How many of a text's tokens another one begins with.
 
     What the text adds to the other is short where only the model's turn is added: then the

@@ -40,7 +40,7 @@ class Served:
     drafters: dict[str, Drafter | None] = field(default_factory=dict)
     context: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             self.target: Target = adapt(self.model)
         except UserError as error:

@@ -61,7 +61,7 @@ def load(
     directory = resolve_target(path_or_hf_repo, revision)
     shared = parallel.group().size() > 1
     try:
-        model, tokenizer, config = mlx_lm.load(
+        model, tokenizer, config = mlx_lm.load(  # type: ignore[misc]  # three, with return_config
             str(directory),
             tokenizer_config=tokenizer_config,
             model_config=model_config,

@@ -37,7 +37,9 @@ def _plain_layer(
 ) -> nn.Linear | nn.Embedding:
     # Built with one row or column: the constructor would fill a full matrix with random numbers.
     plain = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1)
-    biases = layer.biases.astype(mx.float32) if "biases" in layer else None
+    biases = layer.get("biases")
+    if biases is not None:
+        biases = biases.astype(mx.float32)
     scales = layer.scales if biases is None else layer.scales.astype(mx.float32)
     plain.weight = mx.dequantize(
         layer.weight, scales, biases, layer.group_size, layer.bits, layer.mode

@@ -20,8 +20,11 @@ SEVERAL = 16
 class Budget(Protocol):
     """Decides how far a drafter searches and which of its candidates are verified."""
 
-    width: int
-    length: int
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
 
     def plan(self, context: Context) -> bool:
         """A round begins: whether to draft. Sets `width` and `length` for it."""
@@ -49,7 +52,7 @@ class FixedBudget:
 
     @classmethod
     def from_options(cls, options: DraftOptions) -> FixedBudget:
-        return cls(options.beam_width, options.beam_length, options.budget)
+        return cls(options.beam_width, options.beam_length, int(options.budget))
 
     def plan(self, context: Context) -> bool:
         return self.nodes != 1
@@ -106,14 +109,14 @@ class AutoBudget:
     _rounds: int = field(default=0, init=False)
     _trees: int = field(default=0, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.width, self.length = self.policy.full
         self.policy.begin_text()
 
     def plan(self, context: Context) -> bool:
         now = self.clock()
         if self._last is not None:
-            self._price(now - self._last.began)
+            self._price(self._last, self._before, now - self._last.began)
         if self.policy.is_doubtful and self.look_again(context):
             self._last, now = None, self.clock()
         setting = self.policy.plan(context.position)
@@ -124,7 +127,7 @@ class AutoBudget:
     def search(self, found: Candidates) -> bool:
         setting = self.policy.search(found)
         if setting is not None:
-            self.width, self.length = self._last.setting = setting
+            self.width, self.length = self._round.setting = setting
         return setting is not None
 
     def tree(self, candidates: Candidates) -> TokenTree:
@@ -132,7 +135,7 @@ class AutoBudget:
         return self.policy.choose(Setting(self.width, self.length), candidates, self._position)
 
     def observe(self, tree: TokenTree, step: Step) -> None:
-        last = self._last
+        last = self._round
         last.nodes, last.draft_seconds = step.nodes, step.draft_seconds
         last.is_known = step.is_known
         self._rounds += 1
@@ -156,8 +159,12 @@ class AutoBudget:
     def _position(self) -> int:
         return self._last.position if self._last else 0
 
-    def _price(self, seconds: float) -> None:
-        last, before = self._last, self._before
+    @property
+    def _round(self) -> _Round:
+        assert self._last is not None, "a round begins with plan()"
+        return self._last
+
+    def _price(self, last: _Round, before: _Round | None, seconds: float) -> None:
         costs, drafts = self.policy.costs, self.policy.draft_costs
         if last.setting is None:
             if before is not None and before.setting is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from redrafter_mlx.rounds.tree import Candidates
@@ -120,8 +122,8 @@ class Calibration:
         return self._latest[1]
 
     def _fit(self) -> np.ndarray:
-        k, by_depth = self.PRIOR, {"axis": -1, "keepdims": True}
-        depth = (self.accepted.sum(**by_depth) + k) / (self.predicted.sum(**by_depth) + k)
+        k, by_depth = self.PRIOR, partial(np.sum, axis=-1, keepdims=True)
+        depth = (by_depth(self.accepted) + k) / (by_depth(self.predicted) + k)
         return (self.accepted + k * depth) / (self.predicted + k)
 
     def _cells(self, candidates: Candidates) -> tuple[np.ndarray, ...]:

@@ -44,7 +44,7 @@ class CostCurve:
     rows: Sequence[int]
     seconds: Sequence[Sequence[float]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         seconds = np.asarray(self.seconds, float)
         if seconds.shape != (len(self.contexts), len(self.rows)) or seconds.size == 0:
             raise ValueError("a cost curve needs one time for each context and number of rows")
@@ -206,7 +206,7 @@ class LiveCosts:
     @property
     def _proven(self) -> list[float]:
         known = self._known().values()
-        return [recent.value for recent in known if len(recent) >= self.PROOF]
+        return [r.value for r in known if r.value is not None and len(r) >= self.PROOF]
 
     def _known(self) -> dict[int, Recent]:
         """What was measured of late, by rows."""

@@ -89,8 +89,8 @@ class Experience:
         return cls(full, tables.predicted, tables.accepted, samples)
 
 
-def _sample(parents: Sequence[int], logprobs: Sequence[float]) -> Candidates:
-    parents, logprobs = np.array(parents, int), np.array(logprobs, float)
+def _sample(tree: Sequence[int], scores: Sequence[float]) -> Candidates:
+    parents, logprobs = np.array(tree, int), np.array(scores, float)
     if parents.shape != logprobs.shape or parents.ndim != 1:
         raise ValueError("a sample has not as many parents as log-probabilities")
     if not (np.isfinite(logprobs) & (logprobs <= 0)).all():

@@ -21,7 +21,7 @@ class Transcript:
     """Every token so far. One that only the device knows yet is read when it is asked for."""
 
     def __init__(self, tokens: Sequence[int]):
-        self._tokens: list[int | mx.array] = [int(token) for token in tokens]
+        self._tokens: list[Any] = [int(token) for token in tokens]  # or arrays, unread yet
         self._read = len(self._tokens)
 
     def extend(self, tokens: Sequence[int], pending: int | mx.array) -> None:
@@ -75,7 +75,8 @@ class Trail:
     """
 
     def __init__(self, readers: int = 1, start: int = 0):
-        self._readers, self._read = readers, {}
+        self._readers = readers
+        self._read: dict[int, int] = {}
         self._pieces: list[mx.array] = []
         self.start = self._length = start
 
@@ -87,7 +88,8 @@ class Trail:
 
     def since(self, first: int, reader: object) -> mx.array | None:
         """(T, C) from the `first` processed token on, which `reader` will not ask for again."""
-        found, start = [], self._length
+        start = self._length
+        found: list[mx.array] = []
         while start > first:
             assert len(found) < len(self._pieces), "what all have read is gone"
             found.append(self._pieces[-1 - len(found)])

@@ -131,7 +131,9 @@ class Sampler:
         ids, scores = self.scores(prepared, position, history)
         return int(ids[np.argmax(scores)])
 
-    def scores(self, logits: np.ndarray, position: int, history: Sequence[int]):
+    def scores(
+        self, logits: np.ndarray, position: int, history: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Candidates and what they compete by, in units of logits.
 
         logits    (V,) float32 of the one row
@@ -219,7 +221,9 @@ def _min_p(logits: np.ndarray, ids: np.ndarray, min_p: float, least: int) -> np.
     return ids[np.argsort(-logits[ids], kind="stable")[:least]]
 
 
-def _xtc(logits: np.ndarray, ids: np.ndarray, threshold: float, special: Sequence[int]):
+def _xtc(
+    logits: np.ndarray, ids: np.ndarray, threshold: float, special: Sequence[int]
+) -> np.ndarray:
     """Drop every candidate above the threshold but the least likely of them."""
     weights = np.exp(logits[ids] - logits[ids].max(), dtype=np.float64)
     probs = weights / weights.sum()
@@ -233,25 +237,26 @@ def _xtc(logits: np.ndarray, ids: np.ndarray, threshold: float, special: Sequenc
 def _penalties(o: SamplingOptions) -> list[Callable[[np.ndarray, Sequence[int]], np.ndarray]]:
     """The options that add to or scale logits, in mlx-lm's order; each may write its argument."""
 
-    def bias(logits, history):
-        if beyond := [token for token in o.logit_bias if not 0 <= token < len(logits)]:
+    def bias(logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
+        biases = o.logit_bias or {}
+        if beyond := [token for token in biases if not 0 <= token < len(logits)]:
             raise UserError(f"--logit-bias: {beyond[0]} is no token id below {len(logits)}")
-        np.add.at(logits, list(o.logit_bias.keys()), list(o.logit_bias.values()))
+        np.add.at(logits, list(biases.keys()), list(biases.values()))
         return logits
 
-    def repetition(logits, history):
+    def repetition(logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
         recent = list(set(history[-o.repetition_context_size :]))
         chosen = logits[recent]
         scale = np.float32(o.repetition_penalty)
         logits[recent] = np.where(chosen < 0, chosen * scale, chosen / scale)
         return logits
 
-    def presence(logits, history):
+    def presence(logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
         logits[list(set(history[-o.presence_context_size :]))] -= o.presence_penalty
         return logits
 
-    def frequency(logits, history):
-        np.subtract.at(logits, history[-o.frequency_context_size :], o.frequency_penalty)
+    def frequency(logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
+        np.subtract.at(logits, history[-o.frequency_context_size :], o.frequency_penalty or 0.0)
         return logits
 
     active = [

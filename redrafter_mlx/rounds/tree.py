@@ -199,9 +199,9 @@ class Candidates:
     parents: np.ndarray
     logprobs: np.ndarray
     beams: np.ndarray
-    always: np.ndarray | None = None
+    always: np.ndarray = None  # type: ignore[assignment]  # none, until below
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.always is None:
             object.__setattr__(self, "always", np.zeros(len(self.tokens), bool))
 
@@ -263,10 +263,13 @@ class Candidates:
         score  may change the scores of the nodes, which are the best that any part gives; it is
                told where in the trie the nodes of each part are
         """
-        trie, places, beams, always = Trie(parts[0].root), [], [], set()
+        trie = Trie(parts[0].root)
+        places: list[list[int]] = []
+        beams: list[int] = []
+        always: set[int] = set()
         for part in parts:
             assert part.root == trie.tokens[0], "candidates must have the same root"
-            place = []
+            place: list[int] = []
             nodes = zip(
                 part.tokens.tolist(), part.parents.tolist(), part.logprobs.tolist(), strict=True
             )
@@ -291,7 +294,7 @@ class Candidates:
 
         A beam that is shorter than the longest is filled up with -1. Without beams: the root alone.
         """
-        rows = [[], *([] for _ in self.beams[1:])]
+        rows: list[list[int]] = [[], *([] for _ in self.beams[1:])]
         for row, node in zip(rows, self.beams, strict=False):
             while node >= 0:
                 row.append(node)

@@ -70,8 +70,8 @@ class Rejection:
         self, tree: TokenTree, node: int, p: np.ndarray, uniform: np.random.Generator
     ) -> int:
         """The token after `node`: a child's, or one from what they leave of p (V,)."""
-        source = tree.sources[node] if isinstance(tree, DrawnTree) else -1
-        if source >= 0:
+        source = -1
+        if isinstance(tree, DrawnTree) and (source := tree.sources[node]) >= 0:
             q = np.zeros_like(p)
             q[tree.ids] = tree.probs[source]
             q /= q.sum()

@@ -50,7 +50,7 @@ class ServerOptions(Options):
     )
     log_text: bool = option(False, "write what is asked and answered to the log as well")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not all(self.api_key):
             raise UserError("--api-key is empty: give a key, or leave it out to let everybody ask")

@@ -96,7 +96,7 @@ class _Row:
     _part: int = -1
     _written: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._next_part()
 
     @property

@@ -42,7 +42,7 @@ class DataOptions(Options):
     )
     seed: int = option(0, "same seed and model, same data", low=0, high=2**64 - 1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.skip_bad, bool):
             raise UserError(f"--skip-bad must be true or false, not {self.skip_bad!r}")
