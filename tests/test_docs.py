@@ -21,7 +21,7 @@ from redrafter_mlx.__main__ import main as umbrella
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-OTHERS = ("pip ", "pytest", "ruff ", "curl ", "export ", "git ", "cd ", "npm ")
+OTHERS = ("pip ", "pytest", "ruff ", "mypy", "curl ", "export ", "git ", "cd ", "npm ")
 """What a line may begin with that is no command of ours."""
 
 
