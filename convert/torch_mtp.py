@@ -117,4 +117,4 @@ def _is_qwen(head: Head) -> bool:
     return "qwen3_5" in head.config.family.model_types
 
 
-MTP = Formula(_inputs, _in_torch, _in_mlx, depth=2, knows=_is_qwen)
+MTP = Formula(_inputs, _in_torch, _in_mlx, depth=lambda config: 2, knows=_is_qwen)
