@@ -29,10 +29,10 @@ from redrafter_mlx.machine import blas
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.gradients import Crew
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
-from redrafter_mlx.training.recipes import frequent_ids, recipe_for
+from redrafter_mlx.training.recipes import recipe_for
 from redrafter_mlx.training.run import gradients_of, make_gradients
 from redrafter_mlx.training.shards import parts, training_shards
-from redrafter_mlx.training.windows import LENGTH, PAST, Shards
+from redrafter_mlx.training.windows import LENGTH, PAST, Shards, frequent_ids
 
 Shape = tuple[int, int, int, int]
 """Products side by side, rows, inner, columns."""

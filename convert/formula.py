@@ -32,14 +32,14 @@ class Formula:
     in_mlx    directory of the result, inputs -> what it computes, by part
     in_torch  weights of the source, inputs -> the same. It is given what MLX found beside the
               inputs, for choices that rounding may turn: which experts compute
-    depth     how many times as far as through a recurrent head rounding has to go
+    depth     its shape -> how many times as far as through a recurrent head rounding has to go
     knows     whether it is that of this head too, where a kind has several
     """
 
     inputs: Callable[[Any, np.random.Generator], Inputs]
     in_torch: Callable[[Weights, Inputs], dict[str, Any]]
     in_mlx: Callable[[Path, Inputs], dict[str, mx.array]]
-    depth: float = 1
+    depth: Callable[[Any], float] = lambda config: 1
     knows: Callable[[Head], bool] = lambda head: True
 
 

@@ -142,4 +142,9 @@ def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
     return {"hidden": hidden, SCORES: mx.where(mx.isfinite(scores), scores - own, 0)}
 
 
-DFLASH = Formula(_inputs, _in_torch, _in_mlx, depth=2)
+def _depth(config: Any) -> float:
+    """Convolutions multiply rows with weights that these have asked for, and their errors."""
+    return 4 if config.conv_taps else 2
+
+
+DFLASH = Formula(_inputs, _in_torch, _in_mlx, _depth)

@@ -72,4 +72,4 @@ def _eagle3_in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
     return {SCORES if head.config.own_output else "hidden": found}
 
 
-EAGLE3 = Formula(_eagle3_inputs, _eagle3_in_torch, _eagle3_in_mlx, depth=2)
+EAGLE3 = Formula(_eagle3_inputs, _eagle3_in_torch, _eagle3_in_mlx, depth=lambda config: 2)

@@ -20,13 +20,13 @@ def _part(config: Any) -> str:
 
 
 def _medusa_inputs(config: Any, generator: np.random.Generator) -> Inputs:
-    return {"hidden": normal(generator, ROWS, config.hidden_size)}
+    return {"states": normal(generator, ROWS, config.hidden_size)}
 
 
 def _medusa_in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     torch, config, found = weights.torch, weights.head.config, []
     for i in range(config.heads):
-        y = torch.from_numpy(given["hidden"])
+        y = torch.from_numpy(given["states"])
         for j in range(config.blocks):
             y = y + torch.nn.functional.silu(weights.linear(f"heads.{i}.{j}.linear", y))
         found.append(y if config.shared else weights.linear(f"heads.{i}.{config.blocks}", y))
@@ -35,7 +35,7 @@ def _medusa_in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
 
 def _medusa_in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
     head, _ = load_published(KIND, directory, mx.float32)
-    found = head(mx.array(given["hidden"]), head.config.heads).flatten(0, 1)
+    found = head(mx.array(given["states"]), head.config.heads).flatten(0, 1)
     return {_part(head.config): found}
 
 

@@ -28,7 +28,7 @@ ROUTER = "router"
 
 def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
     shape = ROWS, config.hidden_size
-    return {"embedded": normal(generator, *shape), "hidden": normal(generator, *shape)}
+    return {"embedded": normal(generator, *shape), "states": normal(generator, *shape)}
 
 
 def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     # MLX checkpoints may have added the one that published weights of norms leave out
     centred = float(weights.vector("layer.input_layernorm.weight").mean() < 0.5)
     norm = lambda name, x: rms_normed(torch, x, eps) * (centred + weights.vector(f"{name}.weight"))
-    embedded, hidden = (torch.from_numpy(given[key]) for key in ("embedded", "hidden"))
+    embedded, hidden = (torch.from_numpy(given[key]) for key in ("embedded", "states"))
     joined = [norm("norm_embedding", embedded), norm("norm_hidden", hidden)]
     hidden = weights.linear("fc", torch.cat(joined, dim=-1))
     steps = torch.arange(0, attn.rope.dims, 2) / attn.rope.dims
@@ -108,7 +108,7 @@ def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
     block = head.layer.mlp
     if "gate" in block:
         block.gate = _Heard(block.gate)
-    embedded, hidden = (mx.array(given[key])[None] for key in ("embedded", "hidden"))
+    embedded, hidden = (mx.array(given[key])[None] for key in ("embedded", "states"))
     found = {"hidden": head(embedded, head.read(hidden), "causal", [KVCache()])[0]}
     return found | ({ROUTER: block.gate.last[0]} if "gate" in block else {})
 
@@ -117,4 +117,4 @@ def _is_qwen(head: Head) -> bool:
     return "qwen3_5" in head.config.family.model_types
 
 
-MTP = Formula(_inputs, _in_torch, _in_mlx, depth=2, knows=_is_qwen)
+MTP = Formula(_inputs, _in_torch, _in_mlx, depth=lambda config: 2, knows=_is_qwen)

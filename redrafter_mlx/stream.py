@@ -41,7 +41,8 @@ from redrafter_mlx.rounds.stats import Stats
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.rounds.verification import Match, Rejection, Typical
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.target.cache import LayerCaches, Quantization
+from redrafter_mlx.target.cache import Quantization
+from redrafter_mlx.target.caches import LayerCaches
 
 FIRST_USE = (
     "the first token takes a while: kernels are being compiled for this GPU, as they are when a "

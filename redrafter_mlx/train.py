@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before t
     from redrafter_mlx.target.adapter import Target
     from redrafter_mlx.training.data import Progress, Written
     from redrafter_mlx.training.loop import Progress as TrainingProgress
-    from redrafter_mlx.training.recipes import Recipe
+    from redrafter_mlx.training.recipes.recipe import Recipe
     from redrafter_mlx.training.run import TrainingRun
 
 TELL_SECONDS = 0.2

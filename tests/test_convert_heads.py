@@ -447,7 +447,7 @@ def relative_of(capsys, source: Path, output: Path, *words) -> float:
 def test_verify_prints_the_difference(name, flags, tmp_path, capsys):
     pytest.importorskip("torch", reason="--verify needs PyTorch")
     relative = relative_of(capsys, HEADS / name, tmp_path / "out", *flags)
-    assert relative < (0.5 if "4" in flags else 0.06 if flags else 1e-5)
+    assert relative < (0.5 if "4" in flags else 0.1 if "8" in flags else 0.06 if flags else 1e-5)
 
 
 @pytest.mark.parametrize("name", SWAPPED)

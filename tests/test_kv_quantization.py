@@ -8,7 +8,7 @@ from mlx_lm.generate import generate_step
 
 from families import build
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.target.cache import LayerCaches
+from redrafter_mlx.target.caches import LayerCaches
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
 WIDE = {"head_dim": 32, "hidden_size": 128}

@@ -25,7 +25,7 @@ from redrafter_mlx.rounds.round import Context, Step, Transcript
 from redrafter_mlx.rounds.sampling import Noise, gumbel
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from redrafter_mlx.target.adapter import adapt
-from redrafter_mlx.target.cache import LayerCaches
+from redrafter_mlx.target.caches import LayerCaches
 
 CHUNK = 512
 """Tokens of a new text that are read at a time."""

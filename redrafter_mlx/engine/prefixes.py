@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.target.cache import LayerCaches
+from redrafter_mlx.target.caches import LayerCaches
 
 UNREAD = 2
 """The last known tokens, which are read anew: drafters ask for the target's states there."""

@@ -14,7 +14,7 @@ from redrafter_mlx.engine.request import DraftedTree, Piece, Request, Ticket, Tu
 from redrafter_mlx.engine.served import Served
 from redrafter_mlx.machine import device
 from redrafter_mlx.stream import Generation, GenerationResponse, Place, turns_of_text
-from redrafter_mlx.target.cache import LayerCaches
+from redrafter_mlx.target.caches import LayerCaches
 
 
 class OwnTime:

@@ -26,7 +26,8 @@ from redrafter_mlx.rounds.round import Context, Outcome, Trail, Transcript, Verd
 from redrafter_mlx.rounds.sampling import Noise
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target import exchange, hooks, parallel
-from redrafter_mlx.target.cache import Branches, CacheGroup, LayerCaches, Quantization, TreeCache
+from redrafter_mlx.target.cache import Branches, Quantization, TreeCache
+from redrafter_mlx.target.caches import CacheGroup, LayerCaches
 from redrafter_mlx.target.probe import Parity, probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
 from redrafter_mlx.target.state import StateCache, forward_pass

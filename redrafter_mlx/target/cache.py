@@ -1,11 +1,11 @@
-"""Caches that can hold a tree of continuations and keep one path of it.
+"""The cache of one layer: it can hold a tree of continuations and keep one path of it.
 
 Shape letters: B batch (1), H key/value heads, S rows stored, D head size, N rows of one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.cache import KVCache
 
-from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.lineage import Lineage
-from redrafter_mlx.target.state import StateCache
 
 BLOCK = 256
 """Rows by which the buffers grow."""
@@ -259,173 +256,6 @@ class TreeCache:
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None else sum(x.nbytes for x in self._buffers)
-
-
-class CacheGroup:
-    """Several caches of one layer; stands in for mlx-lm's CacheList."""
-
-    def __init__(self, members: Sequence[TreeCache | StateCache | CacheGroup]):
-        self.members = list(members)
-
-    def __getitem__(self, place: int) -> Any:
-        return self.members[place]
-
-    @property
-    def state(self) -> list[Any]:
-        return [member.state for member in self.members]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(member.nbytes for member in self.members)
-
-
-class LayerCaches:
-    """The caches of all layers of one text.
-
-    branching     ours, those in groups one by one
-    length        committed tokens
-    layers        ours, or mlx-lm's own caches: those only take one token after the other
-    quantization  of keys and values
-    lineage       of the rows of the pass in flight, if some may be rejected
-    """
-
-    def __init__(self, layers: Sequence[Any], quantization: Quantization | None = None):
-        self.layers = list(layers)
-        self.quantization = quantization
-        self.lineage: Lineage | None = None
-        self.branching = list(_leaves(layers))
-        self.length = 0
-        self._points: dict[int, list[TreeCache | StateCache | None]] = {}
-
-    def begin(self, rows: int, branches: Branches | None = None, certain: bool = False) -> None:
-        """A pass of `rows` rows follows: consecutive tokens, or the rows of `branches`.
-
-        certain  all of them will be kept
-        """
-        self.lineage = None
-        if not certain and rows > 1:
-            self.lineage = branches.lineage if branches else Lineage.chain(rows)
-        for cache in self.branching:
-            cache.begin(rows, self.lineage if isinstance(cache, StateCache) else branches)
-
-    def commit(self, path: Sequence[int]) -> None:
-        """Keep the rows `path` of the last pass, in order."""
-        for cache in self.branching:
-            cache.commit(path)
-        if self.quantization and not self.branching:
-            self._quantize_stock()
-        before, self.length = self.length, self.length + len(path)
-        if before // BLOCK < self.length // BLOCK:
-            mx.clear_cache()  # buffers of sizes that will not come again
-
-    def _quantize_stock(self) -> None:
-        how = self.quantization
-        for place, cache in enumerate(self.layers):
-            if type(cache) is KVCache and cache.offset >= how.start:
-                self.layers[place] = cache.to_quantized(how.group_size, how.bits)
-
-    def restart(self, rows: Sequence[int]) -> None:
-        """Other texts begin in these rows of a batch: layers without positions forget the old."""
-        for cache in self.branching:
-            if isinstance(cache, StateCache):
-                cache.restart(rows)
-
-    def begin_at(self, length: int) -> None:
-        """So many tokens are held already: all caches were filled from elsewhere."""
-        self.length = length
-        for cache in self.branching:
-            if isinstance(cache, StateCache):
-                cache.begin_at(length)
-
-    def restorable(self, length: int) -> int:
-        """The most tokens, of the first `length`, that all layers can go back to; -1: none."""
-        while True:
-            found = min((cache.restorable(length) for cache in self.branching), default=length)
-            if found in (-1, length):
-                return found
-            length = found
-
-    def rewind(self, length: int) -> bool:
-        """Forget all tokens but the first `length`; False if a layer cannot.
-
-        After False the caches are of no further use.
-        """
-        if length == self.length:
-            return True
-        self.length = length
-        return all(cache.rewind(length) for cache in self.branching)
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether it can go back to any place of the text."""
-        return all(isinstance(c, TreeCache) and c.window is None for c in self.branching)
-
-    def remember(self) -> None:
-        """Keep what it takes to go back to this place."""
-        if not self.can_be_cut:
-            point = self._points[self.length] = [cache.frozen() for cache in self.branching]
-            device.finish([held.state for held in point if held is not None])
-
-    def forkable(self, length: int) -> int:
-        """The most tokens, of the first `length`, that `fork` can take; at least 0."""
-        places = (place for place in self._points if place <= length)
-        return max(self.restorable(length), *places, 0)
-
-    def fork(self, length: int) -> LayerCaches:
-        """The caches of another text that begins with the first `length` tokens of this one.
-
-        length  of those that `forkable` names
-        """
-        if self.restorable(length) == length:
-            made = iter([cache.fork(length) for cache in self.branching])
-        else:
-            held = zip(self._points[length], self.branching, strict=True)
-            made = iter(
-                [(cache if frozen is None else frozen).fork(length) for frozen, cache in held]
-            )
-        other = LayerCaches([_forked(cache, made) for cache in self.layers], self.quantization)
-        other.length = length
-        other._points = {at: point for at, point in self._points.items() if at <= length}
-        return other
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all layers; of what is remembered that of recurrent ones and windows too."""
-        points = (held for point in self._points.values() for held in point if held is not None)
-        return sum(cache.nbytes for cache in [*self.branching, *points])
-
-    def takes(self, length: int, depth: int) -> bool:
-        """Whether quantisation does not begin among the rows of a tree after `length` tokens.
-
-        depth  of the tree; one row after the other would find part of it quantised
-        """
-        how = self.quantization
-        return how is None or not length < how.start <= length + depth
-
-    @property
-    def growing(self) -> list[TreeCache]:
-        """Those that hold something of each token."""
-        return [cache for cache in self.branching if isinstance(cache, TreeCache)]
-
-    @property
-    def state(self) -> list[Any]:
-        """All arrays, for evaluation."""
-        return [cache.state for cache in self.layers]
-
-
-def _leaves(caches: Sequence[Any]) -> Iterator[TreeCache | StateCache]:
-    for cache in caches:
-        if isinstance(cache, CacheGroup):
-            yield from _leaves(cache.members)
-        elif isinstance(cache, TreeCache | StateCache):
-            yield cache
-
-
-def _forked(cache: Any, made: Iterator[TreeCache | StateCache]) -> Any:
-    """The next of those made, or a group of the next ones, in place of a layer's cache."""
-    if isinstance(cache, CacheGroup):
-        return CacheGroup([_forked(member, made) for member in cache.members])
-    return next(made)
 
 
 def _leaf_arrays(tree: Any) -> list[mx.array]:

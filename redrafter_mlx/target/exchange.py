@@ -20,7 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.target.cache import CacheGroup, LayerCaches, TreeCache
+from redrafter_mlx.target.cache import TreeCache
+from redrafter_mlx.target.caches import CacheGroup, LayerCaches
 from redrafter_mlx.target.state import StateCache
 
 

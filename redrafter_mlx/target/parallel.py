@@ -22,7 +22,8 @@ import numpy as np
 
 from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.tree import TokenTree
-from redrafter_mlx.target.cache import Branches, LayerCaches, Quantization
+from redrafter_mlx.target.cache import Branches, Quantization
+from redrafter_mlx.target.caches import LayerCaches
 
 if TYPE_CHECKING:
     from redrafter_mlx.target.adapter import Target

@@ -25,7 +25,7 @@ from redrafter_mlx.training.estimate import Estimate, choose_jobs, estimate, sha
 from redrafter_mlx.training.jobs import side_by_side
 from redrafter_mlx.training.lockstep import Conversation, K, Role
 from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
-from redrafter_mlx.training.recipes import Recipe
+from redrafter_mlx.training.recipes.recipe import Recipe
 from redrafter_mlx.training.report import report
 from redrafter_mlx.training.run import Places, TrainingRun
 from redrafter_mlx.training.shards import part_path, write_batch

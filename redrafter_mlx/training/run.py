@@ -33,7 +33,8 @@ from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.loss import LOSSES
 from redrafter_mlx.training.objective import Objective
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
-from redrafter_mlx.training.recipes import Recipe, frequent_ids, recipe_for
+from redrafter_mlx.training.recipes import recipe_for
+from redrafter_mlx.training.recipes.recipe import Recipe
 from redrafter_mlx.training.replay import Answer
 from redrafter_mlx.training.report import (
     ALL_TOKENS,
@@ -48,7 +49,7 @@ from redrafter_mlx.training.report import (
 )
 from redrafter_mlx.training.shards import parts, training_shards
 from redrafter_mlx.training.start import fingerprint
-from redrafter_mlx.training.windows import LENGTH, Shards
+from redrafter_mlx.training.windows import LENGTH, Shards, frequent_ids
 
 PASSES = 10
 """Times that training goes through the data when neither time nor steps are given."""

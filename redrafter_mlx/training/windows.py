@@ -173,5 +173,12 @@ class Shards:
         return total
 
 
+def frequent_ids(shards: Shards, most: int, vocab_size: int) -> np.ndarray:
+    """The `most` token ids that were written most often, most frequent first; 0: all, in order."""
+    if not most or most >= vocab_size:
+        return np.arange(vocab_size)
+    return np.argsort(-shards.counts(vocab_size), kind="stable")[:most]
+
+
 def _speaks(roles: np.ndarray) -> bool:
     return bool(((roles == Role.ASSISTANT) | (roles == Role.USER)).any())

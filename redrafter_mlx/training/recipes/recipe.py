@@ -1,0 +1,116 @@
+"""What the trainer knows of a kind of head: how it is made, taught, tried and kept.
+
+Shape letters: D draft vocabulary, h hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from redrafter_mlx.drafters.beams import BeamDrafter
+from redrafter_mlx.drafters.published import targets_vocabulary
+from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
+from redrafter_mlx.machine import device
+from redrafter_mlx.rounds.round import View
+from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.objective import Features, Output, tied_output, trained_output
+from redrafter_mlx.training.options import HeadOptions
+from redrafter_mlx.training.windows import Batch, Shards
+
+FIT_BATCHES = 24
+"""Of which a head learns before training what its inputs look like."""
+
+
+class Recipe(ABC):
+    """One kind of head for one target.
+
+    name   of the kind; about and source say in a model card what it is
+    whole  whether it is taught whole conversations
+    takes  names of the HeadOptions that mean something to it
+    """
+
+    name: str
+    about: str
+    whole = False
+    takes: tuple[str, ...] = ("draft_vocab", "output_layer")
+
+    def __init__(self, target: Target, options: HeadOptions):
+        self.target, self.options = target, options
+        layers = self.reads(len(target.model.layers), options)
+        self.view: View = target.tap(layers, final=self.reads_final)
+
+    reads_final = True
+
+    @classmethod
+    def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
+        """Of a target with so many layers, those whose outputs the head reads."""
+        return tuple(options.fused_layers)
+
+    @property
+    def tied(self) -> bool:
+        """Whether it is taught with rows of the target's own output layer."""
+        return self.options.output_layer == "tied"
+
+    def prepare(self, shards: Shards) -> None:  # noqa: B027
+        """Learn of the data what the head's inputs look like."""
+
+    @abstractmethod
+    def config(self, draft_vocab_size: int, ahead: int) -> Any:
+        """The shape that the options mean; UserError if they do not fit together.
+
+        ahead  tokens that a position predicts
+        """
+
+    @abstractmethod
+    def empty(self, config: Any) -> nn.Module:
+        """A head of a shape."""
+
+    def new(self, config: Any, ids: mx.array, shards: Shards, ahead: int, key: mx.array):
+        """An untrained head in float32 that proposes the token ids (D,)."""
+        mx.random.seed(int(mx.random.randint(0, 2**30, key=key)))
+        head = self.empty(config)
+        device.finish(head.parameters())
+        return head
+
+    def past(self, head: nn.Module) -> slice | None:
+        """Columns of the text before short windows that it reads, too."""
+        return None
+
+    @abstractmethod
+    def features(self, steps: int) -> Features:
+        """What its output layer reads of a batch."""
+
+    def output(self, head: nn.Module, ids: mx.array) -> Output:
+        """Its output layer in training; ids (D,) of its draft vocabulary."""
+        if self.tied:
+            return tied_output(self.target.output_layer)
+        return trained_output(ids, self.target.vocab_size, lambda head: head.lm_head)
+
+    @abstractmethod
+    def drafter(self, head: nn.Module, ids: mx.array) -> BeamDrafter:
+        """Drafts with the weights that it has now."""
+
+    @abstractmethod
+    def save(self, path: Path, head: nn.Module, ids: mx.array, dtype: mx.Dtype) -> None:
+        """Write config.json and model.safetensors into the directory."""
+
+    def _some(self, shards: Shards, ahead: int) -> list[Batch]:
+        """A few batches to begin with."""
+        return list(islice(shards.batches("fit", 4 if self.whole else 64, ahead), FIT_BATCHES))
+
+    def _vocabulary(self, ids: mx.array) -> OwnVocabulary | TextVocabulary:
+        if not self.tied:
+            return OwnVocabulary(ids)
+        return targets_vocabulary(self.target, np.array(ids))
+
+    def _rows(self, ids: mx.array) -> mx.array:
+        """(D, h) of the target's own output layer, unpacked."""
+        layer = self.target.output_layer(ids)
+        return layer(mx.eye(self.target.hidden_size, dtype=mx.float32)).T.astype(mx.float32)
