@@ -35,10 +35,10 @@ from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.suffixes import SuffixAutomaton
 from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.generation import Generation
 from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.stats import Stats
 from redrafter_mlx.rounds.tree import TokenTree
-from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files

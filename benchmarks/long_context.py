@@ -12,8 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.generation import Generation
 from redrafter_mlx.measuring.picture import new_figure
-from redrafter_mlx.stream import Generation
 
 from .machine import Bench, add_prompt_file, document, machine, parser, write
 from .tables import context_tables

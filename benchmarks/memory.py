@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
-from redrafter_mlx.stream import Generation
+from redrafter_mlx.generation import Generation
 
 from .machine import Bench, add_prompt_file, document, machine, parser, size, write
 from .tables import memory_tables

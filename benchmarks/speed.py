@@ -34,9 +34,9 @@ from mlx_lm.sample_utils import make_sampler
 import redrafter_mlx
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.generation import Generation
 from redrafter_mlx.pricing.budget import Budget, FixedBudget
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
-from redrafter_mlx.stream import Generation
 
 from . import prompts as prompt_files
 from .machine import Bench, add_prompts, document, machine, parser, size, write

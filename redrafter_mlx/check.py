@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from redrafter_mlx.generation import Generation, Token
 from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.sampling import Sampler
-from redrafter_mlx.stream import Generation, Token
 
 
 @dataclass(frozen=True)

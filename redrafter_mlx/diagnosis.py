@@ -31,12 +31,12 @@ from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOption
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.generation import Generation
 from redrafter_mlx.loading import hub
 from redrafter_mlx.machine import blas, device
 from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory, one_line
 from redrafter_mlx.measuring.measure import LOOK_ROWS, measure_drafts, measure_passes
 from redrafter_mlx.pricing.curve import Setting
-from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import Target, adapt
 
 PACKAGES = ("redrafter-mlx", "mlx", "mlx-lm", "numpy", "transformers")

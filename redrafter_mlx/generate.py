@@ -35,7 +35,8 @@ from redrafter_mlx.model_flags import (
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.check import Comparison
     from redrafter_mlx.drafters.protocol import Drafter
-    from redrafter_mlx.stream import Generation, GenerationResponse
+    from redrafter_mlx.generation import Generation
+    from redrafter_mlx.stream import GenerationResponse
 
 QUERY = "<query>"
 """Stands for the message where it is to be found in a chat template's text."""
@@ -96,7 +97,7 @@ def command(flags: Namespace) -> int:
     message = _read_message(flags.prompt)
     saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
-    from redrafter_mlx import check, stream
+    from redrafter_mlx import check, generation, stream
     from redrafter_mlx.loading import context, hub
 
     model, tokenizer = hub.load(flags.model, **loading(flags))
@@ -106,7 +107,7 @@ def command(flags: Namespace) -> int:
     if drafter_name:
         drafter = _load_drafter(drafter_name, model, tokenizer, drafter_options, asked_for)
     options["eos_token_ids"] = tokenizer.eos_token_ids
-    run = stream.Generation(
+    run = generation.Generation(
         model, prompt, drafter, progress=PromptProgress(), prompt_cache=saved, **options
     )
     printed = _Printed(quiet=flags.json)
@@ -117,7 +118,7 @@ def command(flags: Namespace) -> int:
     if flags.check and not interrupted:
         options["sampling"] = dataclasses.replace(options["sampling"], seed=run.seed)
         saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
-        plain = stream.Generation(model, prompt, None, prompt_cache=saved, **options)
+        plain = generation.Generation(model, prompt, None, prompt_cache=saved, **options)
         comparison = check.compare_with_plain(printed.tokens, plain)
     if flags.json:
         used = drafter_name if drafter else None

@@ -17,13 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from redrafter_mlx.config import EngineOptions, GenerationOptions
 from redrafter_mlx.engine import DraftedTree, Piece, QueueFull, Request, Stopping, Ticket, Turn
 from redrafter_mlx.engine.engine import Totals
+from redrafter_mlx.generation import Token
 from redrafter_mlx.rounds.stats import Stats
 from redrafter_mlx.server.app import Server
 from redrafter_mlx.server.models import Models
 from redrafter_mlx.server.options import ServerOptions
 from redrafter_mlx.server.plan import Defaults
 from redrafter_mlx.server.serving import bind, uvicorn_of
-from redrafter_mlx.stream import Token, turns_of_text
+from redrafter_mlx.stream import turns_of_text
 
 MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *MARKS]

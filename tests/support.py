@@ -13,10 +13,10 @@ from families import build
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
+from redrafter_mlx.generation import Generation
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Context, Outcome, Step, Verdict
 from redrafter_mlx.rounds.tree import TokenTree
-from redrafter_mlx.stream import Generation
 from redrafter_mlx.target.adapter import adapt
 
 BUDGET = FixedBudget(width=4, length=5, nodes=16)

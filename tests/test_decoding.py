@@ -8,7 +8,8 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from families import build
-from redrafter_mlx import decoding, stream
+from redrafter_mlx import decoding
+from redrafter_mlx import generation as generation_module
 from redrafter_mlx.config import DraftOptions, SamplingOptions
 from redrafter_mlx.drafters.protocol import NoDrafter
 from redrafter_mlx.machine import device
@@ -91,7 +92,7 @@ def rows_of(cache):
 
 @pytest.mark.parametrize("wrong_rule", [accept_everything, stop_one_short])
 def test_a_wrong_rule_is_caught(monkeypatch, model, prompt, plain, wrong_rule):
-    monkeypatch.setattr(stream, "Match", lambda sampler: wrong_rule(Match(sampler)))
+    monkeypatch.setattr(generation_module, "Match", lambda sampler: wrong_rule(Match(sampler)))
     drafter = ScriptedDrafter(prompt + plain, right=2, wrong=2, decoys=True)
     assert ids(generation(model, prompt, drafter, max_tokens=N)) != plain
 

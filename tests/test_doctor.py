@@ -12,8 +12,8 @@ from redrafter_mlx import diagnosis, doctor
 from redrafter_mlx.diagnosis import Answer, Check
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.generation import Generation, Token
 from redrafter_mlx.loading import drafters, hub
-from redrafter_mlx.stream import Generation, Token
 from redrafter_mlx.target.adapter import adapt
 from support import TinyTokenizer, random_drafter
 

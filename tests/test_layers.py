@@ -56,6 +56,7 @@ LAYERS = [
     ["engine.request"],
     ["check", "loading.context"],
     ["analysis", "measuring.tuning", "stream"],
+    ["generation"],
     ["measuring.knowledge"],
     ["measuring.acceptance", "measuring.measure", "measuring.profile"],
     ["decoding", "rounds.stats"],

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from families import build
-from redrafter_mlx import UserError, generate, stream, stream_generate
+from redrafter_mlx import UserError, generate, stream_generate
+from redrafter_mlx import generation as generation_module
 from redrafter_mlx.check import compare_with_plain
 from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.rounds.verification import Match
@@ -181,7 +182,9 @@ def test_check_finds_the_first_difference_and_its_margin(monkeypatch):
     assert str(compare_with_plain(right, generation(model, prompt, max_tokens=20))) == (
         "identical (20 tokens)"
     )
-    monkeypatch.setattr(stream, "Match", lambda sampler: accept_everything(Match(sampler)))
+    monkeypatch.setattr(
+        generation_module, "Match", lambda sampler: accept_everything(Match(sampler))
+    )
     wrong = ids(generation(model, prompt, drafter, max_tokens=20))
     monkeypatch.undo()
     comparison = compare_with_plain(wrong, generation(model, prompt, max_tokens=20))

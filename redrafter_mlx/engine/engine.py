@@ -20,9 +20,9 @@ from redrafter_mlx.engine.run import Run
 from redrafter_mlx.engine.saved import load_prefixes, save_prefixes
 from redrafter_mlx.engine.served import Served
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.generation import quantization
 from redrafter_mlx.loading.places import expanded
 from redrafter_mlx.machine import device
-from redrafter_mlx.stream import quantization
 from redrafter_mlx.target.adapter import STEPS_BACK
 
 _log = logging.getLogger("redrafter_mlx")

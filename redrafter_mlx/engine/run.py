@@ -12,8 +12,9 @@ from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.engine.prefixes import UNREAD
 from redrafter_mlx.engine.request import DraftedTree, Piece, Request, Ticket, Turn
 from redrafter_mlx.engine.served import Served
+from redrafter_mlx.generation import Generation, Place
 from redrafter_mlx.machine import device
-from redrafter_mlx.stream import Generation, GenerationResponse, Place, turns_of_text
+from redrafter_mlx.stream import GenerationResponse, turns_of_text
 from redrafter_mlx.target.caches import LayerCaches
 
 
