@@ -13,6 +13,7 @@ from test_policy import policy as policy_of
 from families import build
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.measuring import knowledge as knowledge_module
+from redrafter_mlx.measuring import measure
 from redrafter_mlx.measuring.knowledge import Knowledge
 from redrafter_mlx.measuring.profile import load
 from redrafter_mlx.pricing.budget import AutoBudget
@@ -241,3 +242,32 @@ def test_profiles_of_two_contexts_stay_apart(monkeypatch):
         lambda p: replace(p, curve=stored.curve.with_context(4000, {1: 0.2, 16: 0.4})),
     )
     assert here.kept.curve.contexts == [2, 4000]
+
+
+def test_a_look_at_a_busy_machine_is_cut_short(monkeypatch):
+    """Seen: 15.6 s, where a second was promised."""
+    times = {1: 0.15, 2: 0.2, 4: 3.0, 8: 9.0, 16: 9.0}
+    timed = []
+
+    def pass_of(target, context, rows, clock):
+        timed.append(rows)
+        return times[rows]
+
+    monkeypatch.setattr(measure, "_timed_pass", pass_of)
+    found = measure.look_at_passes(None, None, 100, clock=lambda: 10.0 * len(timed))
+    assert timed == [1, 2, 4, 4], "once more, for it may have been a moment"
+    assert CostCurve([0], list(found), [list(found.values())]).is_disturbed
+
+
+def test_one_bad_moment_does_not_end_a_look(monkeypatch):
+    bad = iter([True, False])
+    right = dict(zip([*ROWS, 32, 64], [*RIGHT, 0.2, 0.4], strict=True))
+    spent = [0.0]
+
+    def pass_of(target, context, rows, clock):
+        spent[0] += (seconds := 3.0 if rows == 2 and next(bad, False) else right[rows])
+        return seconds
+
+    monkeypatch.setattr(measure, "_timed_pass", pass_of)
+    found = measure.look_at_passes(None, None, 100, clock=lambda: spent[0])
+    assert found == pytest.approx(dict(zip(ROWS, RIGHT, strict=True)))

@@ -22,7 +22,7 @@ from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.budget import FixedBudget
-from redrafter_mlx.pricing.curve import CostCurve, Setting
+from redrafter_mlx.pricing.curve import CostCurve, Setting, is_impossible
 from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.rounds.sampling import Sampler
 from redrafter_mlx.rounds.tree import TokenTree
@@ -201,11 +201,18 @@ def look_at_passes(
 
     Sizes are visited in turn, the smaller ones once at least, and trees again as long as there is
     time for it; of two times the smaller one counts, and none more than that of a larger tree: what
-    makes a pass look dear for once is something else. The first pass of all is not timed.
+    makes a pass look dear for once is something else. The first pass of all is not timed. A size
+    that looks dear as none can be, twice, is the last: something else is using the machine.
     """
     began = clock()
     timed = lambda rows: _timed_pass(target, context, rows, clock)
-    times = {rows: timed(rows) for rows in LOOK_ROWS[:LOOK_AT_LEAST]}
+    times: dict[int, float] = {}
+    for rows in LOOK_ROWS[:LOOK_AT_LEAST]:
+        times[rows] = timed(rows)
+        if is_impossible(rows, times[rows], times[1]):
+            times[rows] = min(times[rows], timed(rows))
+            if is_impossible(rows, times[rows], times[1]):
+                return times
     end = began - spent + max(LOOK, LOOK_SHARE * tokens * times[1])
     _in_turn(LOOK_ROWS[1:], timed, times, end, clock)
     rows = sorted(times)
@@ -225,7 +232,8 @@ def look_at_drafts(
     """
 
     draft = lambda setting: _timed_draft(drafter, context, setting, clock)
-    times = {settings[0]: time_of_draft(drafter, context, settings[0], clock)}
+    draft(settings[0])
+    times = {settings[0]: draft(settings[0])}
     _in_turn(settings, draft, times, clock() + LOOK_DRAFTS, clock)
     return times
 

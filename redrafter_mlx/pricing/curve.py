@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,14 @@ SHORTEST = 1e-7
 
 UNEVEN = 1.25
 """How far one measurement may be off another on a machine that does nothing else."""
+
+
+def is_impossible(rows: Any, seconds: Any, alone: Any) -> Any:
+    """Whether a pass of so many rows looks dearer than its rows one after the other.
+
+    None can be; one row more is for what the host does. Numbers, or arrays that broadcast.
+    """
+    return seconds > UNEVEN * alone * (rows + 1)
 
 
 class Setting(NamedTuple):
@@ -58,12 +66,9 @@ class CostCurve:
 
     @property
     def is_disturbed(self) -> bool:
-        """Whether passes look dearer than their rows one after the other, which none can be.
-
-        One row more is for what the host does. Something else was using the processor then.
-        """
-        alone = self._grid[:, :1] * (np.asarray(self.rows) + 1)
-        return bool((self._grid > UNEVEN * alone).any())
+        """Whether something else was using the processor when it was measured."""
+        alone = self._grid[:, :1]
+        return bool(is_impossible(np.asarray(self.rows), self._grid, alone).any())
 
     def at(self, context: int, most: int) -> np.ndarray:
         """(most + 1,) seconds of a pass over as many rows as the index says; 0 rows cost nothing.
