@@ -236,9 +236,10 @@ class TextCache(TextLayers):
     def fork(self, length: int) -> TextCache:
         other = super().fork(length)
         if other._layers and self._head.recalls:
-            other._states = self._states.fork(other._layers[0].offset)
-            if place := other._states.offset:
-                other._last = other._states.keys[0, 0, place - 1 : place]
+            place = other._layers[0].offset
+            other._states = self._states.fork(place)
+            last = self._states.keys[0, 0, place - 1 : place] if place else None
+            other._last = mx.zeros_like(self._last) if last is None else last
         return other
 
     def restart(self) -> None:
