@@ -547,7 +547,7 @@ def test_a_latent_projection_that_does_not_fit(tmp_path):
 
 
 SETTINGS = {
-    "family": ({"model_type": "nemotron_h"}, "'nemotron_h' model, and how that computes is not"),
+    "family": ({"model_type": "llama"}, "'llama' model, and how that computes is not"),
     "no family": ({"model_type": None}, "'None' model"),
     "sizes": ({"hidden_size": "many"}, "does not describe a qwen3_next model"),
     "missing": ({"num_attention_heads": None}, "does not describe a qwen3_next model"),

@@ -25,6 +25,7 @@ from mlx_lm.utils import _get_classes
 from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead, Sees
 from redrafter_mlx.drafters.mtp_families import (
     FAMILIES,
+    Family,
     alone,
     found_in,
     model_type_of,
@@ -55,14 +56,16 @@ class MTPHead(AttentionHead):
     def __init__(self, config: MTPConfig, depth: int = 0):
         super().__init__()
         self.config, h = config, config.hidden_size
-        eps = config.layer.input_layernorm.eps
+        eps = config.first_norm.eps
         self.norm_embedding, self.norm_hidden = nn.RMSNorm(h, eps), nn.RMSNorm(h, eps)
         self.fc = nn.Linear(2 * h, h, bias=False)
-        self.layer = config.layers[depth]
+        layers = list(config.layers(depth).values())
+        self.layer = layers[0] if len(layers) == 1 else layers
         if "norm" in config.family.parts:
             self.norm = nn.RMSNorm(h, eps)
-        for module in filter(takes_offset, self.layer.modules()):
-            accept_row_offsets(module)
+        for layer in layers:
+            for module in filter(takes_offset, layer.modules()):
+                accept_row_offsets(module)
 
     @property
     def caches(self) -> int:
@@ -80,7 +83,9 @@ class MTPHead(AttentionHead):
         if mask is not None:
             mask = mask[None, None]
         hidden = self.fc(mx.concatenate(joined, axis=-1))
-        hidden = self.layer(hidden, mask, list(caches) if len(caches) > 1 else caches[0])
+        cache = list(caches) if len(caches) > 1 else caches[0]
+        for layer in self.layer if isinstance(self.layer, list) else [self.layer]:
+            hidden = layer(hidden, mask, cache)
         return self.norm(hidden) if "norm" in self else hidden
 
     def outputs(self, hidden: mx.array) -> mx.array:
@@ -178,6 +183,7 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
             f"{where}: holds the multi-token-prediction head of a {kind!r} model, and how that "
             f"computes is not known here; it is of {known}"
         )
+    _check_blocks(where, text, shapes, family)
     depths = len({name.split(".")[1] for name in shapes if name.startswith("depths.")}) or 1
     one_kind = {**family.settings, "model_type": kind, "num_hidden_layers": depths}
     model = _model(where, {**text, **one_kind})
@@ -193,6 +199,28 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
         block=_block(where, settings),
         depths=depths,
     )
+
+
+def _check_blocks(where: object, text: Mapping[str, Any], shapes: Shapes, family: Family) -> None:
+    """UserError for a head of other blocks, or of more, than its family's."""
+    if family.blocks == 1:
+        return
+    kinds = {"*": ("*", "attention", "full_attention"), "E": ("E", "moe")}
+    known = family.settings["hybrid_override_pattern"]
+    told = text.get("mtp_layers_block_type") or text.get("mtp_hybrid_override_pattern") or known
+    if len(told) != len(known) or any(
+        theirs not in kinds[ours] for theirs, ours in zip(told, known, strict=True)
+    ):
+        raise UserError(
+            f"{where}: the blocks of its multi-token-prediction head are {told!r}; only attention "
+            "and then experts ('*E') are known here"
+        )
+    more = sorted(name for name in shapes if name.startswith(f"layer.{family.blocks}."))
+    if more:
+        raise UserError(
+            f"{where}: holds several multi-token-prediction heads ({more[0]}); of a "
+            f"{family.model_types[0]} model only one is known here"
+        )
 
 
 def _model(where: object, settings: Mapping[str, Any]) -> nn.Module:

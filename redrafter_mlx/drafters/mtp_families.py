@@ -23,7 +23,9 @@ class Family:
     parts         our names of its modules beside the layer -> theirs
     layer         what stands before the names of the layer's tensors, after `place`. Of several
                   heads either the place has a number, or `{k}` in these names is one
-    settings      with which the only layer of an mlx-lm model is of the head's kind
+    blocks        how many of an mlx-lm model's layers together are a head's, by its numbers
+    renamed       what published names contain -> what mlx-lm's do, where its `sanitize` knows less
+    settings      with which all layers of an mlx-lm model are of the head's kind
     hidden_first  whether the hidden state is joined before the embedding
     centred       whether the weights of norms are what they differ from one by
     dropped       what names of tensors begin with that are copies of the target's
@@ -33,6 +35,8 @@ class Family:
     place: str
     parts: Mapping[str, str]
     layer: str = ""
+    blocks: int = 1
+    renamed: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     hidden_first: bool = False
     centred: bool = False
@@ -58,6 +62,23 @@ FAMILIES = (
         layer="layers.{k}.",
         settings={"full_attention_interval": 1, "mlp_only_layers": [], "decoder_sparse_step": 1},
         centred=True,
+    ),
+    Family(  # a layer is two blocks: attention without positions, and experts
+        model_types=("nemotron_h",),
+        place=r"(.+\.)?mtp\.",
+        parts={
+            "fc": "layers.0.eh_proj",
+            "norm_embedding": "layers.0.enorm",
+            "norm_hidden": "layers.0.hnorm",
+            "norm": "layers.1.final_layernorm",
+        },
+        layer="layers.",
+        blocks=2,
+        renamed={
+            "switch_mlp.up_proj.": "switch_mlp.fc1.",
+            "switch_mlp.down_proj.": "switch_mlp.fc2.",
+        },
+        settings={"hybrid_override_pattern": ["*", "E"]},
     ),
     Family(
         model_types=("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),

@@ -22,7 +22,7 @@ class MTPConfig:
     """The shape of a head, or of several.
 
     where   for messages
-    model   mlx-lm's, with as many layers as there are heads, never evaluated
+    model   mlx-lm's, of whose layers each head has one, or some blocks; never evaluated
     caches  how many caches a layer takes; more than one as a list
     depths  how many heads there are, each for one further token
     block   rows and columns of FP8 weights that share a scale
@@ -37,17 +37,25 @@ class MTPConfig:
     block: tuple[int, int]
     depths: int = 1
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        return self.model.layers
+    def layers(self, depth: int) -> dict[str, nn.Module]:
+        """The layer of the head of a depth, or the blocks that it consists of, by our names."""
+        count = self.family.blocks
+        if count == 1:
+            return {"layer": self.model.layers[depth]}
+        blocks = self.model.layers[depth * count : (depth + 1) * count]
+        return {f"layer.{i}": block for i, block in enumerate(blocks)}
 
     @property
     def layer(self) -> nn.Module:
-        return self.layers[0]
+        return self.model.layers[0]
+
+    @property
+    def first_norm(self) -> nn.RMSNorm:
+        return self.layer["input_layernorm" if "input_layernorm" in self.layer else "norm"]
 
     @property
     def hidden_size(self) -> int:
-        return self.layer.input_layernorm.weight.size
+        return self.first_norm.weight.size
 
 
 def ready(config: MTPConfig, depth: int, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -128,10 +136,21 @@ def _sanitized(
     config: MTPConfig, depth: int, weights: Mapping[str, mx.array]
 ) -> dict[str, mx.array]:
     """What the model's own `sanitize` makes of the layer's tensors, such as of `kv_b_proj`."""
-    modules = config.model.named_modules()
-    place = next(name for name, module in modules if module is config.layers[depth])
-    ours = {name: x for name, x in weights.items() if not name.startswith("layer.")}
-    layer = {place + name[5:]: x for name, x in weights.items() if name not in ours}
+    names = {id(module): name for name, module in config.model.named_modules()}
+    theirs = {f"{ours}.": f"{names[id(x)]}." for ours, x in config.layers(depth).items()}
+    layer, found = {}, {}
+    for name, x in weights.items():
+        place = next(filter(name.startswith, theirs), None)
+        if place is None:
+            found[name] = x
+            continue
+        rest = name.removeprefix(place)
+        for part, renamed in config.family.renamed.items():
+            rest = rest.replace(part, renamed)
+        layer[theirs[place] + rest] = x
     if hasattr(config.model, "sanitize"):
         layer = config.model.sanitize(layer)
-    return ours | {f"layer{name.removeprefix(place)}": x for name, x in layer.items()}
+    for name, x in layer.items():
+        ours, place = next(pair for pair in theirs.items() if name.startswith(pair[1]))
+        found[ours + name.removeprefix(place)] = x
+    return found
