@@ -40,24 +40,18 @@ class AttentionHead(nn.Module):
     caches   how many layers keep keys and values
     recalls  whether it reads its own states of the text again, which are kept for it then
 
-    Its states (..., c) are hidden states, by default one of the size h.
+    A row's state (c,) is what the head makes of a token and the state before it. Caches are used as
+    mlx-lm's KVCache is.
     """
 
     caches: int
     recalls = False
 
-    @abstractmethod
     def read(self, captured: mx.array) -> mx.array:
         """(T, h) in place of its own hidden states, of what was captured of the target (T, c)."""
+        return captured
 
     @abstractmethod
-    def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
-        """Hidden states (1, T, h) after token embeddings (1, T, h) and the states before them.
-
-        mask    "causal", None, or bool, (T, places)
-        caches  one for each layer, which are used as mlx-lm's KVCache is
-        """
-
     def over(
         self, embedded: mx.array, read: mx.array, before: mx.array | None, caches: Sequence
     ) -> mx.array:
@@ -67,9 +61,8 @@ class AttentionHead(nn.Module):
         read      (T, h) of the target before each
         before    (1, c) the state after the last token in the caches; None: there is none
         """
-        mask = "causal" if len(embedded) > 1 else None
-        return self(embedded[None], read[None], mask, caches)[0]
 
+    @abstractmethod
     def step(
         self, embedded: mx.array, states: mx.array, depth: int, sees: Sees, caches: Sequence
     ) -> mx.array:
@@ -77,15 +70,37 @@ class AttentionHead(nn.Module):
 
         The first drafted tokens are of depth 1.
         """
-        return self(embedded[None], states[None], sees(0), caches)[0]
 
     def predicting(self, states: mx.array, depth: int) -> mx.array:
         """Hidden states (R, h) that predict what follows tokens of a depth, of states (R, c)."""
         return states
 
-    @abstractmethod
     def outputs(self, hidden: mx.array) -> mx.array:
         """(R, ...) what the vocabulary makes logits of, after hidden states (R, h)."""
+        return hidden
+
+
+class OneStateHead(AttentionHead):
+    """A head whose state is one hidden state, which in a text the target's stands for."""
+
+    @abstractmethod
+    def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
+        """Hidden states (1, T, h) after token embeddings (1, T, h) and the states before them.
+
+        mask    "causal", None, or bool, (T, places)
+        caches  one for each layer
+        """
+
+    def over(
+        self, embedded: mx.array, read: mx.array, before: mx.array | None, caches: Sequence
+    ) -> mx.array:
+        mask = "causal" if len(embedded) > 1 else None
+        return self(embedded[None], read[None], mask, caches)[0]
+
+    def step(
+        self, embedded: mx.array, states: mx.array, depth: int, sees: Sees, caches: Sequence
+    ) -> mx.array:
+        return self(embedded[None], states[None], sees(0), caches)[0]
 
 
 class TextKeys:

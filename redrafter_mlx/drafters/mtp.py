@@ -22,7 +22,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead, Sees
+from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead, OneStateHead, Sees
 from redrafter_mlx.drafters.mtp_families import (
     FAMILIES,
     Family,
@@ -50,8 +50,8 @@ BLOCK = (128, 128)
 """Rows and columns of FP8 weights that share a scale, where config.json does not say."""
 
 
-class MTPHead(AttentionHead):
-    """Predicts the next token from a token and the hidden state before it; see `AttentionHead`."""
+class MTPHead(OneStateHead):
+    """Predicts the next token from a token and the hidden state before it; see `OneStateHead`."""
 
     def __init__(self, config: MTPConfig, depth: int = 0):
         super().__init__()
@@ -71,9 +71,6 @@ class MTPHead(AttentionHead):
     def caches(self) -> int:
         return self.config.caches
 
-    def read(self, captured: mx.array) -> mx.array:
-        return captured
-
     def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
         joined = [self.norm_embedding(embedded), self.norm_hidden(hidden)]
         if self.config.family.hidden_first:
@@ -87,9 +84,6 @@ class MTPHead(AttentionHead):
         for layer in self.layer if isinstance(self.layer, list) else [self.layer]:
             hidden = layer(hidden, mask, cache)
         return self.norm(hidden) if "norm" in self else hidden
-
-    def outputs(self, hidden: mx.array) -> mx.array:
-        return hidden
 
     def casts(self, name: str) -> bool:
         """Whether a tensor is computed with in the target's type; a router's bias may not be."""
@@ -123,12 +117,6 @@ class MTPHeads(AttentionHead):
     def caches(self) -> int:
         return self.config.caches * self.config.depths
 
-    def read(self, captured: mx.array) -> mx.array:
-        return captured
-
-    def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
-        raise NotImplementedError("each head has its own states and mask: see `over` and `step`")
-
     def over(
         self, embedded: mx.array, read: mx.array, before: mx.array | None, caches: Sequence
     ) -> mx.array:
@@ -157,9 +145,6 @@ class MTPHeads(AttentionHead):
 
     def predicting(self, states: mx.array, depth: int) -> mx.array:
         return mx.split(states, self.config.depths, axis=-1)[min(depth, self.config.depths - 1)]
-
-    def outputs(self, hidden: mx.array) -> mx.array:
-        return hidden
 
     def casts(self, name: str) -> bool:
         return self.depths[0].casts(name)
