@@ -114,7 +114,7 @@ def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
 
 
 def _is_qwen(head: Head) -> bool:
-    return "qwen3_5" in head.config.family.model_types
+    return "qwen3_5" in head.config.family.model_types and head.config.depths == 1
 
 
 MTP = Formula(_inputs, _in_torch, _in_mlx, depth=lambda config: 2, knows=_is_qwen)

@@ -6,7 +6,7 @@ at the token m. Only tokens that the target has processed enter, never drafted o
 accepted, the cache is that of a fresh start on the same text.
 
 Shape letters: T tokens, P positions drafted from, R rows of a step, S places of the buffers, F rows
-drafted before, h hidden size, C captured columns.
+drafted before, h hidden size, c size of a head's state, C captured columns.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from redrafter_mlx.drafters.beams import BeamDrafter, Begun
 from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
@@ -29,29 +30,77 @@ CHUNK = 512
 """Tokens of a text that are read in one pass, and places that the buffers begin with."""
 
 
+Sees = Callable[[int], mx.array]
+"""Bool (R, S + F): what drafted rows see, but for the first so many places of a text."""
+
+
 class AttentionHead(nn.Module):
     """A head whose layers attend to the text and to what it drafted itself.
 
-    caches  how many layers keep keys and values
+    caches   how many layers keep keys and values
+    recalls  whether it reads its own states of the text again, which are kept for it then
+
+    A row's state (c,) is what the head makes of a token and the state before it. Caches are used as
+    mlx-lm's KVCache is.
     """
 
     caches: int
+    recalls = False
 
-    @abstractmethod
     def read(self, captured: mx.array) -> mx.array:
         """(T, h) in place of its own hidden states, of what was captured of the target (T, c)."""
+        return captured
+
+    @abstractmethod
+    def over(
+        self, embedded: mx.array, read: mx.array, before: mx.array | None, caches: Sequence
+    ) -> mx.array:
+        """States (T, c) after T further tokens of a text, which follow those in the caches.
+
+        embedded  (T, h)
+        read      (T, h) of the target before each
+        before    (1, c) the state after the last token in the caches; None: there is none
+        """
+
+    @abstractmethod
+    def step(
+        self, embedded: mx.array, states: mx.array, depth: int, sees: Sees, caches: Sequence
+    ) -> mx.array:
+        """States (R, c) after drafted tokens (R, h) of a depth, and the states (R, c) before them.
+
+        The first drafted tokens are of depth 1.
+        """
+
+    def predicting(self, states: mx.array, depth: int) -> mx.array:
+        """Hidden states (R, h) that predict what follows tokens of a depth, of states (R, c)."""
+        return states
+
+    def outputs(self, hidden: mx.array) -> mx.array:
+        """(R, ...) what the vocabulary makes logits of, after hidden states (R, h)."""
+        return hidden
+
+
+class OneStateHead(AttentionHead):
+    """A head whose state is one hidden state, which in a text the target's stands for."""
 
     @abstractmethod
     def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
         """Hidden states (1, T, h) after token embeddings (1, T, h) and the states before them.
 
         mask    "causal", None, or bool, (T, places)
-        caches  one for each layer, which are used as mlx-lm's KVCache is
+        caches  one for each layer
         """
 
-    @abstractmethod
-    def outputs(self, hidden: mx.array) -> mx.array:
-        """(R, ...) what the vocabulary makes logits of, after hidden states (R, h)."""
+    def over(
+        self, embedded: mx.array, read: mx.array, before: mx.array | None, caches: Sequence
+    ) -> mx.array:
+        mask = "causal" if len(embedded) > 1 else None
+        return self(embedded[None], read[None], mask, caches)[0]
+
+    def step(
+        self, embedded: mx.array, states: mx.array, depth: int, sees: Sees, caches: Sequence
+    ) -> mx.array:
+        return self(embedded[None], states[None], sees(0), caches)[0]
 
 
 class TextKeys:
@@ -156,14 +205,17 @@ class TextLayers(ABC):
 
 
 class TextCache(TextLayers):
-    """What a head keeps of one text: keys and values of its layers, and its last hidden state."""
+    """What a head keeps of one text: keys and values of its layers, and its last state.
+
+    Where it recalls states, all of them: another text may begin with any part of this one.
+    """
 
     def __init__(self, head: AttentionHead, embed: Callable[[mx.array], mx.array], view: View):
         super().__init__()
         self._head, self._embed, self._view = head, embed, view
 
     def of(self, transcript: Transcript, trail: Trail) -> Begun:
-        """After all processed tokens and the pending one: (1, h), and the memory of the text."""
+        """After all processed tokens and the pending one: (1, c), and the memory of the text."""
         first, captured = self.new(transcript, trail)
         if captured is not None:
             tokens = transcript.tokens[first + 1 : first + 1 + len(captured)]
@@ -180,7 +232,7 @@ class TextCache(TextLayers):
         return hidden[first - 1 :], memory_of(self._layers, mx.arange(first, len(tokens)))
 
     def take_in(self, tokens: Sequence[int], captured: mx.array) -> mx.array:
-        """(T, h) after T further tokens; captured (T, C) before each of them.
+        """(T, c) after T further tokens; captured (T, C) before each of them.
 
         A chunk at a time; the last is computed when it is needed.
         """
@@ -190,9 +242,20 @@ class TextCache(TextLayers):
                 device.finish(found[-1], [(layer.keys, layer.values) for layer in self._layers])
             ids = mx.array(tokens[start : start + CHUNK])
             read = self._head.read(self._view(captured[start : start + CHUNK]))
-            mask = "causal" if len(ids) > 1 else None
-            found.append(self._head(self._embed(ids)[None], read[None], mask, self._layers)[0])
+            before = found[-1][-1:] if found else self._last
+            found.append(self._head.over(self._embed(ids), read, before, self._layers))
+            if self._head.recalls:
+                self._states.update_and_fetch(found[-1][None, None], found[-1][None, None, :, :1])
         return mx.concatenate(found)
+
+    def fork(self, length: int) -> TextCache:
+        other = super().fork(length)
+        if other._layers and self._head.recalls:
+            place = other._layers[0].offset
+            other._states = self._states.fork(place)
+            last = self._states.keys[0, 0, place - 1 : place] if place else None
+            other._last = mx.zeros_like(self._last) if last is None else last
+        return other
 
     def restart(self) -> None:
         """Empty buffers; nothing is evaluated to learn their shapes."""
@@ -200,7 +263,8 @@ class TextCache(TextLayers):
         captured = mx.zeros((1, 1 + max(self._view.parts), self._view.size)).reshape(1, -1)
         embedded = self._embed(mx.array([0]))
         read = self._head.read(self._view(captured.astype(embedded.dtype)))
-        self._last = mx.zeros_like(self._head(embedded[None], read[None], None, self._layers)[0])
+        self._last = mx.zeros_like(self._head.over(embedded, read, None, self._layers))
+        self._states = TextKeys()
         for layer in self._layers:
             layer.keys, layer.values = mx.zeros_like(layer.keys), mx.zeros_like(layer.values)
             layer.offset = 0
@@ -208,17 +272,24 @@ class TextCache(TextLayers):
 
 @dataclass(frozen=True)
 class State:
-    """R rows of a draft: hidden (R, h), seen (R, F) the drafted rows before each, and itself."""
+    """R rows of a draft: states (R, c), seen (R, F) the drafted rows before each, and itself.
+
+    drafted  how many rows there were at each depth, F in all
+    """
 
     hidden: mx.array
     seen: mx.array
-    depth: int
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.drafted)
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def __getitem__(self, rows: mx.array) -> State:
-        return State(self.hidden[rows], self.seen[rows], self.depth)
+        return State(self.hidden[rows], self.seen[rows], self.drafted)
 
 
 class AttentionSteps:
@@ -239,19 +310,29 @@ class AttentionSteps:
     def advance(self, state: State | None, tokens: mx.array) -> State:
         """The pending tokens are read already: they belong to the text."""
         if state is None:
-            return State(self._begun, mx.zeros((len(self._begun), 0), mx.bool_), 0)
+            return State(self._begun, mx.zeros((len(self._begun), 0), mx.bool_))
         rows = len(state)
-        visible = mx.repeat(self._visible, rows // len(self._visible))
-        seen = mx.concatenate([state.seen, mx.eye(rows, dtype=mx.bool_)], axis=1)
-        mask = mx.concatenate([self._places < visible[:, None], seen], axis=1)
+        visible = mx.repeat(self._visible, rows // len(self._visible))[:, None]
+        own = mx.eye(rows, dtype=mx.bool_)
+        drafted = (*state.drafted, rows)
+        found = State(state.hidden, mx.concatenate([state.seen, own], axis=1), drafted)
+
+        def sees(hidden: int) -> mx.array:
+            text, seen = self._places < visible, found.seen
+            if hidden:  # which may reach into the draft, but not to a row itself
+                depths = mx.array(np.repeat(np.arange(state.depth), state.drafted))
+                text = text & (self._places >= hidden)
+                seen = mx.concatenate([state.seen & (visible + depths >= hidden), own], axis=1)
+            return mx.concatenate([text, seen], axis=1)
+
         for layer in self._layers:
-            layer.offset = visible + state.depth
-        embedded = self._embed(tokens)[None]
-        hidden = self._head(embedded, state.hidden[None], mask, self._layers)[0]
-        return State(hidden, seen, state.depth + 1)
+            layer.offset = visible[:, 0] + state.depth
+        embedded = self._embed(tokens)
+        states = self._head.step(embedded, state.hidden, found.depth, sees, self._layers)
+        return replace(found, hidden=states)
 
     def outputs(self, state: State) -> mx.array:
-        return self._head.outputs(state.hidden)
+        return self._head.outputs(self._head.predicting(state.hidden, state.depth))
 
 
 class AttentionDrafter(BeamDrafter):

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama, qwen3
 
-from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead
+from redrafter_mlx.drafters.attention import AttentionDrafter, OneStateHead
 from redrafter_mlx.drafters.published import (
     Experiences,
     Kind,
@@ -106,8 +106,8 @@ class Layer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-class Eagle3Head(AttentionHead):
-    """Predicts the next token from a token and the hidden state before it; see `AttentionHead`."""
+class Eagle3Head(OneStateHead):
+    """Predicts the next token from a token and the hidden state before it; see `OneStateHead`."""
 
     def __init__(self, config: Eagle3Config):
         super().__init__()
