@@ -9,7 +9,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from test_heads_mtp import DRAWN, LENGTH, VOCAB, H, by_hand, published, random_parts
 
 from convert_heads import convert, settings, write
 from families import build, config
@@ -22,6 +21,7 @@ from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Trail, View
 from redrafter_mlx.target.adapter import adapt
 from support import generation, ids, tiny_prompt
+from test_heads_mtp import DRAWN, LENGTH, VOCAB, H, by_hand, published, random_parts
 
 DEPTHS = 3
 SHARED = ("fc", "embedding", "hidden", "norm")

@@ -12,7 +12,6 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache
-from test_heads_mtp import DRAWN, LENGTH, VOCAB, H, random_parts
 
 from convert_heads import convert, settings, write
 from families import build, config
@@ -24,6 +23,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.rounds.round import View
 from redrafter_mlx.target.adapter import adapt
 from support import generation, ids, tiny_prompt
+from test_heads_mtp import DRAWN, LENGTH, VOCAB, H, random_parts
 
 NAME = "nemotron_h"
 

@@ -22,7 +22,7 @@ from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
-from redrafter_mlx.loading import hub
+from redrafter_mlx.loading.drafters import load_drafter
 from redrafter_mlx.target.adapter import adapt
 from support import generation, grammar_model, ids, random_drafter, tiny_prompt
 from test_heads_dflash import VARIANTS, drafter_for
@@ -132,8 +132,8 @@ KINDS = {
     "recurrent": lambda model, path: random_drafter(model),
     "recurrent, fused": lambda model, path: random_drafter(model, fused_layers=(0, 1)),
     "recurrent, lookback": lambda model, path: random_drafter(model, **LOOKS),
-    "medusa": lambda model, path: hub.load_drafter(str(write_medusa(path, adapt(model))), model),
-    "eagle3": lambda model, path: hub.load_drafter(str(write_eagle3(path, adapt(model))), model),
+    "medusa": lambda model, path: load_drafter(str(write_medusa(path, adapt(model))), model),
+    "eagle3": lambda model, path: load_drafter(str(write_eagle3(path, adapt(model))), model),
     **{name: lambda model, path, name=name: drafter_for(model, name) for name in VARIANTS},
 }
 CASES = [(kind, family) for family in ("llama", "qwen3_5") for kind in KINDS]
