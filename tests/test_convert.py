@@ -714,7 +714,9 @@ def test_every_package_of_the_project_is_in_the_wheel_and_no_other():
         for path in (ROOT / "redrafter_mlx").rglob("__init__.py")
     }
     beside = {"redrafter_mlx.convert": "convert", "redrafter_mlx.benchmarks": "benchmarks"}
-    assert set(setup["packages"]) == inside | beside.keys()
+    data = {name for name, files in setup["package-data"].items() if files == ["*"]}
+    assert data == {"redrafter_mlx.demo_drafter", "redrafter_mlx.server.page"}
+    assert set(setup["packages"]) == inside | beside.keys() | data
     assert beside.items() <= setup["package-dir"].items()
     script = project["project"]["scripts"]["redrafter_mlx.convert"]
     assert script == "redrafter_mlx.convert.__main__:main"

@@ -321,7 +321,7 @@ def test_verbose_chooses_how_much_is_told(command, drafted):
     reports = {v: command(*drafted, "--verbose", v)[2] for v in ("True", "False")}
     assert reports["False"] == ""
     assert "Peak memory" in reports["True"]
-    assert command(*drafted, "--verbose")[2].count("\n") == reports["True"].count("\n")
+    assert "Peak memory" in command(*drafted, "--verbose")[2]
 
 
 def test_a_prompt_comes_from_standard_input(command, drafted, monkeypatch):
