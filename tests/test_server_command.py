@@ -48,11 +48,13 @@ def tiny(tmp_path_factory) -> Path:
     return path
 
 
-def start(tiny, *words, **how) -> tuple[subprocess.Popen, str]:
-    """The command in a process of its own, and its address."""
-    program = [sys.executable, "-m", "redrafter_mlx.server", "--model", str(tiny), "--port", "0"]
+COMMAND = ("-m", "redrafter_mlx.server")
+
+
+def start(tiny, *words, program=COMMAND, **how) -> tuple[subprocess.Popen, str]:
+    """The command, or another program that runs it, in a process of its own, and its address."""
     process = subprocess.Popen(
-        [*program, *words],
+        [sys.executable, *program, "--model", str(tiny), "--port", "0", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
