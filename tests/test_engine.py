@@ -200,7 +200,7 @@ def test_short_questions_do_not_wait_for_long_answers():
 
 def test_a_cancelled_request_ends_within_a_round_and_frees_its_place():
     with engine_of(options=EngineOptions(parallel=1)) as engine:
-        first = Answer(engine, tiny_prompt(8), tokens=10_000)
+        first = Answer(engine, tiny_prompt(8), tokens=2_000)
         second = Answer(engine, tiny_prompt(8), tokens=3)
         waiting = Answer(engine, tiny_prompt(9), tokens=3)
         waiting.ticket.cancel()
@@ -212,7 +212,7 @@ def test_a_cancelled_request_ends_within_a_round_and_frees_its_place():
 
 def test_the_queue_has_an_end():
     with engine_of(options=EngineOptions(parallel=1, queue=2)) as engine:
-        running = Answer(engine, tiny_prompt(8), tokens=10_000)
+        running = Answer(engine, tiny_prompt(8), tokens=2_000)
         running.next()
         waiting = [Answer(engine, tiny_prompt(8), tokens=2) for _ in range(2)]
         with pytest.raises(QueueFull) as refusal:
@@ -341,7 +341,7 @@ def test_stopping_lets_running_ones_end_or_cuts_them():
         assert answer.reason == "length"
         assert not engine.is_alive
     with engine_of() as engine:
-        answer = Answer(engine, tiny_prompt(8), tokens=100_000)
+        answer = Answer(engine, tiny_prompt(8), tokens=2_000)
         answer.next()
         engine.stop(grace=0)
         assert answer.reason == "cancelled"
