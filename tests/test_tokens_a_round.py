@@ -22,7 +22,9 @@ from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.engine.prefixes import UNREAD
 from redrafter_mlx.loading.drafters import load_drafter
+from redrafter_mlx.rounds.round import Context, Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
 from support import generation, grammar_model, ids, random_drafter, tiny_prompt
 from test_heads_dflash import VARIANTS, drafter_for
@@ -151,6 +153,45 @@ def test_a_head(kind, family, tmp_path):
     learn(drafter, model, text, len(prompt) - 1, hard)
     depths = min(drafter.depths, LENGTH - 1)
     check(model, prompt, text, drafter, rounds_of(len(prompt), (hard, depths)))
+
+
+def context_of(text, states, start: int = 0) -> Context:
+    """What a drafter is shown of a text of which the target has processed all but the last token.
+
+    start  tokens at its beginning that were processed for another text
+    """
+    trail = Trail(start=start)
+    trail.add(states[start:])
+    pending, position = mx.array(text[-1:]), len(text) - 1
+    return Context(pending, states[-1:], position, Transcript(text), None, None, trail)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fork_drafts_as_one_that_has_read_the_text_itself(kind, tmp_path):
+    """It is shown the other text from `UNREAD` tokens before the place where they part."""
+    model = build(kind.removeprefix("mtp of ") if kind.startswith("mtp") else "llama")
+    target, same, parted = adapt(model), tiny_prompt(20), 14
+    drafter = KINDS[kind](model, tmp_path / "head")
+    other = same[:parted] + tiny_prompt(9, seed=1)
+    assert same[parted] != other[parted]
+    drafter.begin(context_of(same, states_of(target, same[:-1])))
+    known = parted - UNREAD
+    states = states_of(target, other[:-1])
+    forked = drafter.fork(known + 1).begin(context_of(other, states, start=known))
+    fresh = drafter.replayed(other, states, len(other) - 1)
+    for a, b in zip(
+        *(drafted(drafter, begun, other[-1:]) for begun in (forked, fresh)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def drafted(drafter, begun, pending) -> list[np.ndarray]:
+    """What a head makes of the pending token and two more."""
+    steps, state, found = drafter.steps(*begun), None, []
+    for token in (*pending, 5, 6):
+        state = steps.advance(state, mx.array([token]))
+        found.append(np.array(steps.outputs(state)))
+    return found
 
 
 def test_a_union_is_as_good_as_the_better_of_its_members_at_each_place():
