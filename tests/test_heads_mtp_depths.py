@@ -260,3 +260,11 @@ def test_a_tensor_that_a_further_head_lacks_is_named(tmp_path):
     write(tmp_path, tensors, config(name))
     with pytest.raises(UserError, match=r"lacks the tensors depths\.1\.fc\.weight"):
         load_published(KIND, tmp_path, mx.float32)
+
+
+def test_a_fork_of_what_was_never_read_is_empty(tmp_path):
+    model = build("deepseek_v3")
+    drafter = drafter_of(model, tmp_path, "deepseek_v3")
+    context = adapt(model).prefill(tiny_prompt(6), chunk=5)
+    drafter._text.of(context.transcript, Trail(start=len(context.transcript.tokens) - 1))
+    assert all(layer.offset == 0 for layer in drafter._text.fork(3)._layers)

@@ -126,7 +126,8 @@ class TextKeys:
         """The first places of it, to be written on separately."""
         other = TextKeys()
         other.offset = min(self.offset, places)
-        other.keys, other.values = self.keys[...], self.values[...]
+        if self.keys is not None:
+            other.keys, other.values = self.keys[...], self.values[...]
         return other
 
 
