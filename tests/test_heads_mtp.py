@@ -302,18 +302,24 @@ def by_hand(name: str, model: nn.Module, parts: dict, embedded: mx.array, hidden
     return x if name == "ernie4_5_moe" else mx.fast.rms_norm(x, parts["norm"], eps)
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_it_computes_what_mlx_lms_layer_does(name, tmp_path):
-    """All places of a text, then two drafts of it, side by side and two deep."""
-    model = build(name)
-    parts = made(tmp_path, name, model)
-    head, _ = load_published(KIND, tmp_path, mx.float32)
+def replayed_by(path):
+    """A drafter, embeddings (V, H), states (T, H), a text, what it begins with, its memory."""
+    head, _ = load_published(KIND, path, mx.float32)
     rng = np.random.default_rng(1)
     table = mx.array(rng.standard_normal((VOCAB, H), np.float32))
     states = mx.array(rng.standard_normal((LENGTH, H), np.float32))
     text = tiny_prompt(LENGTH + 1)
     drafter = AttentionDrafter(head, None, lambda t: table[t], View((0,), H))
     begun, memory = drafter.replayed(text, states, 1)
+    return drafter, table, states, text, begun, memory
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_it_computes_what_mlx_lms_layer_does(name, tmp_path):
+    """All places of a text, then two drafts of it, side by side and two deep."""
+    model = build(name)
+    parts = made(tmp_path, name, model)
+    drafter, table, states, text, begun, memory = replayed_by(tmp_path)
     expected = by_hand(name, model, parts, table[mx.array(text[1:])], states)
     np.testing.assert_allclose(begun, expected, atol=1e-4)
 

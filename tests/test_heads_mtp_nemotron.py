@@ -15,15 +15,13 @@ from mlx_lm.models.cache import KVCache
 
 from convert_heads import convert, settings, write
 from families import build, config
-from redrafter_mlx.drafters.attention import AttentionDrafter
 from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.mtp import KIND
 from redrafter_mlx.drafters.published import load_published
 from redrafter_mlx.errors import UserError
-from redrafter_mlx.rounds.round import View
 from redrafter_mlx.target.adapter import adapt
 from support import generation, ids, tiny_prompt
-from test_heads_mtp import DRAWN, LENGTH, VOCAB, H, random_parts
+from test_heads_mtp import DRAWN, H, random_parts, replayed_by
 
 NAME = "nemotron_h"
 
@@ -74,13 +72,7 @@ def test_it_computes_what_mlx_lms_blocks_do(latent, tmp_path):
     """A text, then two drafts side by side and two deep; experts in a smaller space, too."""
     model = build(NAME, moe_latent_size=latent)
     parts = made(tmp_path, model, moe_latent_size=latent)
-    head, _ = load_published(KIND, tmp_path, mx.float32)
-    rng = np.random.default_rng(1)
-    table = mx.array(rng.standard_normal((VOCAB, H), np.float32))
-    states = mx.array(rng.standard_normal((LENGTH, H), np.float32))
-    text = tiny_prompt(LENGTH + 1)
-    drafter = AttentionDrafter(head, None, lambda t: table[t], View((0,), H))
-    begun, memory = drafter.replayed(text, states, 1)
+    drafter, table, states, text, begun, memory = replayed_by(tmp_path)
     expected = by_hand(model, parts, table[mx.array(text[1:])], states)
     np.testing.assert_allclose(begun, expected, atol=1e-4)
 
