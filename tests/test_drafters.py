@@ -141,7 +141,7 @@ def test_the_union_needs_no_more_rounds_than_its_members(demo, prompt):
     rounds = {}
     for name in ("demo", "max_gram", "auto"):
         drafter = drafters.load_drafter(name, model)
-        draft = DraftOptions(budget=64)
+        draft = DraftOptions(beam_width=2, beam_length=4, budget=24)
         run = generation(model, prompts[prompt], drafter, max_tokens=32, draft=draft)
         ids(run)
         rounds[name] = run.stats.rounds

@@ -61,12 +61,15 @@ def emitted(rule, tokens, drawn):
     drawn   whether the tree says that its tokens were drawn from Q
     """
     out = np.full((len(tokens), 2), -1)
-    transcript = Transcript([0])
+    nothing, transcript = (mx.array([0]), mx.zeros((1, 1))), Transcript([0])
+    passes = {}  # the tree of each draft, and what the target says about it
     for i, both in enumerate(tokens):
-        tree = tree_of(both, np.log(Q[[V, both[0, 0]]]) if drawn else None)
-        rows = TARGET[[V, *tree.tokens[1:]]]
-        context = Context(mx.array([0]), mx.zeros((1, 1)), 3 * i, transcript, None)
-        verdict = rule(tree, Outcome(mx.array(rows), mx.zeros((1, 1))), context)
+        if (drafted := both.tobytes()) not in passes:
+            tree = tree_of(both, np.log(Q[[V, both[0, 0]]]) if drawn else None)
+            logits = mx.array(TARGET[[V, *tree.tokens[1:]]])
+            passes[drafted] = tree, Outcome(logits, nothing[1])
+        tree, outcome = passes[drafted]
+        verdict = rule(tree, outcome, Context(*nothing, 3 * i, transcript, None))
         said = [*tree.tokens[verdict.path[1:]].tolist(), verdict.token][:2]
         out[i, : len(said)] = said
     return out

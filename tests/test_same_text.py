@@ -104,8 +104,11 @@ def demo(demo_path: Path):
     return model, tokenizer, drafters.load_drafter("demo", model)
 
 
-@pytest.mark.parametrize("sampling", SAMPLING[:3], ids=name_of)
-@pytest.mark.parametrize("message", PROMPTS)
+@pytest.mark.parametrize(
+    ("message", "sampling"),
+    [*((message, {}) for message in PROMPTS), (PROMPTS[1], SAMPLING[1]), (PROMPTS[2], SAMPLING[2])],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
 def test_demo_target(demo, message, sampling):
     model, tokenizer, drafter = demo
     prompt = tokenizer.apply_chat_template(

@@ -88,13 +88,13 @@ sys.exit(serve())
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_while_it_saves_leaves_what_can_be_read(tiny, tmp_path):  # noqa: F811
-    """Twelve times, in the middle of a file or at any moment: no crash, and never a wrong text."""
+    """Eight times, in the middle of a file or at any moment: no crash, and never a wrong text."""
     directory, rng = tmp_path / "texts", random.Random(SEED)
     prompts = [f"{word} of the end " * 40 for word in ("one", "two", "three")]
     code, log, expected = saved_by(tiny, tmp_path / "none", prompts)
     assert (code, log) == (0, [])
     torn = warm = 0
-    for turn in range(12):
+    for turn in range(8):
         how = {} if turn % 2 else {"program": ("-c", STUCK), "TURN": str(turn)}
         process, address = start(tiny, "--prompt-cache-dir", str(directory), **how)
         reply = chat(address, messages=[{"role": "user", "content": prompts[0]}]).json()
@@ -110,8 +110,8 @@ def test_a_server_that_is_killed_while_it_saves_leaves_what_can_be_read(tiny, tm
         assert code in (0, -signal.SIGKILL)
         assert log == []  # what was read was whole
         torn += bool(unfinished(directory))
-    assert torn > 2
-    assert warm > 2
+    assert torn > 1
+    assert warm > 1
     code, log, said = saved_by(tiny, directory, prompts)
     assert (code, log, said) == (0, [], expected)
     assert not unfinished(directory)
