@@ -32,6 +32,7 @@ from .tables import (
     acceptance_tables,
     context_tables,
     cost_tables,
+    decay_tables,
     first_run_tables,
     heads_tables,
     hybrid_tables,
@@ -240,6 +241,7 @@ TABLES = {
     "first_run": first_run_tables,
     "hybrid": hybrid_tables,
     "heads": heads_tables,
+    "decay": decay_tables,
     "serving": serving_tables,
 }
 """By the `kind` of a document."""

@@ -209,6 +209,20 @@ def heads_tables(result: dict, name: str) -> str:
     return f"{headline(result, name)}\n\n{table(result)}"
 
 
+def decay_tables(result: dict, name: str) -> str:
+    """Markdown of tokens a round along a long text."""
+    stretch, rows = result["settings"]["stretch"], result["tokens_per_round"]
+    ends = [stretch * number for number in range(1, 1 + max(map(len, rows.values())))]
+    lines = [
+        headline(result, name), "",
+        f"| tokens a round up to token | {' | '.join(f'{end:,}' for end in ends)} |",
+        f"|---|{'---|' * len(ends)}",
+        *(f"| {name} | {' | '.join(f'{x:.2f}' for x in row)} |" for name, row in rows.items()),
+        "", f"{'The same text' if result['same_text'] else 'OTHER TEXTS'} with all of them.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def serving_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark of servers."""
     lines = [

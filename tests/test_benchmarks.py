@@ -6,9 +6,11 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from benchmarks import first_run, machines, prompts, ratios, report, tables
+from benchmarks import decay, first_run, machines, prompts, ratios, report, tables
+from families import build
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.tree import Candidates
+from support import ScriptedDrafter, generation, ids, tiny_prompt
 
 RUN = {"category": "qa", "temp": 0.0, "decode_seconds": 2.0, "first_seconds": 0.1}
 
@@ -245,3 +247,23 @@ def test_a_first_run_knows_nothing_and_the_second_what_it_left(tmp_path, monkeyp
     assert [word for word, _ in seen[5:]] == [plain, first, second, fixed, plain]
     assert found["texts"] == 1
     assert (here.cache / "models").is_dir()
+
+
+def test_a_drafter_that_gets_worse_along_a_text_is_seen(monkeypatch):
+    """And that all drafted the same one."""
+    model, prompt = build("llama"), tiny_prompt(9)
+    sampled = {"temp": 0.8, "seed": 3, "max_tokens": 80}
+    text = ids(generation(model, prompt, **sampled))
+    other = [(token + 1) % 97 for token in text[40:]]
+    drafters = {
+        "steady": ScriptedDrafter(prompt + text, right=4),
+        "forgets": ScriptedDrafter(prompt + text[:40] + other, right=4),
+    }
+    bench = Namespace(model=model, drafters=drafters, encode=lambda text: prompt)
+    monkeypatch.setattr(decay, "Bench", lambda *args: bench)
+    flags = Namespace(model="tiny", drafters=list(drafters), tokens=80, stretch=20)
+    result = decay.measure(flags)
+    assert result["same_text"]
+    assert result["tokens_per_round"]["steady"] == [5.0] * 4
+    assert result["tokens_per_round"]["forgets"] == [5.0, 5.0, 1.0, 1.0]
+    assert "| forgets | 5.00 | 5.00 | 1.00 | 1.00 |" in tables.decay_tables(result, "x.json")
