@@ -1,4 +1,4 @@
-"""A request of either API becomes requests to the engine, and a writer of its answer."""
+"""Turns a request of any API into requests to the engine, and a writer for their answers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from redrafter_mlx.engine.request import DEFAULT
 from redrafter_mlx.model_flags import OUR_ARGUMENTS
 from redrafter_mlx.server.faults import ApiError
 from redrafter_mlx.server.schemas import Extension, Sampled
+from redrafter_mlx.server.speech import Speech
 from redrafter_mlx.server.tools import Toolbox
 
 WHOLE_TEXT = 2**31 - 1
-"""Tokens that penalties reach back, where an API means all of the text."""
+"""How many tokens penalties look back where an API means the whole text."""
 
 SURELY_READ = 16
-"""Characters a token of the context up to which a prompt is read without a look at its length."""
+"""Characters per token of the context up to which a prompt is tokenised without a check."""
 
 _SAMPLING = {
     "temperature": "temp",
@@ -41,10 +42,10 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where a request says nothing.
+    """The settings for whatever a request leaves out.
 
-    context   most tokens of prompt and answer; None: what the model knows
-    template  arguments of chat templates
+    context   most tokens of prompt and answer; None: as many as the model has positions
+    template  arguments for the chat template
     """
 
     generation: GenerationOptions = field(default_factory=GenerationOptions)
@@ -55,18 +56,17 @@ class Defaults:
 
 
 class Writer(Protocol):
-    """Puts an answer into an API's form.
+    """Writes answers in the form of one API.
 
-    beat   server-sent event that says nothing but that the answer is still to come
+    beat   server-sent event that keeps the connection alive before the next one comes
 
-    `feed` takes the turns of the plan's requests; it and `end` return server-sent events.
-    `whole` is the answer in one piece, after the last turn.
+    `feed` takes the turns of the plan's requests; it, `end` and `failed` return server-sent events.
+    `whole` returns the whole answer after the last turn, for requests that do not stream.
     """
 
     beat: str
 
     def feed(self, index: int, turn: Turn) -> list[str]: ...
-    def is_enough(self, index: int) -> bool: ...
     def end(self) -> list[str]: ...
     def failed(self, error: ApiError) -> list[str]: ...
     def whole(self) -> dict[str, Any]: ...
@@ -74,11 +74,16 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of the engine for one request, and what puts the answers into form."""
+    """What the engine is asked for one HTTP request, and what hears and writes the answers.
+
+    speeches  one for each of the engine's requests
+    details   whether the writer needs the trees of turns
+    """
 
     requests: Sequence[Request]
+    speeches: Sequence[Speech]
     writer: Writer
-    stream: bool = False
+    stream: bool
     details: bool = False
 
 
@@ -91,11 +96,11 @@ def plan_requests(
     max_tokens: int | None,
     top_logprobs: int | None = None,
 ) -> list[Request]:
-    """The engine's requests for prompts: each as often as asked, with seeds one after the other.
+    """The engine's requests: `n` for each prompt, with consecutive seeds.
 
-    stop, max_tokens  what ends an answer; None: what the server's own flags say
+    stop, max_tokens  where an answer ends; None: as the server's own flags say
 
-    Raises ApiError for what does not fit the model; UserError for options out of range.
+    Raises ApiError for what does not suit the model, UserError for options out of range.
     """
     extension = asked.redrafter or Extension()
     drafter = extension.drafter or DEFAULT
@@ -134,11 +139,12 @@ def template_prompt(
 ) -> Prompt:
     """The prompt of a conversation.
 
-    template     arguments for the chat template, as `template_arguments` gives them
-    may_be_long  whether it may have more tokens than the context
+    template       arguments for the chat template, from `template_arguments`
+    continue_last  whether the last message is the beginning of the answer
+    may_be_long    whether the prompt may exceed the context
 
-    Raises ApiError for arguments that are not the request's to give and for a prompt that is much
-    too long, UserError if the template fails.
+    Raises ApiError for arguments that only the server may set and for a prompt that is much too
+    long, UserError if the template fails.
     """
     tokenizer = served.tokenizer
     if not may_be_long:
@@ -150,7 +156,7 @@ def template_prompt(
         param = "chat_template_kwargs"
         raise ApiError(400, f"{param}: this model has no chat template", "invalid_value", param)
     if not tokenizer.has_chat_template and any("tool_calls" in one for one in messages):
-        message = "messages: this model has no chat template, so it cannot be shown calls of tools"
+        message = "messages: this model has no chat template, so it cannot be shown tool calls"
         raise ApiError(400, message, "invalid_value", "messages")
     return prompt_of(tokenizer, messages, toolbox.tools or None, continue_last, **template)
 
@@ -163,38 +169,33 @@ def template_arguments(
     param: str,
     thinking: bool | None = None,
 ) -> dict[str, Any]:
-    """Arguments for the chat template: the server's, what a request says of thinking, its own.
+    """Arguments for the chat template: the server's, those for reasoning, and the request's own.
 
-    param  the field that `effort` comes from, for errors
+    own     chat_template_kwargs of the request
+    effort  how hard the model should think
+    param   the field that `effort` comes from, for errors
 
-    Raises ApiError for what the template does not know how to say.
+    Raises ApiError for what the template cannot express.
     """
-    given = {**defaults.template, **_effort_arguments(served.tokenizer, effort, param)}
+    given = dict(defaults.template)
+    if effort is not None:
+        given |= _effort_arguments(served.tokenizer, effort, param)
     if thinking is not None:
         given |= _thinking_arguments(served.tokenizer, thinking)
     return given | dict(own or {})
 
 
-def _effort_arguments(
-    tokenizer: TokenizerWrapper, effort: str | None, param: str
-) -> dict[str, Any]:
-    """How hard the model should think, as arguments of its chat template.
-
-    Raises ApiError, which names `param`, where the template does not know how to say it.
-    """
-    if effort is None:
-        return {}
+def _effort_arguments(tokenizer: TokenizerWrapper, effort: str, param: str) -> dict[str, Any]:
     if effort == "none":
         return _thinking_arguments(tokenizer, False)
     source = tokenizer.chat_template if tokenizer.has_chat_template else ""
     if "reasoning_effort" in str(source):
         return {"reasoning_effort": effort}
-    message = f"{param} {effort!r} cannot be honoured: this model's chat template knows no effort"
+    message = f"{param} {effort!r} cannot be honoured: the model's chat template cannot express it"
     raise ApiError(400, message, "unsupported_value", param)
 
 
 def _thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, Any]:
-    """Whether the model should think, as arguments of its chat template."""
     if tokenizer.has_thinking:
         return {"enable_thinking": wanted}
     if wanted:
@@ -204,7 +205,7 @@ def _thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, 
 
 
 def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) -> dict[str, Any]:
-    """What our extension tells of answers: sums of their statistics."""
+    """The statistics of our extension, summed over the answers."""
     total = lambda name: sum(one.get(name, 0) for one in stats)
     rounds, tokens = total("rounds"), total("generation_tokens")
     seconds = total("decode_seconds")
@@ -220,19 +221,18 @@ def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) ->
     }
 
 
-def details_of(said, turn: Turn, text_of, tree: bool, root: int | None = None) -> dict[str, Any]:
-    """What our extension tells of a turn, for pictures.
+def details_of(said, turn: Turn, text_of, tree: bool, root: int | None) -> dict[str, Any]:
+    """The details of a turn in our extension, from which the page draws its pictures.
 
     said     (text, drafted) pieces of the chunk
-    text_of  the text of a token id
-    tree     whether the round's tree is told as well
-    root     token that the tree begins with, where the tree itself does not say it: a draft may be
-             made before it is known
+    text_of  token id -> text
+    tree     whether the round's tree is included
+    root     the token at the root, for trees that lack it: a draft may be made before it is known
     """
-    stats, told = turn.stats, None
+    stats, shown_tree = turn.stats, None
     if tree and turn.tree is not None:
         known = [root if token < 0 else token for token in turn.tree.tokens]
-        told = {
+        shown_tree = {
             "tokens": ["" if token is None else text_of(token) for token in known],
             "parents": [int(parent) for parent in turn.tree.parents],
             "accepted": [int(row) for row in turn.tree.accepted],
@@ -244,7 +244,7 @@ def details_of(said, turn: Turn, text_of, tree: bool, root: int | None = None) -
     shown = {name: stats[name] for name in names if stats.get(name) is not None}
     return {
         "pieces": [{"text": text, "drafted": drafted} for text, drafted in said],
-        "tree": told,
+        "tree": shown_tree,
         "stats": shown | {"prompt_done": turn.prompt_done},
     }
 
@@ -263,16 +263,16 @@ def event(data: Mapping[str, Any], name: str | None = None) -> str:
 
 
 def context_of(served: Served, defaults: Defaults) -> int | None:
-    """Most tokens of prompt and answer; None: nobody knows of a limit."""
+    """Most tokens of prompt and answer; None if no limit is known."""
     return defaults.context if defaults.context is not None else served.context
 
 
 def check_length(served: Served, defaults: Defaults, texts: Iterable[str]) -> None:
-    """Refuse what is much too long by its beginning: reading all of it would take a minute.
+    """Raise ApiError for a prompt that is much too long, judged by its beginning.
 
-    texts  that the prompt holds, whatever else it holds
+    Tokenising all of it could take a minute.
 
-    Raises ApiError.
+    texts  parts of the prompt; there may be more to it
     """
     limit = context_of(served, defaults)
     text = "".join(texts)
@@ -280,7 +280,7 @@ def check_length(served: Served, defaults: Defaults, texts: Iterable[str]) -> No
         return
     begin = text[: SURELY_READ * limit]
     tokens = len(served.tokenizer.encode(begin, add_special_tokens=False))
-    if tokens > limit + 1:  # the last one may be half of a longer one
+    if tokens > limit + 1:  # the last token may be only a part of one in the whole text
         raise _too_long(f"about {round(tokens * len(text) / len(begin))}", limit)
 
 
@@ -312,7 +312,7 @@ def _generation(served, defaults, prompt, stops, max_tokens) -> GenerationOption
 
 def _sampling(served: Served, defaults: Defaults, asked: Sampled, choice: int) -> SamplingOptions:
     given = {ours: getattr(asked, name, None) for name, ours in _SAMPLING.items()}
-    if given["top_p"] == 0:  # which is off in mlx-lm, and the likeliest token alone in the APIs
+    if given["top_p"] == 0:  # the likeliest token alone in the APIs, but off in mlx-lm
         given |= {"top_p": 1.0, "top_k": 1}
     for name in ("presence", "frequency"):
         if given[f"{name}_penalty"] is not None:
@@ -339,7 +339,7 @@ def _bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
 
 
 def _replace(options, given: Mapping[str, Any]):
-    """Options with what is given, where it is."""
+    """The options, with each value that is not None in place of theirs."""
     return dataclasses.replace(
         options, **{name: value for name, value in given.items() if value is not None}
     )
