@@ -71,7 +71,6 @@ def command(flags: Namespace) -> int:
         from_flags(AnswerOptions, flags),
         from_flags(SamplingOptions, flags),
         from_flags(DraftOptions, flags),
-        options.context,
         flags.chat_template_config,
     )
     from redrafter_mlx.engine import Engine, Served, load_served
@@ -88,6 +87,7 @@ def command(flags: Namespace) -> int:
             config = {"trust_remote_code": trust}
             auto = drafter and AUTO
             served = load_served(name, auto, tokenizer_config=config, trust_remote_code=trust)
+        served.context = options.context or served.context
         add_end_tokens(served.tokenizer, flags.extra_eos_token)
         if flags.chat_template_config and not served.tokenizer.has_chat_template:
             raise UserError(f"--chat-template-config: {name} has no chat template")

@@ -75,7 +75,7 @@ def _prompt(
     if begun and "tool_calls" in messages[-1]:
         message = f"messages[{len(asked.messages) - 1}]: the results of its tools are missing"
         raise ApiError(400, message, "invalid_value", "messages")
-    return template_prompt(served, defaults, messages, box, template, begun, may_be_long), box
+    return template_prompt(served, messages, box, template, begun, may_be_long), box
 
 
 def _user(turn: UserTurn, names: dict[str, str]) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
     own, effort = asked.chat_template_kwargs, asked.reasoning_effort
     template = template_arguments(served, defaults, own, effort, "reasoning_effort")
     messages = [_templated(message, place) for place, message in enumerate(asked.messages)]
-    prompt = template_prompt(served, defaults, messages, box, template)
+    prompt = template_prompt(served, messages, box, template)
     most = asked.max_tokens
     if asked.max_completion_tokens is not None:
         most = min(most or asked.max_completion_tokens, asked.max_completion_tokens)
@@ -63,7 +63,7 @@ def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults
     """The plan for a completion request; raises as `plan_chat` does."""
     given = asked.prompt
     is_one = isinstance(given, str) or not given or isinstance(given[0], int)
-    prompts = [_tokens(served, defaults, prompt) for prompt in ([given] if is_one else given)]
+    prompts = [_tokens(served, prompt) for prompt in ([given] if is_one else given)]
     if len(prompts) * (asked.n or 1) > 128:
         raise ApiError(400, "n: these are more than 128 answers", "invalid_value", "n")
     requests = plan_requests(
@@ -94,9 +94,9 @@ def _templated(message: Message, place: int) -> dict[str, Any]:
     return made
 
 
-def _tokens(served: Served, defaults: Defaults, prompt: str | Sequence[int]) -> Prompt:
+def _tokens(served: Served, prompt: str | Sequence[int]) -> Prompt:
     if isinstance(prompt, str):
-        check_length(served, defaults, [prompt])
+        check_length(served, [prompt])
         return Prompt(served.tokenizer.encode(prompt))
     size = served.target.vocab_size
     if beyond := [token for token in prompt if not 0 <= token < size]:

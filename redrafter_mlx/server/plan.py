@@ -44,14 +44,12 @@ _SAMPLING = {
 class Defaults:
     """The settings for whatever a request leaves out.
 
-    context   most tokens of prompt and answer; None: as many as the model has positions
     template  arguments for the chat template
     """
 
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
-    context: int | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -113,7 +111,7 @@ def plan_requests(
     stops = [stop] if isinstance(stop, str) else stop
     requests = []
     for prompt in prompts:
-        _check_context(served, defaults, prompt)
+        _check_context(served, prompt)
         shared = {
             "prompt": prompt.tokens,
             "marks": prompt.marks,
@@ -130,7 +128,6 @@ def plan_requests(
 
 def template_prompt(
     served: Served,
-    defaults: Defaults,
     messages: Sequence[Mapping[str, Any]],
     toolbox: Toolbox,
     template: Mapping[str, Any],
@@ -148,7 +145,7 @@ def template_prompt(
     """
     tokenizer = served.tokenizer
     if not may_be_long:
-        check_length(served, defaults, (message["content"] for message in messages))
+        check_length(served, (message["content"] for message in messages))
     if taken := sorted(template.keys() & set(OUR_ARGUMENTS)):
         param = f"chat_template_kwargs.{taken[0]}"
         raise ApiError(400, f"{param} is set by the server: leave it out", "invalid_value", param)
@@ -262,20 +259,14 @@ def event(data: Mapping[str, Any], name: str | None = None) -> str:
     return f"{head}data: {text}\n\n"
 
 
-def context_of(served: Served, defaults: Defaults) -> int | None:
-    """Most tokens of prompt and answer; None if no limit is known."""
-    return defaults.context if defaults.context is not None else served.context
-
-
-def check_length(served: Served, defaults: Defaults, texts: Iterable[str]) -> None:
+def check_length(served: Served, texts: Iterable[str]) -> None:
     """Raise ApiError for a prompt that is much too long, judged by its beginning.
 
     Tokenising all of it could take a minute.
 
     texts  parts of the prompt; there may be more to it
     """
-    limit = context_of(served, defaults)
-    text = "".join(texts)
+    limit, text = served.context, "".join(texts)
     if limit is None or len(text) <= SURELY_READ * limit:
         return
     begin = text[: SURELY_READ * limit]
@@ -284,8 +275,8 @@ def check_length(served: Served, defaults: Defaults, texts: Iterable[str]) -> No
         raise _too_long(f"about {round(tokens * len(text) / len(begin))}", limit)
 
 
-def _check_context(served: Served, defaults: Defaults, prompt: Prompt) -> None:
-    limit, tokens = context_of(served, defaults), len(prompt.tokens)
+def _check_context(served: Served, prompt: Prompt) -> None:
+    limit, tokens = served.context, len(prompt.tokens)
     if tokens == 0:
         raise ApiError(400, "the prompt is empty: it must hold at least one token", "empty_prompt")
     if limit is not None and tokens >= limit:
@@ -302,10 +293,9 @@ def _too_long(tokens: str, limit: int) -> ApiError:
 
 
 def _generation(served, defaults, prompt, stops, max_tokens) -> GenerationOptions:
-    limit = context_of(served, defaults)
     most = defaults.generation.max_tokens if max_tokens is None else max_tokens
-    if limit is not None:
-        room = limit - len(prompt.tokens)
+    if served.context is not None:
+        room = served.context - len(prompt.tokens)
         most = room if most < 0 else min(most, room)
     return dataclasses.replace(defaults.generation, max_tokens=most, stop=tuple(stops))
 

@@ -47,7 +47,7 @@ def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -
     template = template_arguments(served, defaults, own, effort, "reasoning.effort")
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     messages += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
-    prompt = template_prompt(served, defaults, messages, box, template)
+    prompt = template_prompt(served, messages, box, template)
     wanted = asked.top_logprobs is not None or bool(asked.include)
     top = (asked.top_logprobs or 0) if wanted else None
     most = asked.max_output_tokens
