@@ -112,7 +112,7 @@ class Chat:
         return [name for name in known if name.startswith(word)], len(word)
 
     def open(self, path: Path) -> None:
-        """Continue a saved chat, settings included; UserError for a bad file, which changes nothing."""
+        """Continue a saved chat with its settings; UserError, and no change, if the file is bad."""
         conversation, model, values = load(path)
         try:
             self.settings = self.settings.with_all(values)
