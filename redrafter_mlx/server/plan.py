@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.engine import Request, Served, Turn
 from redrafter_mlx.engine.conversation import Prompt, prompt_of
@@ -168,37 +166,28 @@ def template_arguments(
 ) -> dict[str, Any]:
     """Arguments for the chat template: the server's, those for reasoning, and the request's own.
 
-    own     chat_template_kwargs of the request
-    effort  how hard the model should think
-    param   the field that `effort` comes from, for errors
+    own       chat_template_kwargs of the request
+    effort    how hard the model should think
+    param     the field that `effort` comes from, for errors
+    thinking  whether it should think at all; None: as `effort` and the template say
 
     Raises ApiError for what the template cannot express.
     """
-    given = dict(defaults.template)
-    if effort is not None:
-        given |= _effort_arguments(served.tokenizer, effort, param)
-    if thinking is not None:
-        given |= _thinking_arguments(served.tokenizer, thinking)
-    return given | dict(own or {})
-
-
-def _effort_arguments(tokenizer: TokenizerWrapper, effort: str, param: str) -> dict[str, Any]:
+    tokenizer, given = served.tokenizer, dict(defaults.template)
     if effort == "none":
-        return _thinking_arguments(tokenizer, False)
-    source = tokenizer.chat_template if tokenizer.has_chat_template else ""
-    if "reasoning_effort" in str(source):
-        return {"reasoning_effort": effort}
-    message = f"{param} {effort!r} cannot be honoured: the model's chat template cannot express it"
-    raise ApiError(400, message, "unsupported_value", param)
-
-
-def _thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, Any]:
-    if tokenizer.has_thinking:
-        return {"enable_thinking": wanted}
-    if wanted:
+        thinking = bool(thinking)
+    elif effort is not None:
+        source = tokenizer.chat_template if tokenizer.has_chat_template else ""
+        if "reasoning_effort" not in str(source):
+            message = f"{param} {effort!r} cannot be honoured: the chat template cannot express it"
+            raise ApiError(400, message, "unsupported_value", param)
+        given["reasoning_effort"] = effort
+    if thinking is not None and tokenizer.has_thinking:
+        given["enable_thinking"] = thinking
+    elif thinking:
         message = "thinking: this model does not think before it answers"
         raise ApiError(400, message, "unsupported_value", "thinking")
-    return {}
+    return given | dict(own or {})
 
 
 def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) -> dict[str, Any]:
