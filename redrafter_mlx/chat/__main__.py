@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from redrafter_mlx import cli
 from redrafter_mlx.chat.conversation import load
-from redrafter_mlx.chat.screen import Screen
+from redrafter_mlx.chat.screen import Screen, is_dumb
 from redrafter_mlx.chat.settings import Settings
 from redrafter_mlx.config import (
     ChatOptions,
@@ -78,7 +78,7 @@ def command(flags: Namespace) -> int:
             chat = _chat(engine, screen, flags, settings)
             if interactive:
                 screen.note("/help lists commands and keys, Ctrl-D leaves", gap=True)
-                chat.talk(terminal.reader(chat.complete))
+                chat.talk(terminal.dumb if is_dumb() else terminal.editor(chat.complete))
             else:
                 chat.answer_all(terminal.piped())
         finally:

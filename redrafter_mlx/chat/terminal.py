@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from redrafter_mlx.chat.commands import COMMANDS, goes_on
-from redrafter_mlx.chat.screen import is_dumb
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine.storage import cache_directory, write_whole
 
@@ -97,11 +96,6 @@ def editor(complete: Completions) -> Callable[[], str]:
                     raise
 
     return read
-
-
-def reader(complete: Completions) -> Callable[[], str]:
-    """The function that reads messages from this terminal."""
-    return dumb if is_dumb() else editor(complete)
 
 
 @contextmanager

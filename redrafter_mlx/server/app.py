@@ -101,7 +101,7 @@ class Server:
             Route("/v1/models/{id:path}", self._describe),
         ]
         page = Page()
-        pages = [Route("/", page.index), Route("/page/{name}", page.file)]
+        pages = [Route("/", page.file), Route("/page/{name}", page.file)]
         cors = Middleware(
             CORSMiddleware,
             allow_origins=self.options.cors,

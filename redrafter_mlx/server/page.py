@@ -30,16 +30,9 @@ class Page:
     def __init__(self):
         self._files = {path.name: path for path in DIRECTORY.iterdir() if path.suffix in TYPES}
 
-    async def index(self, request: Request) -> Response:
-        """GET /."""
-        return self._response("index.html")
-
     async def file(self, request: Request) -> Response:
-        """GET /page/NAME."""
-        return self._response(request.path_params["name"])
-
-    def _response(self, name: str) -> Response:
-        path = self._files.get(name)
+        """GET / and GET /page/NAME."""
+        path = self._files.get(request.path_params.get("name", "index.html"))
         if path is None:
             raise HTTPException(404)
         media = f"{TYPES[path.suffix]}; charset=utf-8"
