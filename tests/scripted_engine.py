@@ -208,7 +208,7 @@ def serving(engine, options: ServerOptions | None = None, defaults=None, make=No
     """A server of an engine in a thread: yields its address and the Server."""
     options = options or ServerOptions(port=0)
     models = Models(engine, make, allowed)
-    server = Server(models, defaults or Defaults(context=options.context), options)
+    server = Server(models, defaults or Defaults(), options)
     http, listening = uvicorn_of(server), bind(options)
     host, port = listening.getsockname()[:2]
     thread = threading.Thread(

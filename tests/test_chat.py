@@ -624,7 +624,7 @@ def test_a_full_context_is_told_in_tokens_before_it_begins():
     chat.take("hello")
     assert engine.requests[-1].generation.max_tokens == 30 - len("u:hello|a:")
     assert "30 of 30 tokens of context" in chat.err.getvalue()
-    assert "no more than 30" in chat.err.getvalue()
+    assert "knows only 30 positions" in chat.err.getvalue()
     message = refusal(chat.take, "more")
     assert "30" in message
     assert "/undo" in message
@@ -717,7 +717,7 @@ def test_an_engine_that_has_ended_ends_the_wait():
     chat, engine = scripted("x")
     engine.submit = lambda request, deliver: Ticket(request, deliver)
     engine.is_alive = False
-    assert "has ended" in refusal(chat.take, "a")
+    assert "has stopped" in refusal(chat.take, "a")
 
 
 def test_what_is_not_utf_8_is_not_sent():

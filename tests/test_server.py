@@ -291,7 +291,7 @@ def test_stopping_lets_running_requests_end(start):
         running = threading.Thread(target=lambda: replies.append(post(address)))
         running.start()
         wait_until(lambda: engine.running == 1)
-        server.begin_stop()
+        server.is_stopping = True
         reply = post(address)
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "server_stopping")
         assert reply.headers["retry-after"] == "5"

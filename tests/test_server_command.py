@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -126,11 +127,17 @@ def test_ctrl_c_and_again(tiny):
     assert "Traceback" not in err
 
 
-def test_keys_from_the_environment_and_flags(tiny):
-    process, address = start(tiny, "--api-key", "a", "--api-key", "b", REDRAFTER_MLX_API_KEY="c")
+def test_keys_from_the_environment_and_flags_and_the_context(tiny):
+    keys = ("--api-key", "a", "--api-key", "b")
+    process, address = start(tiny, *keys, "--context", "64", REDRAFTER_MLX_API_KEY="c")
     for key, status in (("a", 200), ("b", 200), ("c", 200), ("d", 401)):
         reply = httpx.get(f"{address}/v1/models", headers={"x-api-key": key})
         assert reply.status_code == status
+        assert status == 401 or reply.json()["data"][0]["redrafter"]["context"] == 64
+    body = {"messages": [{"role": "user", "content": "a" * 100}]}
+    headers = {"x-api-key": "a"}
+    reply = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
     process.send_signal(signal.SIGTERM)
     code, err = end(process)
     assert code == 0
@@ -165,7 +172,9 @@ def test_errors_are_one_line(refused, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"--port {port}" in refused("--port", port)
-    monkeypatch.setattr(command, "_is_there", lambda module: module != "uvicorn")
+    find = importlib.util.find_spec
+    without = lambda name, *more: None if name == "uvicorn" else find(name, *more)
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     assert "pip install 'redrafter-mlx[server]'" in refused()
 
 

@@ -1,7 +1,7 @@
 """Chat with a model: python -m redrafter_mlx.chat.
 
-In a terminal it reads messages with an editor of lines; from a pipe a message a line. Answers go
-to standard output, all else to standard error.
+In a terminal, messages are typed in a line editor; from a pipe, each line is a message. Answers go
+to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from redrafter_mlx import cli
 from redrafter_mlx.chat.conversation import load
-from redrafter_mlx.chat.screen import Screen
+from redrafter_mlx.chat.screen import Screen, is_dumb
 from redrafter_mlx.chat.settings import Settings
 from redrafter_mlx.config import (
     ChatOptions,
@@ -27,7 +27,7 @@ from redrafter_mlx.config import (
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.model_flags import add_end_tokens, add_model_flags, drafter_of, loading
 
-if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
+if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are reported before that
     from redrafter_mlx.chat.session import Chat
     from redrafter_mlx.engine.served import Served
 
@@ -37,7 +37,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="redrafter_mlx.chat",
         description="Chat with a model: faster with a drafter, and with the same words as "
-        "without. /help lists what can be typed besides messages.",
+        "without one. /help lists the commands that can be typed.",
     )
     add_model_flags(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message for the chat template")
@@ -45,27 +45,27 @@ def make_parser() -> cli.Parser:
         "--load",
         type=Path,
         metavar="FILE",
-        help="go on with what /save wrote, its settings included; flags that differ from their "
-        "defaults go before them",
+        help="continue a chat that /save wrote, settings included; flags that differ from their "
+        "defaults take precedence",
     )
     add_flags(parser, ChatOptions, SamplingOptions, DraftOptions, DrafterOptions, EngineOptions)
     return parser
 
 
 def command(flags: Namespace) -> int:
-    """Chat until the input ends; the exit code."""
+    """Chat until the input ends; returns the exit code."""
     settings = Settings.from_flags(flags)
     drafter = drafter_of(flags)
     if not cli.is_text(flags.system or ""):
         raise UserError("--system is not UTF-8; convert it, for example with iconv -t UTF-8")
-    if flags.load:  # a bad file is told before a model is loaded
+    if flags.load:  # a bad file is reported before a model is loaded
         settings.with_all(load(flags.load)[2])
 
     from redrafter_mlx.chat import terminal
     from redrafter_mlx.engine.engine import Engine
 
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without a letter must not end the chat
+        if hasattr(stream, "reconfigure"):  # a character it cannot encode must not end the chat
             stream.reconfigure(errors="replace")
     screen, interactive = Screen(), terminal.is_interactive()
     with screen.notes_log():
@@ -78,7 +78,7 @@ def command(flags: Namespace) -> int:
             chat = _chat(engine, screen, flags, settings)
             if interactive:
                 screen.note("/help lists commands and keys, Ctrl-D leaves", gap=True)
-                chat.talk(terminal.reader(chat.complete))
+                chat.talk(terminal.dumb if is_dumb() else terminal.editor(chat.complete))
             else:
                 chat.answer_all(terminal.piped())
         finally:
@@ -87,7 +87,7 @@ def command(flags: Namespace) -> int:
 
 
 def _served(flags: Namespace, drafter: str | None, options: DrafterOptions) -> Served:
-    """Called in the engine's thread."""
+    """Load the model and its drafter; runs in the engine's thread."""
     from redrafter_mlx.engine.served import load_served
 
     served = load_served(flags.model, drafter, options, **loading(flags))
@@ -96,7 +96,7 @@ def _served(flags: Namespace, drafter: str | None, options: DrafterOptions) -> S
         for name in ("system", "chat_template_config"):
             if getattr(flags, name):
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} needs a chat template: take a model that has one")
+                raise UserError(f"{flag} needs a chat template: use a model that has one")
     return served
 
 

@@ -1,4 +1,4 @@
-"""One answer: a request to the engine, shown turn by turn as it comes."""
+"""One answer: a request to the engine, shown turn by turn as it arrives."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ MOST_SEED = SamplingOptions.__dataclass_fields__["seed"].metadata["high"]
 
 @dataclass
 class Answer:
-    """What was said, and what it took.
+    """What the model said, and what it took.
 
-    reasoning      that led to it, not part of the text
+    reasoning      that led to the answer; not part of the text
     finish_reason  "stop", "length" or "cancelled"
     interrupted    whether Ctrl-C was pressed; the answer may have been complete by then
-    stats          as Stats.as_dict has them
-    context        tokens of the conversation with the answer
-    room           tokens that the model's context leaves it; None: no limit is known
+    stats          as from Stats.as_dict
+    note           what the user should know; usually nothing
+    context        tokens of the conversation, this answer included
+    room           most tokens that the conversation may have; None: no limit is known
     """
 
     text: str = ""
@@ -49,14 +50,15 @@ class Answer:
 
     @property
     def is_answer(self) -> bool:
-        """Whether anything was said, or nothing on purpose."""
+        """Whether there is an answer: some text, or none because the model ended at once."""
         return bool(self.text) or self.finish_reason == "stop"
 
     def summary(self) -> str:
-        """One line."""
+        """One line about its length and speed."""
         stats = self.stats
-        parts = [f"{counted(stats.get('generation_tokens', 0), 'token')}"]
-        if parts[0] != "0 tokens":
+        tokens = stats.get("generation_tokens", 0)
+        parts = [counted(tokens, "token")]
+        if tokens:
             parts += [
                 f"{stats['generation_tps']:.1f} tokens/s",
                 f"{stats['tokens_per_round']:.2f} tokens a round",
@@ -73,14 +75,14 @@ class Answer:
 class Asker:
     """Asks an engine's model.
 
-    template  more arguments of the chat template
+    template  further arguments for the chat template
     """
 
     def __init__(self, engine: Engine, screen: Screen, template: Mapping[str, Any]):
         self._engine, self._screen, self._template = engine, screen, template
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """What the model is to read.
+        """The prompt for a conversation.
 
         Raises UserError if the template refuses it, or if it leaves no room for an answer.
         """
@@ -89,16 +91,16 @@ class Asker:
         if most is not None and size >= most:
             raise UserError(
                 f"the conversation has {size:,} tokens with this message, and the model knows "
-                f"{most:,} places: /undo takes back the last exchange, /new begins another"
+                f"{most:,} positions: /undo takes back the last exchange, /new starts a new one"
             )
         return prompt
 
     def ask(self, prompt: Prompt, settings: Settings, again: int = 0) -> Answer:
-        """Have the prompt answered and show it. Ctrl-C ends the answer.
+        """Have the prompt answered, showing the answer as it comes; Ctrl-C stops it.
 
-        again  how many times it was answered before: a given seed moves on by as many
+        again  how many times it was answered before: added to the seed, if there is one
 
-        Raises UserError, also for whatever went wrong in the engine.
+        Raises UserError, also for anything that goes wrong in the engine.
         """
         room = self._engine.served.context
         request = _request(prompt, settings, room, again)
@@ -118,7 +120,7 @@ class Asker:
                     self._show(answer, channels, turn, settings.chat.show_drafts)
                 answer.interrupted = stop.is_wanted
         finally:
-            stop()  # whatever it was that ended this
+            stop()  # the engine must not go on after an error
             progress.close()
             self._screen.end_answer()
         answer.context = len(prompt.tokens) + answer.stats.get("generation_tokens", 0)
@@ -137,7 +139,7 @@ class Asker:
                 turn = turns.get(timeout=1.0)
             except queue.Empty:
                 if not self._engine.is_alive:
-                    raise UserError("the engine has ended: start the chat again") from None
+                    raise UserError("the engine has stopped: start the chat again") from None
                 continue
             yield turn
             if turn.finish_reason is not None:
@@ -168,7 +170,7 @@ class Asker:
                 self._screen.reasoning(text)
             return
         if answer.reasoning and not answer.text:
-            text = text.lstrip("\n")  # that set it apart from the reasoning
+            text = text.lstrip("\n")  # blank lines between the reasoning and the answer
         if text:
             answer.text += text
             said.append((style, text))
@@ -194,7 +196,7 @@ def _request(prompt: Prompt, settings: Settings, room: int | None, again: int) -
 
 
 class _Stop:
-    """Called, it ends a request, if there is one by then."""
+    """Calling it cancels the request, if one has been made by then."""
 
     def __init__(self):
         self.ticket: Ticket | None = None
@@ -202,13 +204,13 @@ class _Stop:
 
     def __call__(self, *_) -> None:
         self.is_wanted = True
-        # A second Ctrl-C must not come in the middle of the first one's `cancel`.
+        # A second Ctrl-C may interrupt the first one's `cancel`, whose lock it would wait for.
         if self.ticket is not None and not self.ticket.is_cancelled:
             self.ticket.cancel()
 
     @contextmanager
     def at_ctrl_c(self) -> Iterator[None]:
-        """Ctrl-C calls this while the block runs, instead of ending whatever runs just then."""
+        """While the block runs, Ctrl-C calls this instead of raising KeyboardInterrupt."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -220,5 +222,5 @@ class _Stop:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 token, 2 tokens."""
+    """The number with its noun: 1 token, 2 tokens."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""What was said: messages, the system's among them, and the file that they are kept in."""
+"""A conversation: its messages, and the file that /save keeps it in."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine.storage import one_line, write_whole
 
 FORMAT = "redrafter_mlx_chat"
-"""Key that says that a file is a chat's; its value is the version of the format."""
+"""The key that marks a file as a saved chat; its value is the version of the format."""
 VERSION = 1
 LARGEST = 64 * 2**20
-"""Bytes of a file beyond which it is not read."""
+"""Size in bytes above which a file is not read."""
 
 Message = dict[str, str]
 
 
 @dataclass
 class Conversation:
-    """Messages of role and content, in turn the user's and the model's.
+    """Messages with role and content, the user's and the model's in turn.
 
     system    the system message; empty: none
-    messages  all others. The last one is the user's if it was not answered
+    messages  all others; the last is the user's if it has not been answered
     """
 
     system: str = ""
     messages: list[Message] = field(default_factory=list)
 
     def with_system(self, messages: list[Message] | None = None) -> list[Message]:
-        """All messages, or these, after the system's, as a chat template takes them."""
+        """The system message and then all messages, or these, as a chat template takes them."""
         first = [{"role": "system", "content": self.system}] if self.system else []
         return first + (self.messages if messages is None else messages)
 
     @property
     def unanswered(self) -> str | None:
-        """The user's last message, if nothing was said to it."""
+        """The user's last message, if it has not been answered."""
         last = self.messages[-1] if self.messages else {"role": ""}
         return last["content"] if last["role"] == "user" else None
 
     def asked(self, text: str) -> list[Message]:
-        """The messages with one more of the user's; it takes the place of an unanswered one."""
+        """The messages and a new one of the user's, which replaces an unanswered one."""
         kept = self.messages if self.unanswered is None else self.messages[:-1]
         return [*kept, {"role": "user", "content": text}]
 
@@ -54,11 +54,11 @@ class Conversation:
         """
         places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         if not places:
-            raise UserError("nothing was asked yet: type a message")
+            raise UserError("nothing was asked so far: type a message")
         return self.messages[: places[-1] + 1]
 
     def undo(self) -> str:
-        """Take back the user's last message and what was said to it; the message.
+        """Take back the user's last message and its answer; returns the message.
 
         Raises UserError if there is none.
         """
@@ -67,9 +67,9 @@ class Conversation:
         return last["content"]
 
     def save(self, path: Path, model: str, settings: dict[str, Any]) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, completely or not at all.
 
-        Raises UserError if it cannot be written, or if the file that is there is no chat's.
+        Raises UserError if it cannot be written, or would replace a file that is not a saved chat.
         """
         if path.exists():
             if not path.is_file():
@@ -77,7 +77,8 @@ class Conversation:
             try:
                 load(path)
             except UserError as error:
-                raise UserError(f"{path} is there and no saved chat: give another name") from error
+                message = f"{path} exists and is not a saved chat: give another name"
+                raise UserError(message) from error
         if not path.resolve().parent.is_dir():
             raise UserError(f"there is no directory {path.parent}: make it, or give another name")
         content = {
@@ -94,7 +95,7 @@ class Conversation:
 
 
 def load(path: Path) -> tuple[Conversation, str, dict[str, Any]]:
-    """The conversation in a file, the model it was with, and settings by name, not checked yet.
+    """The conversation in a file, its model's name, and its settings by name, not yet checked.
 
     Raises UserError if the file cannot be read or is not what `Conversation.save` writes.
     """
@@ -102,21 +103,21 @@ def load(path: Path) -> tuple[Conversation, str, dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: it is no saved chat")
+            raise UserError(f"{path} is larger than {LARGEST >> 20} MiB: it is not a saved chat")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no saved chat: {one_line(error)}") from error
+        raise UserError(f"{path} is not a saved chat: {one_line(error)}") from error
     if not isinstance(content, dict) or content.get(FORMAT) != VERSION:
         raise UserError(
-            f'{path} is no saved chat: it does not say "{FORMAT}": {VERSION}, as /save writes it'
+            f'{path} is not a saved chat: it lacks the "{FORMAT}": {VERSION} that /save writes'
         )
-    return (
-        _conversation(path, content.get("messages")),
-        _text(path, "model", content.get("model", "")),
-        _settings(path, content.get("settings", {})),
-    )
+    settings = content.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: settings must be an object, not {_shortly(settings)}")
+    conversation = _conversation(path, content.get("messages"))
+    return conversation, _text(path, "model", content.get("model", "")), settings
 
 
 def _conversation(path: Path, messages: Any) -> Conversation:
@@ -141,12 +142,6 @@ def _conversation(path: Path, messages: Any) -> Conversation:
         else:
             found.messages.append({"role": role, "content": content})
     return found
-
-
-def _settings(path: Path, settings: Any) -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: settings must be an object, not {_shortly(settings)}")
-    return settings
 
 
 def _text(path: Path, name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is shown: answers on standard output, all else on standard error, with colour or without."""
+"""What the user sees: answers on standard output, the rest on standard error, in colour or not."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from contextlib import contextmanager
 from typing import TextIO
 
 PLAIN, DRAFTED = "", "drafted"
-_FAINT, _GREEN, _RED, _BOLD, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
+_FAINT, _GREEN, _RED, _RESET = "\x1b[2m", "\x1b[32m", "\x1b[31m", "\x1b[0m"
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 _VISIBLE = _PICTURES | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-"""Control characters -> what shows them: nothing that a model says may steer a terminal."""
+"""Control characters -> visible stand-ins: no text from a model may control the terminal."""
 
 
 def is_dumb() -> bool:
-    """Whether the terminal understands no escape sequences."""
+    """Whether the terminal lacks escape sequences."""
     return os.environ.get("TERM", "") in ("", "dumb", "unknown")
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether colours may be written to a stream: to terminals, unless NO_COLOR forbids it."""
+    """Whether a stream may be coloured: it is a terminal, and NO_COLOR is not set."""
     return stream.isatty() and not is_dumb() and not os.environ.get("NO_COLOR")
 
 
 class Screen:
-    """Writes answers, and what is said about them."""
+    """Writes answers, and notes about them."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None):
         self._out, self._err = out or sys.stdout, err or sys.stderr
-        self._open: TextIO | None = None  # with a line that has not ended
+        self._open: TextIO | None = None  # the stream whose last line has not ended
         self._thinking = False
-        self._lock = threading.RLock()  # the engine's thread has things to note as well
+        self._lock = threading.RLock()  # the engine's thread writes notes as well
         self.legend = "green: drafted" if has_colour(self._out) else "[...]: drafted"
 
     def answer(self, pieces: Iterable[tuple[str, str]]) -> None:
-        """Text of the answer, in (style, text), that stays where it is until more follows."""
+        """Write more of the answer, as (style, text); the line stays open."""
         if self._thinking:
             self.end_line()
             self._write(self._err, "\n")
@@ -50,7 +50,7 @@ class Screen:
         )
 
     def reasoning(self, text: str) -> None:
-        """Text that leads to an answer."""
+        """Write more of the reasoning before an answer."""
         if not self._thinking:
             self.end_line()
             text = text.lstrip("\n")
@@ -60,35 +60,38 @@ class Screen:
         self._write(self._err, self._painted(self._err, _FAINT, text))
 
     def end_line(self) -> None:
-        """Whatever comes next begins a line."""
+        """Make whatever comes next start on a new line."""
         if self._open is not None:
             self._write(self._open, "\n")
 
     def end_answer(self) -> None:
-        """The answer is complete, whatever was said."""
+        """Close the answer, complete or not."""
         self.end_line()
         self._thinking = False
 
     def note(self, text: str, gap: bool = False) -> None:
-        """Something about an answer; several lines perhaps. gap: an empty line after it."""
+        """Write something about an answer, on one line or several.
+
+        gap  whether an empty line follows
+        """
         with self._lock:
             self.end_line()
             ends = "\n\n" if gap else "\n"
             self._write(self._err, self._painted(self._err, _FAINT, self._wrapped(text)) + ends)
 
     def tell(self, text: str) -> None:
-        """What a command was asked to show."""
+        """Write what a command was asked to show."""
         self.end_line()
         self._write(self._err, self._safe(self._err, text) + "\n")
 
     def error(self, text: str) -> None:
-        """What went wrong."""
+        """Write what went wrong."""
         self.end_line()
         self._write(self._err, self._painted(self._err, _RED, self._wrapped(text)) + "\n")
 
     @contextmanager
     def notes_log(self) -> Iterator[None]:
-        """Log messages, of any thread, are notes while the block runs: none begins amid a line."""
+        """While the block runs, log messages of all threads are notes, so none starts mid-line."""
         root, notes = logging.getLogger(), _Notes(self)
         before, root.handlers = root.handlers, [notes]
         try:
@@ -108,7 +111,7 @@ class Screen:
         return f"{style}{safe}{_RESET}" if safe and has_colour(stream) else safe
 
     def _wrapped(self, text: str) -> str:
-        """Lines that a terminal need not break amid a word."""
+        """The text in lines that fit the terminal, broken between words."""
         if not self._err.isatty():
             return text
         width = max(shutil.get_terminal_size().columns - 1, 20)
@@ -135,12 +138,12 @@ class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._screen.note(self.format(record))
-        except Exception:  # as a log's own errors end no program
+        except Exception:  # as in every logging handler: a failure to log must not end the program
             self.handleError(record)
 
 
 def _joined(pieces: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Neighbours of one style in one piece, empty ones left out."""
+    """The pieces with neighbours of the same style joined, without empty ones."""
     found: list[tuple[str, str]] = []
     for style, text in pieces:
         if found and found[-1][0] == style:

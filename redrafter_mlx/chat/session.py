@@ -1,13 +1,13 @@
-"""A chat: lines come in, are commands or messages, and are answered."""
+"""A chat: takes lines, which are commands or messages, and answers them."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from redrafter_mlx.chat.answers import Answer, Asker, counted
 from redrafter_mlx.chat.commands import COMMANDS, KEYS, WITH_ARGUMENT, parse
@@ -29,34 +29,16 @@ from redrafter_mlx.loading.places import expanded
 
 LEAVE = "Ctrl-D or /quit leaves"
 MOST_DEPTHS = 8
-"""Depths of drafts that /stats shows; an index of the text may draft many more."""
-
-
-@dataclass
-class Sums:
-    """What all answers of a chat took."""
-
-    answers: int = 0
-    tokens: int = 0
-    rounds: int = 0
-    seconds: float = 0.0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-
-    def add(self, stats: dict[str, Any]) -> None:
-        self.answers += 1
-        self.tokens += stats.get("generation_tokens", 0)
-        self.rounds += stats.get("rounds", 0)
-        self.seconds += stats.get("decode_seconds", 0.0)
-        self.prompt_tokens += stats.get("prompt_tokens", 0)
-        self.cached_tokens += stats.get("cached_tokens", 0)
+"""How many depths of drafts /stats shows; Max-Gram may draft many more."""
+SUMMED = ("generation_tokens", "rounds", "decode_seconds", "prompt_tokens", "cached_tokens")
+"""The statistics of answers that /stats adds up."""
 
 
 @dataclass
 class Chat:
-    """A conversation with its settings, and what asks the model.
+    """A conversation, its settings, and the means to ask the model.
 
-    model  its name, for the files that are saved
+    model  name of the model, for saved files
     """
 
     asker: Asker
@@ -66,14 +48,14 @@ class Chat:
     conversation: Conversation = field(default_factory=Conversation)
     last: Answer | None = None
     _file: Path | None = None
-    _sums: Sums = field(default_factory=Sums)
+    _sums: Counter = field(default_factory=Counter)  # of SUMMED, and the number of answers
     _again: int = 0
-    _asked: tuple[list[Message], Settings] | None = None  # that `last` answered in full
+    _asked: tuple[list[Message], Settings] | None = None  # what `last` answered, if not stopped
     _note: str = ""
     _knows_marks: bool = False
 
     def talk(self, read: Callable[[], str]) -> None:
-        """Take what is typed until it ends; errors are told, and the chat goes on."""
+        """Take what is typed until the input ends; errors are shown, and the chat goes on."""
         while True:
             try:
                 typed = read()
@@ -91,7 +73,7 @@ class Chat:
                 self.screen.error(" ".join(str(error).split()) or type(error).__name__)
 
     def answer_all(self, lines: Iterable[str]) -> None:
-        """Take lines until they end; an error ends it, and so does Ctrl-C, in an answer too."""
+        """Take lines until they end, an error occurs or Ctrl-C is pressed, even in an answer."""
         for line in lines:
             if not self.take(line):
                 return
@@ -101,7 +83,7 @@ class Chat:
     def take(self, typed: str) -> bool:
         """One message or command; False if it was the last."""
         if not is_text(typed):
-            raise UserError("the message is not UTF-8: set the terminal to it")
+            raise UserError("the message is not UTF-8: set the terminal to UTF-8")
         if not typed.strip():
             return True
         line = parse(typed)
@@ -114,7 +96,7 @@ class Chat:
         return True
 
     def complete(self, before: str) -> tuple[list[str], int]:
-        """Words that may stand where the cursor is, and how much of the text they replace."""
+        """Completions at the cursor, and how many characters before it they replace."""
         word = before.rpartition(" ")[2]
         if before.startswith("/set "):
             parts = before.split(" ")
@@ -130,7 +112,7 @@ class Chat:
         return [name for name in known if name.startswith(word)], len(word)
 
     def open(self, path: Path) -> None:
-        """Go on with a file's conversation and settings; UserError, and no change, if it is bad."""
+        """Continue a saved chat with its settings; UserError, and no change, if the file is bad."""
         conversation, model, values = load(path)
         try:
             self.settings = self.settings.with_all(values)
@@ -147,7 +129,7 @@ class Chat:
         with unechoed():
             answer = self.asker.ask(prompt, self.settings, again)
         self.last = answer
-        self._sums.add(answer.stats)
+        self._sums += Counter({name: answer.stats.get(name, 0) for name in SUMMED}, answers=1)
         if answer.is_answer:
             said = {"role": "assistant", "content": answer.text}
             self.conversation.messages = [*messages, said]
@@ -165,14 +147,14 @@ class Chat:
         notes = [summary]
         if answer.finish_reason == "length":
             if answer.room is not None and answer.context >= answer.room:
-                notes.append(f"the model knows no more than {answer.room:,} places: /undo or /new")
+                notes.append(f"the model knows only {answer.room:,} positions: /undo or /new")
             else:
                 most = self.settings.chat.max_tokens
                 notes.append(
-                    f"the answer ends at max-tokens {most}: /set max-tokens N, then /retry"
+                    f"the answer was cut at max-tokens {most}: /set max-tokens N, then /retry"
                 )
         if not answer.is_answer:
-            notes.append("no answer is kept: /retry asks again, another message takes its place")
+            notes.append("no answer was kept: /retry asks again, a new message replaces this one")
         if answer.note and answer.note != self._note:
             notes.append(answer.note)
         self._note = answer.note or self._note
@@ -185,7 +167,7 @@ class Chat:
     def _new(self, _: str) -> None:
         self.conversation = Conversation(self.conversation.system)
         self._file = self._asked = None
-        self.screen.note("another conversation")
+        self.screen.note("a new conversation")
 
     def _system(self, text: str) -> None:
         if text:
@@ -206,7 +188,7 @@ class Chat:
         self.screen.tell(told)
 
     def _list_settings(self) -> None:
-        """A line for each, and a star at those that are not at their defaults."""
+        """One line for each, with a star at those that differ from their defaults."""
         changed = self.settings.changed()
         rows = [
             (
@@ -230,7 +212,9 @@ class Chat:
         self.screen.note(f"taken back: {textwrap.shorten(text, 60, placeholder=' ...')}")
 
     def _save(self, name: str) -> None:
-        path = self._named(name)
+        if not name and self._file is None:
+            raise UserError("/save needs the name of a file")
+        path = expanded(name) if name else self._file
         self.conversation.save(path, self.model, self.settings.as_dict())
         self._file = path
         said = counted(len(self.conversation.messages), "message")
@@ -239,36 +223,32 @@ class Chat:
     def _load(self, name: str) -> None:
         if not name:
             raise UserError("/load needs the name of a file that /save wrote")
-        self.open(self._named(name))
-
-    def _named(self, name: str) -> Path:
-        if not name and self._file is None:
-            raise UserError("/save needs the name of a file")
-        return expanded(name) if name else self._file
+        self.open(expanded(name))
 
     def _stats(self, _: str) -> None:
         self.screen.tell(_report(self.last, self._sums))
 
 
-def _report(last: Answer | None, sums: Sums) -> str:
+def _report(last: Answer | None, sums: Counter) -> str:
     if last is None:
-        return "nothing was answered yet"
+        return "there is no answer yet"
     room = "" if last.room is None else f" of {last.room:,}"
-    speed = sums.tokens / sums.seconds if sums.seconds else 0.0
-    each = sums.tokens / sums.rounds if sums.rounds else 0.0
+    tokens, rounds, seconds, prompts, cached = (sums[name] for name in SUMMED)
+    speed = tokens / seconds if seconds else 0.0
+    each = tokens / rounds if rounds else 0.0
     rows = [
         *_rows_of(last),
         ("context", f"{last.context:,}{room} tokens"),
-        ("all answers", f"{sums.answers:,}: {counted(sums.tokens, 'token')}, {speed:.1f} tokens/s, "
+        ("all answers", f"{sums['answers']:,}: {counted(tokens, 'token')}, {speed:.1f} tokens/s, "
          f"{each:.2f} tokens a round"),
-        ("all prompts", f"{sums.prompt_tokens:,} tokens, {sums.cached_tokens:,} of them cached"),
+        ("all prompts", f"{prompts:,} tokens, {cached:,} of them cached"),
     ]  # fmt: skip
     return _table(rows)
 
 
 def _rows_of(last: Answer) -> Iterator[tuple[str, str]]:
     stats = last.stats
-    read = f"the others at {stats.get('prompt_tps', 0.0):.1f} tokens/s"
+    read = f"the rest read at {stats.get('prompt_tps', 0.0):.1f} tokens/s"
     cached = f"{stats.get('cached_tokens', 0):,} of them cached"
     yield "last prompt", f"{stats.get('prompt_tokens', 0):,} tokens, {cached}, {read}"
     yield "last answer", last.summary()
@@ -277,7 +257,7 @@ def _rows_of(last: Answer) -> Iterator[tuple[str, str]]:
         depths = stats["accepted_at"]
         shares = " ".join(f"{count / stats['rounds']:.0%}" for count in depths[:MOST_DEPTHS])
         shares += " ..." if len(depths) > MOST_DEPTHS else ""
-        yield "accepted", f"{shares or 'nothing'} (of rounds, by depth of the draft)"
+        yield "accepted", f"{shares or 'nothing'} (of rounds, by depth of the draft token)"
         yield "rule", stats["rule"]
         yield "peak memory", f"{stats['peak_memory']:.2f} GB"
     if last.seed is not None:
@@ -286,14 +266,13 @@ def _rows_of(last: Answer) -> Iterator[tuple[str, str]]:
         yield "note", last.note
 
 
-def _table(rows: Iterable[tuple[str, str]], most_lines: int | None = None) -> str:
-    """Two columns, the second one as wide as the terminal leaves it."""
-    rows = list(rows)
+def _table(rows: Sequence[tuple[str, str]], most_lines: int | None = None) -> str:
+    """Two columns, the second as wide as the terminal allows."""
     left = min(max(len(first) for first, _ in rows), 30) + 2
     width = max(shutil.get_terminal_size().columns - left - 1, 30)
     lines = []
     for first, second in rows:
-        if len(first) >= left:  # the list of somebody's stop strings, say
+        if len(first) >= left:  # a long list of stop strings, say
             first = f"{first[: left - 5]}...  "
         wrapped = textwrap.wrap(second, width, max_lines=most_lines, placeholder=" ...")
         for head in wrapped or [""]:

@@ -1,4 +1,4 @@
-"""What can be set while chatting: the options of an answer, by the names of their flags."""
+"""The settings that can be changed during a chat: an answer's options, named as their flags."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from redrafter_mlx.errors import UserError
 ON, OFF = ("on", "true", "yes"), ("off", "false", "no")
 NONE, DEFAULT = "none", "default"
 DRAFTERS = (DEFAULT, "max_gram", NONE)
-"""Names of the engine's drafters; its own constants would bring mlx with them."""
+"""Names of the engine's drafters; its own constants would import mlx with them."""
 
 
 @dataclass(frozen=True)
 class Drafting(Options):
-    """Which of the loaded drafters drafts."""
+    """Which of the loaded drafters is used."""
 
     drafter: str = option(
         DEFAULT,
-        "what drafts: default (as the chat was started), max_gram or none; the words are the same",
+        "drafter: default (as the chat was started), max_gram or none; the words are the same",
         type=str,
         choices=DRAFTERS,
     )
@@ -44,7 +44,7 @@ class Drafting(Options):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that an answer depends on besides the conversation. Changes make another one."""
+    """Everything that an answer depends on besides the conversation. Changes make a copy."""
 
     chat: ChatOptions = field(default_factory=ChatOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -53,7 +53,7 @@ class Settings:
 
     @classmethod
     def from_flags(cls, flags: Namespace) -> Settings:
-        """Those that the command was started with."""
+        """The settings that the command was started with."""
         return cls(
             *(from_flags(group, flags) for group in (ChatOptions, SamplingOptions, DraftOptions))
         )
@@ -66,9 +66,9 @@ class Settings:
                 yield f, getattr(group, f.name)
 
     def find(self, name: str) -> tuple[dataclasses.Field, Any]:
-        """The option of that name, or of that flag's name, and its value.
+        """The option with that name, written as in Python or as a flag, and its value.
 
-        Raises UserError, which names all there are, for any other name.
+        Raises UserError for an unknown name, listing those that exist.
         """
         wanted = field_name(name)
         for f, value in self:
@@ -77,15 +77,15 @@ class Settings:
         fixed = {f.name for group in (DrafterOptions, EngineOptions) for f in fields(group)}
         if wanted in fixed | {"model", "no_draft", "adapter_path", "revision"}:
             raise UserError(
-                f"--{setting_name(wanted)} is for the start of the chat: leave, and give it there"
+                f"--{setting_name(wanted)} can only be set at the start: leave, and start with it"
             )
         names = ", ".join(setting_name(f.name) for f, _ in self)
         raise UserError(f"there is no setting {name!r}; there are: {names}")
 
     def put(self, name: str, value: Any) -> Settings:
-        """These settings with another value of one.
+        """These settings with one value changed.
 
-        Raises UserError for a name that is none and for a value out of its range.
+        Raises UserError for an unknown name and for a value that is not allowed.
         """
         f, _ = self.find(name)
         if isinstance(value, list):
@@ -94,55 +94,51 @@ class Settings:
         is_bool = f.metadata["type"] is bool
         if (is_bool and not isinstance(value, bool)) or (choices and value not in choices):
             raise _wrong(f, value)
-        for part in fields(self):
-            group = getattr(self, part.name)
-            if f in fields(group):
-                try:
-                    return replace(self, **{part.name: replace(group, **{f.name: value})})
-                except UserError as error:  # which speaks of flags
-                    raise UserError(
-                        str(error).replace(f"--{setting_name(f.name)}", setting_name(f.name))
-                    ) from error
-        raise AssertionError(f"{f.name} is in no group")
+        groups = {part.name: getattr(self, part.name) for part in fields(self)}
+        part, group = next((n, group) for n, group in groups.items() if f in fields(group))
+        try:
+            return replace(self, **{part: replace(group, **{f.name: value})})
+        except UserError as error:  # it names the flag, but a setting was typed
+            typed = setting_name(f.name)
+            raise UserError(str(error).replace(f"--{typed}", typed)) from error
 
     def put_text(self, name: str, text: str) -> Settings:
-        """`put` with a value as it was typed."""
+        """`put` with the value as it was typed."""
         f, _ = self.find(name)
         try:
-            return self.put(name, _parsed(f, text))
+            value = _parsed(f, text)
         except (ValueError, TypeError, ArgumentTypeError) as error:
-            if isinstance(error, UserError):
-                raise
             raise _wrong(f, text) from error
+        return self.put(name, value)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of them, for JSON."""
+        """All settings, for JSON."""
         return {f.name: value for f, value in self}
 
     def with_all(self, values: dict[str, Any]) -> Settings:
-        """These settings with other values, as JSON has them; UserError as `put` raises it."""
+        """These settings with other values, as read from JSON; raises as `put` does."""
         found = self
         for name, value in values.items():
             found = found.put(name, _from_json(self.find(name)[0], value))
         return found
 
     def changed(self) -> dict[str, Any]:
-        """Those that differ from their defaults."""
+        """The settings that differ from their defaults."""
         return {f.name: value for f, value in self if value != f.default}
 
 
 def setting_name(name: str) -> str:
-    """As flags write it."""
+    """The name as it is written in flags, without the dashes in front."""
     return name.replace("_", "-")
 
 
 def field_name(name: str) -> str:
-    """As Python writes it."""
+    """The name as it is written in Python."""
     return name.removeprefix("--").lower().replace("-", "_")
 
 
 def shown(value: Any) -> str:
-    """A value as it can be typed."""
+    """A value as it would be typed."""
     if isinstance(value, bool):
         return ON[0] if value else OFF[0]
     if value is None or value == ():
@@ -155,7 +151,7 @@ def shown(value: Any) -> str:
 
 
 def takes(f: dataclasses.Field) -> str:
-    """What values an option takes, in words."""
+    """The values that an option takes, in words."""
     kind, choices = f.metadata["type"], f.metadata["flag"].get("choices")
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -173,7 +169,7 @@ def takes(f: dataclasses.Field) -> str:
 
 
 def values_of(f: dataclasses.Field) -> list[str]:
-    """Words that an option may be set to, for completion; not those that are numbers."""
+    """The words that an option may be set to, for completion; numbers are left out."""
     known = list(f.metadata["flag"].get("choices") or ())
     if f.metadata["type"] is bool:
         known = [ON[0], OFF[0]]
@@ -200,7 +196,7 @@ def _from_json(f: dataclasses.Field, value: Any) -> Any:
     if f.metadata["type"] is not dict or not isinstance(value, dict):
         return value
     try:
-        return token_biases(json.dumps(value))  # the keys of which were numbers
+        return token_biases(json.dumps(value))  # JSON has turned the token ids into strings
     except ArgumentTypeError as error:
         raise _wrong(f, value) from error
 

@@ -1,4 +1,4 @@
-"""Where messages come from: a terminal with an editor, a dumb one, or a pipe."""
+"""Where messages come from: a terminal with a line editor, a dumb terminal, or a pipe."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from pathlib import Path
 from typing import BinaryIO
 
 from redrafter_mlx.chat.commands import COMMANDS, goes_on
-from redrafter_mlx.chat.screen import is_dumb
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine.storage import cache_directory, write_whole
 
 PROMPT, MORE = "> ", ". "
 MOST_HISTORY = 2**20
-"""Bytes of history, the older half of which is forgotten beyond that."""
+"""Size in bytes above which the older half of the history is dropped."""
 _log = logging.getLogger("redrafter_mlx")
 
 Completions = Callable[[str], tuple[Iterable[str], int]]
-"""The text before the cursor -> words that may stand there, and how much of it they replace."""
+"""The text before the cursor -> completions, and how many of its characters they replace."""
 
 
 def is_interactive() -> bool:
-    """Whether somebody types and sees what is typed."""
+    """Whether someone is typing and can see the output."""
     return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
 
 
 def piped(stream: BinaryIO | None = None) -> Iterator[str]:
-    """A message a line; one that ends with a backslash goes on.
+    """One message per line; a trailing backslash continues it on the next.
 
-    Raises UserError for what is not UTF-8.
+    Raises UserError for bytes that are not UTF-8.
     """
     stream, text = stream or sys.stdin.buffer, ""
     for place, data in enumerate(iter(stream.readline, b""), start=1):
@@ -54,19 +53,19 @@ def piped(stream: BinaryIO | None = None) -> Iterator[str]:
 
 
 def dumb() -> str:
-    """A message that is typed where there is nothing but lines; EOFError at the end."""
+    """A message typed in a terminal without escape sequences; raises EOFError at the end."""
     try:
         text = input(PROMPT)
         while goes_on(text):
             text = text[:-1] + "\n" + input(MORE)
         return text
     except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)  # the prompt's line has not ended
+        print(file=sys.stderr)  # end the prompt's line
         raise
 
 
 def editor(complete: Completions) -> Callable[[], str]:
-    """What reads a message from a terminal: several lines, history, completion.
+    """A function that reads a message in the terminal, with history and completion.
 
     It raises EOFError for Ctrl-D on an empty line and KeyboardInterrupt for Ctrl-C on one.
     """
@@ -99,20 +98,15 @@ def editor(complete: Completions) -> Callable[[], str]:
     return read
 
 
-def reader(complete: Completions) -> Callable[[], str]:
-    """What reads messages from the terminal that there is."""
-    return dumb if is_dumb() else editor(complete)
-
-
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """What is typed does not appear while the block runs: it would stand amid an answer."""
+    """Hide what is typed while the block runs: it would appear in the middle of an answer."""
     try:
         before = termios.tcgetattr(sys.stdin)
         now = [*before]
         now[3] &= ~termios.ECHO
         termios.tcsetattr(sys.stdin, termios.TCSANOW, now)
-    except (OSError, ValueError, termios.error):  # no terminal
+    except (OSError, ValueError, termios.error):  # not a terminal
         yield
         return
     try:
@@ -164,19 +158,19 @@ def _completer(complete: Completions):
 
 
 def _history(path: Path):
-    """Messages of earlier chats; of this one only where they cannot be kept."""
+    """The history of all chats; of this one only, if the file cannot be used."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class Kept(FileHistory):
         def store_string(self, string):
             try:
                 super().store_string(string)
-            except (OSError, ValueError):  # a full disk, or what is not UTF-8
-                _log.debug("no history is kept in %s", path, exc_info=True)
+            except (OSError, ValueError):  # the disk is full, or the text is not UTF-8
+                _log.debug("a message was not kept in %s", path, exc_info=True)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # nobody else's to read
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # private to the user
         if path.stat().st_size > MOST_HISTORY:
             old = path.read_text(encoding="utf-8", errors="replace")
             write_whole(path, old[old.index("\n# ", len(old) // 2) :])

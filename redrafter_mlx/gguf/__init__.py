@@ -1,1 +1,1 @@
-"""Import of GGUF files: file, blocks, config, tokenizer, and the importer over them."""
+"""Import of GGUF files: file, blocks, config and tokenizer, and the importer that uses them."""

@@ -1,4 +1,4 @@
-"""GGUF architectures that mlx-lm has too: where each tensor goes, and its shape."""
+"""The GGUF architectures that can be imported: each tensor's shape and place in mlx-lm's model."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one GGUF architecture is called and laid out in mlx-lm.
+    """One GGUF architecture, and the mlx-lm model that it becomes.
 
     Attributes:
         model_type: mlx-lm's name for it.
-        class_name: that of Hugging Face.
+        class_name: Hugging Face's name for it.
         parts: modules of a layer, GGUF's name -> mlx-lm's.
-        biases: modules that have a bias, or none of them has: by the entry in config.json that
-            says so.
+        biases: entry of config.json -> the modules that all have a bias if it is true, else none.
         always_biased: mlx-lm's model has these biases whatever config.json says.
-        norm_offset: what the weights of norms in the file are above mlx-lm's.
-        rope_tensors: tensors that say how positions are scaled; they end in config.json.
+        norm_offset: to subtract from the norm weights in the file to get mlx-lm's.
+        rope_tensors: tensors with the scaling of positions; config.json takes it up.
         free_head_dim: mlx-lm's model can have heads of another size than hidden_size / heads.
     """
 
@@ -59,7 +58,7 @@ class Architecture:
         return f"model.layers.{layer}.{self.parts[part]}"
 
     def modules(self, config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Modules of a model of this configuration, each with the shape of its weight."""
+        """The modules of a model with this configuration, each with the shape of its weight."""
         hidden, inner, vocabulary, head_dim = (
             config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")
         )
@@ -74,7 +73,7 @@ class Architecture:
             "attn_q_norm": (head_dim,),
             "attn_k_norm": (head_dim,),
             "ffn_gate": (inner, hidden),
-            # Without a gate of its own, the module holds the gate above itself.
+            # Without a module of its own, the gate is stored as the upper half of this one.
             "ffn_up": (inner if "ffn_gate" in self.parts else 2 * inner, hidden),
             "ffn_down": (hidden, inner),
         }
@@ -138,11 +137,11 @@ ARCHITECTURES = {
 
 
 def architecture_of(file: GgufFile) -> Architecture:
-    """The architecture in the file's metadata; UserError if it is not one of these."""
+    """The architecture named in the file's metadata; UserError if it cannot be imported."""
     name = file.need_text("general.architecture")
     if name not in ARCHITECTURES:
         raise UserError(
-            f"{file.path} holds a {name!r} model; what can be imported is "
-            f"{', '.join(ARCHITECTURES)}: use an MLX or Hugging Face copy of this model"
+            f"{file.path} holds a {name!r} model, but only {', '.join(ARCHITECTURES)} can be "
+            "imported: use an MLX or Hugging Face copy of this model"
         )
     return ARCHITECTURES[name]

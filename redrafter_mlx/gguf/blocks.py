@@ -13,7 +13,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.file import GgufFile
 
 GROUP_SIZE = 32  # weights that share a scale; MLX has no smaller groups
-CHUNK = 2**14  # blocks unpacked at a time: what is between the layouts stays small
+CHUNK = 2**14  # blocks unpacked at a time, to keep intermediate arrays small
 
 Parts = dict[str, np.ndarray]
 
@@ -21,10 +21,10 @@ Parts = dict[str, np.ndarray]
 def read_tensor(file: GgufFile, name: str) -> Parts:
     """The contents of one tensor.
 
-    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q3_K keep every number, bit for bit. Q4_K,
-    Q5_K and Q8_K keep every code; their scales, products of two numbers in the file, are rounded to
-    float16. Q2_K and Q6_K have groups of 16 weights, which MLX has not: their values become 8-bit
-    codes over 32 weights, at most half of a 127th of the largest away.
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q3_K are exact, bit for bit. Q4_K, Q5_K and
+    Q8_K keep every code; their scales, products of two numbers in the file, are rounded to
+    float16. Q2_K and Q6_K have groups of 16 weights, which MLX lacks: their values become 8-bit
+    codes in groups of 32, with an error of at most 1/254 of the group's largest value.
 
     Args:
         file: the file.
@@ -36,14 +36,14 @@ def read_tensor(file: GgufFile, name: str) -> Parts:
         uint32, the first code in the lowest bits; `scales`, `biases` (..., columns / 32) float16.
 
     Raises:
-        UserError: another type, a file that ends too early, or values that are not finite.
+        UserError: an unsupported type, a file that ends too early, or values that are not finite.
 
     Source: https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-common.h
     """
     shape = file.tensors[name].shape
     layout = _layout(file, name)
     blocks = _blocks(file, name, layout)
-    with np.errstate(all="ignore"):  # what comes of it is found below, as not finite
+    with np.errstate(all="ignore"):  # overflows and the like show up below as not finite
         chunks = [layout.unpack(blocks[at : at + CHUNK]) for at in range(0, len(blocks), CHUNK)]
     parts = {
         part: np.concatenate([chunk[part] for chunk in chunks]).reshape(*shape[:-1], -1)
@@ -59,11 +59,11 @@ def read_tensor(file: GgufFile, name: str) -> Parts:
 
 
 def check_tensors(file: GgufFile) -> None:
-    """Check the table of tensors against the bytes that are there.
+    """Check the table of tensors against the size of the file.
 
     Raises:
-        UserError: a type that `read_tensor` does not know, a tensor beyond the end of the file, or
-            two that share bytes: such a file could claim to hold any number of weights.
+        UserError: a type that `read_tensor` does not support, a tensor beyond the end of the file,
+            or two that share bytes: such a file could claim to hold any number of weights.
     """
     spans = []
     for name, info in file.tensors.items():
@@ -87,9 +87,9 @@ class _Layout:
     """How one GGML type is stored.
 
     Attributes:
-        weights, bytes: of a block.
-        bits: of a code in MLX's layout.
-        unpack: from blocks (count, bytes) uint8 to flat arrays.
+        weights, bytes: weights in a block, and its size.
+        bits: bits per code in MLX's layout; None for floats.
+        unpack: blocks (count, bytes) uint8 -> flat arrays.
     """
 
     weights: int
@@ -102,8 +102,8 @@ def _layout(file: GgufFile, name: str) -> _Layout:
     kind = file.tensors[name].kind
     if kind not in LAYOUTS:
         raise UserError(
-            f"{file.path}: tensor {name} is {kind}, which cannot be imported; use a file of "
-            f"{', '.join(LAYOUTS)} only"
+            f"{file.path}: tensor {name} is {kind}, which cannot be imported; use a file that has "
+            f"only {', '.join(LAYOUTS)}"
         )
     return LAYOUTS[kind]
 
@@ -127,14 +127,6 @@ def _blocks(file: GgufFile, name: str, layout: _Layout) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------
 # Floats, and blocks of 32 weights
-
-
-def _unpack_f32(blocks: np.ndarray) -> Parts:
-    return {"weight": _as(blocks, "<f4")}
-
-
-def _unpack_f16(blocks: np.ndarray) -> Parts:
-    return {"weight": _as(blocks, "<f2")}
 
 
 def _unpack_bf16(blocks: np.ndarray) -> Parts:
@@ -163,7 +155,7 @@ def _unpack_q5_1(blocks: np.ndarray) -> Parts:
 
 
 def _five_bits(blocks: np.ndarray) -> np.ndarray:
-    """(count, 20) -> codes (count, 32): first their highest bits, then the four others."""
+    """(count, 20) -> codes (count, 32): stored as 32 high bits, then 32 times 4 low bits."""
     highest = np.unpackbits(blocks[:, :4], axis=1, bitorder="little")
     return highest << 4 | _fields(blocks[:, 4:], 4)
 
@@ -174,7 +166,7 @@ def _unpack_q8_0(blocks: np.ndarray) -> Parts:
 
 
 # ---------------------------------------------------------------------------------------------
-# Blocks of 256 weights, in groups with a small integer as their scale: the K-quants
+# K-quants: blocks of 256 weights, in groups whose scale is a small integer
 
 
 def _unpack_q2_k(blocks: np.ndarray) -> Parts:
@@ -193,9 +185,9 @@ def _unpack_q2_k(blocks: np.ndarray) -> Parts:
 def _unpack_q3_k(blocks: np.ndarray) -> Parts:
     """(count, 110): 256 high bits, 256 times 2 low bits, 12 bytes of scales, a float16 d.
 
-    A scale is a number of 6 bits less 32: 16 times 4 low bits, then 16 times 2 high ones.
+    A scale is a 6-bit number minus 32, stored as 16 times 4 low bits, then 16 times 2 high ones.
     value = d * scale * (code - 4), where scale * (code - 4) is between -124 and 128: with d
-    negated, a code of 8 bits that leaves nothing to round.
+    negated, it fits an 8-bit code without rounding.
     """
     scales = _fields(blocks[:, 96:104], 4) | _fields(blocks[:, 104:108], 2) << 4
     low = _fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
@@ -211,7 +203,7 @@ def _unpack_q4_k(blocks: np.ndarray) -> Parts:
 
 
 def _unpack_q5_k(blocks: np.ndarray) -> Parts:
-    """(count, 176): as Q4_K, with 256 highest bits in front of the four others."""
+    """(count, 176): as Q4_K, with 256 high bits in front of 256 times 4 low ones."""
     low = _fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 256)
     return _affine(_fields(blocks[:, 16:48], 1) << 4 | low, 5, *_scales_and_minima(blocks))
 
@@ -219,9 +211,9 @@ def _unpack_q5_k(blocks: np.ndarray) -> Parts:
 def _scales_and_minima(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales and biases (count, 8) of Q4_K and Q5_K: d * scale, and -m * minimum.
 
-    Of each there are 8 numbers of 6 bits. The first four stand in the low bits of bytes 0 to 3
-    (minima: 4 to 7), the low 4 bits of the last four in the halves of bytes 8 to 11, and their high
-    bits above the first four.
+    Scales and minima are 8 numbers of 6 bits each. The first four are the low bits of bytes 0 to 3
+    (minima: 4 to 7). The last four have their low 4 bits in the halves of bytes 8 to 11, and their
+    2 high bits above the first four.
     """
     packed = blocks[:, 4:16]
     first, last, high = packed[:, :8] & 63, _fields(packed[:, 8:], 4), packed[:, :8] >> 6 << 4
@@ -243,7 +235,7 @@ def _unpack_q6_k(blocks: np.ndarray) -> Parts:
 
 
 def _unpack_q8_k(blocks: np.ndarray) -> Parts:
-    """(count, 292): a float32 scale d, 256 signed codes of 8 bits, sums that nothing here needs."""
+    """(count, 292): a float32 scale d, 256 signed codes of 8 bits, then sums that are not used."""
     return _shifted(blocks[:, 4:260] ^ 0x80, 8, _as(blocks[:, :4], "<f4")[:, None], 128)
 
 
@@ -252,17 +244,17 @@ def _unpack_q8_k(blocks: np.ndarray) -> Parts:
 
 
 def _rounded(values: np.ndarray) -> Parts:
-    """Float32 values as signed codes of 8 bits over 32 weights."""
+    """Float32 values as signed 8-bit codes in groups of 32 weights."""
     groups = values.reshape(-1, GROUP_SIZE)
     largest = np.abs(groups).max(axis=1, keepdims=True)
-    # The next larger float16, so that no code is cut off, and no scale 0.
+    # The next larger float16, so that no code overflows and no scale is 0.
     scales = np.nextafter((largest / 127).astype(np.float16), np.float16(np.inf))
     scales = scales.astype(np.float32)
     return _shifted(np.rint(groups / scales).astype(np.int8).view(np.uint8) ^ 0x80, 8, scales, 128)
 
 
 def _shifted(codes: np.ndarray, bits: int, scales: np.ndarray, zero: int) -> Parts:
-    """value = scale * (code - zero); the bias is exact, for `zero` is a power of two."""
+    """value = scale * (code - zero); the bias is exact because `zero` is a power of two."""
     return _affine(codes, bits, scales, -zero * scales.astype(np.float16).astype(np.float32))
 
 
@@ -270,7 +262,7 @@ def _affine(codes: np.ndarray, bits: int, scales: np.ndarray, biases: np.ndarray
     """value = scale * code + bias.
 
     codes           uint8, `bits` of them in use
-    scales, biases  (count, 1) for a block of one group or whose groups share them, (count, groups)
+    scales, biases  (count, groups), or (count, 1) if all groups of a block share them
     """
     groups = codes.size // GROUP_SIZE
     wide = lambda x: np.repeat(x.astype(np.float16).ravel(), groups // x.size)
@@ -278,7 +270,7 @@ def _affine(codes: np.ndarray, bits: int, scales: np.ndarray, biases: np.ndarray
 
 
 def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes as a stream of bits, the lowest first, in words of 32."""
+    """Codes as a stream of bits, lowest first, in 32-bit words."""
     if bits == 8:
         return _as(codes, "<u4")
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
@@ -297,13 +289,13 @@ def _halves(columns: np.ndarray) -> np.ndarray:
 
 
 def _as(columns: np.ndarray, dtype: str) -> np.ndarray:
-    """(count, bytes) uint8 as one flat array of another type."""
+    """(count, bytes) uint8 -> one flat array of another type."""
     return np.ascontiguousarray(columns).view(dtype).ravel()
 
 
 LAYOUTS = {
-    "F32": _Layout(1, 4, None, _unpack_f32),
-    "F16": _Layout(1, 2, None, _unpack_f16),
+    "F32": _Layout(1, 4, None, lambda blocks: {"weight": _as(blocks, "<f4")}),
+    "F16": _Layout(1, 2, None, lambda blocks: {"weight": _as(blocks, "<f2")}),
     "BF16": _Layout(1, 2, None, _unpack_bf16),
     "Q4_0": _Layout(32, 18, 4, _unpack_q4_0),
     "Q4_1": _Layout(32, 20, 4, _unpack_q4_1),

@@ -1,4 +1,4 @@
-"""The mlx-lm configuration of a GGUF file's model."""
+"""The mlx-lm configuration of the model in a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from redrafter_mlx.gguf.file import GgufFile
 from redrafter_mlx.gguf.metadata import count, key, number, unsupported
 from redrafter_mlx.gguf.rope import rope_config
 
-# Metadata that changes the arithmetic in a way that mlx-lm's models do not know, unless it has
+# Metadata that changes the arithmetic in ways that mlx-lm's models do not support, unless it has
 # this value.
 NEUTRAL = {
     "expert_count": 0,
@@ -28,18 +28,18 @@ NEUTRAL = {
     "rope.scaling.yarn_attn_factor": 1.0,
 }
 
-# What all Gemma 3 models have, and their GGUF files need not say.
+# What all Gemma 3 models have in common, so that their GGUF files may leave it out.
 GEMMA_PATTERN = 6
 GEMMA_LOCAL_BASE = 10000.0
 GEMMA_27B_LAYERS = 62
 
 
 def model_config(file: GgufFile) -> dict[str, Any]:
-    """config.json without what depends on the tensors, except for scaled RoPE.
+    """The part of config.json that follows from the metadata, and from the tensors that scale RoPE.
 
     Raises:
         UserError: an unknown architecture, metadata that is missing or contradicts itself, or a
-            setting that mlx-lm's model cannot express.
+            setting that mlx-lm's model does not support.
     """
     architecture = architecture_of(file)
     for name, neutral in NEUTRAL.items():
@@ -70,8 +70,8 @@ def _sizes(file: GgufFile) -> dict[str, int]:
     if heads % kv_heads or value_dim != head_dim or head_dim % 2 or not (free or head_dim == usual):
         raise UserError(
             f"{file.path}: {heads} query heads, {kv_heads} key heads, keys of {head_dim} and "
-            f"values of {value_dim} numbers do not fit together in such a model of "
-            f"{hidden_size}; get the file again"
+            f"values of {value_dim} numbers do not fit together in this kind of model with hidden "
+            f"size {hidden_size}; get the file again"
         )
     return {
         "hidden_size": hidden_size,
@@ -84,21 +84,20 @@ def _sizes(file: GgufFile) -> dict[str, int]:
 
 
 def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's windows, the RoPE of the layers that have one, and its scale of scores."""
-    layers = config["num_hidden_layers"]
-    usual = config["head_dim"]
-    # Google's 27B model divides by the square root of another number than all others.
-    wide = config["hidden_size"] // config["num_attention_heads"]
+    """Gemma 3's sliding windows, the RoPE of layers that have one, and its attention scale."""
+    layers, scalar = config["num_hidden_layers"], config["head_dim"]
+    if layers == GEMMA_27B_LAYERS:  # the 27B model alone does not scale by the size of its heads
+        scalar = config["hidden_size"] // config["num_attention_heads"]
     return {
         "sliding_window": count(file, "attention.sliding_window"),
         "sliding_window_pattern": _window_period(file, layers),
         "rope_local_base_freq": number(file, "rope.freq_base_swa", GEMMA_LOCAL_BASE),
-        "query_pre_attn_scalar": wide if layers == GEMMA_27B_LAYERS else usual,
+        "query_pre_attn_scalar": scalar,
     }
 
 
 def _window_period(file: GgufFile, layers: int) -> int:
-    """Every how many layers one sees the whole text, the last of the period.
+    """The period of full attention: each layer whose number is a multiple of it sees all the text.
 
     GGUF has that number, or a list that says for each layer whether it sees only a window.
     """
@@ -110,6 +109,6 @@ def _window_period(file: GgufFile, layers: int) -> int:
             raise unsupported(file, f"a {key(file, name)} without a period")
     else:
         period = count(file, name, GEMMA_PATTERN)
-    if period > layers:  # mlx-lm looks for such a layer to learn how long the text is
+    if period > layers:  # mlx-lm needs a layer with full attention to know the text's length
         raise unsupported(file, f"a model of {layers} layers that all see only a window")
     return period

@@ -1,4 +1,4 @@
-"""Reader of GGUF files: metadata and the table of tensors, without their contents."""
+"""Reads the header of GGUF files: the metadata and the table of tensors, not their contents."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4  # GGML's
 
-# The numbers that GGUF gives to types of metadata values.
+# GGUF's numbers for the types of metadata values.
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# The numbers that GGML gives to types of tensors.
+# GGML's numbers for the types of tensors.
 TENSOR_TYPES = {
     **dict(enumerate(["F32", "F16", "Q4_0", "Q4_1", "Q4_2", "Q4_3", "Q5_0", "Q5_1", "Q8_0"])),
     **dict(enumerate(["Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"], 9)),
@@ -32,12 +32,12 @@ TENSOR_TYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What the table says of one tensor.
+    """The table's entry for one tensor.
 
     Attributes:
-        shape: rows first, as in NumPy (GGUF writes the innermost dimension first).
-        kind: the GGML type by name, such as Q4_0; `type 99` if it has none here.
-        start: the first byte in the file.
+        shape: outermost dimension first, as in NumPy (GGUF writes the innermost first).
+        kind: name of the GGML type, such as Q4_0; `type 99` if its number is unknown.
+        start: offset of the first byte in the file.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class GgufFile:
     """A GGUF file.
 
     Attributes:
-        path: where it lies, for messages.
+        path: for error messages.
         content: (bytes,) uint8, mapped from the disk.
         metadata: numbers, booleans, strings and lists of them.
         tensors: by name, in the order of the file.
@@ -68,7 +68,7 @@ class GgufFile:
         return self.metadata[key]
 
     def need_text(self, key: str) -> str:
-        """The string under `key`; UserError if it is missing or no string."""
+        """The string under `key`; UserError if it is missing or not a string."""
         value = self.need(key)
         if not isinstance(value, str):
             raise UserError(
@@ -78,7 +78,7 @@ class GgufFile:
         return value
 
     def need_list(self, key: str, element: type) -> list[Any]:
-        """The list under `key`, not empty; UserError if it is missing or holds something else."""
+        """The list under `key`; UserError if it is missing, empty or holds another type."""
         values = self.need(key)
         if not isinstance(values, list) or not values or type(values[0]) is not element:
             raise UserError(
@@ -108,7 +108,7 @@ def _parse(path: Path, content: np.ndarray) -> GgufFile:
     cursor = _Cursor(content)
     _check_version(cursor)
     tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
-    metadata = dict(_pair(cursor) for _ in range(value_count))
+    metadata = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(value_count)}
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment is {alignment}")
@@ -125,11 +125,7 @@ def _check_version(cursor: _Cursor) -> None:
     if magic != b"GGUF":
         raise ValueError(f"it starts with {magic!r}")
     if version not in VERSIONS:
-        raise ValueError(f"version {version}, supported are {VERSIONS} in little-endian order")
-
-
-def _pair(cursor: _Cursor) -> tuple[str, Any]:
-    return cursor.text(), cursor.value(cursor.number("I"))
+        raise ValueError(f"version {version}; only little-endian {VERSIONS} are supported")
 
 
 def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
@@ -142,7 +138,7 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], str, int]:
 
 
 class _Cursor:
-    """Reads the header from front to back; ValueError where it claims more than the file holds."""
+    """Reads the header in order; ValueError if it claims to be longer than the file."""
 
     def __init__(self, content: np.ndarray):
         self.content = content

@@ -1,4 +1,4 @@
-"""Import of a GGUF file into an mlx-lm model directory."""
+"""Imports a GGUF file as an mlx-lm model directory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from redrafter_mlx.gguf.config import model_config
 from redrafter_mlx.gguf.file import GgufFile, read_gguf
 from redrafter_mlx.gguf.tokenizer import end_token_ids, gguf_tokenizer, tokenizer_config
 
-# Raised whenever an import of the same file would come out different: caches carry it in their
-# names, so that nobody keeps a directory written by an older version.
+# Increased whenever importing the same file would give another result. It is part of the names of
+# cached models, so that none written by an older version is used.
 LAYOUT_VERSION = 2
 
 
 def import_gguf(source: Path, destination: Path) -> None:
     """Write the model and tokenizer of a GGUF file as a directory that `mlx_lm.load` reads.
 
-    Weights keep the quantisation of the file where MLX has one like it, in groups of 32 with 16-bit
+    Weights keep the file's quantisation where MLX has an equivalent, in groups of 32 with 16-bit
     scales and biases; `read_tensor` says what is exact and what is rounded. The model computes in
-    one type: float32 if the whole file is F32, bfloat16 if the rest is BF16, else float16, to which
-    float32 vectors and matrices are then rounded.
+    a single type: float32 if the file is all F32, bfloat16 if it has only F32 and BF16, else
+    float16; float32 vectors and matrices are rounded to it.
 
     Args:
         source: the .gguf file: architecture llama, qwen2, qwen3, gemma3 or phi3; tensors in F32,
@@ -39,7 +39,7 @@ def import_gguf(source: Path, destination: Path) -> None:
 
     Raises:
         UserError: the file is damaged, or uses an architecture, a tensor type, a tensor or a
-            tokenizer that is not supported; the message names it. Nothing is written then.
+            tokenizer that is not supported; the message names it, and nothing is written.
 
     Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
@@ -49,7 +49,7 @@ def import_gguf(source: Path, destination: Path) -> None:
     check_tensors(file)
     modules = _modules(file, architecture, config)
     biased = _biased(file, architecture, modules)
-    config |= _tensor_config(file, architecture, modules, biased)
+    config |= _tensor_config(file, modules, biased)
     tokenizer, settings = gguf_tokenizer(file), tokenizer_config(file)
     weights = _weights(file, architecture, modules, biased)
     mx.save_safetensors(str(destination / "model.safetensors"), weights, metadata={"format": "mlx"})
@@ -62,13 +62,13 @@ def import_gguf(source: Path, destination: Path) -> None:
 
 
 def _modules(file: GgufFile, architecture: Architecture, config: dict[str, Any]) -> dict[str, str]:
-    """GGUF modules of this file and their mlx-lm names; their shapes are checked on the way."""
+    """The GGUF modules in this file -> their mlx-lm names; checks their shapes as well."""
     modules = {}
     for module, shape in architecture.modules(config):
         if f"{module}.weight" in file.tensors:
             _check_shapes(file, module, shape)
             modules[module] = architecture.mlx_name(module)
-        elif module != HEAD:  # without it the embedding serves
+        elif module != HEAD:  # without a head of its own, the model uses the embedding
             raise UserError(f"{file.path}: tensor {module}.weight is missing; get a complete file")
     _check_nothing_is_left(file, architecture, modules)
     return modules
@@ -83,9 +83,9 @@ def _check_nothing_is_left(
     for name in file.tensors:
         if name not in known:
             raise UserError(
-                f"{file.path}: tensor {name} has no place in the {architecture.model_type} of its "
-                "metadata (mixture of experts and other variants are not supported): use an MLX "
-                "copy of this model"
+                f"{file.path}: tensor {name} has no place in the {architecture.model_type} model "
+                "of its metadata (mixture of experts and other variants are not supported): use an "
+                "MLX copy of this model"
             )
 
 
@@ -114,7 +114,7 @@ def _part(module: str) -> str:
 def _biased(
     file: GgufFile, architecture: Architecture, modules: dict[str, str]
 ) -> dict[str, frozenset[str]]:
-    """The groups of parts that have biases in mlx-lm: where one of them has, or all the same."""
+    """The groups in `architecture.biases` that need biases: where any member has one, or must."""
     found = {_part(module) for module in modules if f"{module}.bias" in file.tensors}
     return {
         entry: parts
@@ -124,12 +124,9 @@ def _biased(
 
 
 def _tensor_config(
-    file: GgufFile,
-    architecture: Architecture,
-    modules: dict[str, str],
-    biased: dict[str, frozenset[str]],
+    file: GgufFile, modules: dict[str, str], biased: dict[str, frozenset[str]]
 ) -> dict[str, Any]:
-    """The part of config.json that depends on which tensors there are and on their types."""
+    """The part of config.json that depends on which tensors the file has, and on their types."""
     ends = end_token_ids(file)
     config = {
         "tie_word_embeddings": HEAD not in modules,
@@ -142,7 +139,7 @@ def _tensor_config(
 
 
 def _quantization(file: GgufFile, modules: dict[str, str]) -> dict[str, Any] | None:
-    """mlx-lm's `quantization` entry: the commonest width, and the modules that differ from it."""
+    """mlx-lm's `quantization` entry: the most common width, and the modules that differ."""
     widths = {
         name: bits
         for module, name in modules.items()
@@ -180,14 +177,14 @@ def _weights(
 
 
 def _dtype(kinds: set[str]) -> mx.Dtype:
-    """What the model computes in: a single wider vector would widen every activation behind it."""
+    """The one type to compute in: a single wider vector would widen all activations after it."""
     if kinds == {"F32"}:
         return mx.float32
     return mx.bfloat16 if kinds <= {"F32", "BF16"} else mx.float16
 
 
 def _bias(file: GgufFile, module: str) -> np.ndarray:
-    """A module's bias; zeros where only its neighbours have one: mlx-lm has all or none."""
+    """A module's bias; zeros if only others in its group have one, as mlx-lm has all or none."""
     name = f"{module}.bias"
     if name in file.tensors:
         return read_tensor(file, name)["weight"]
@@ -195,20 +192,17 @@ def _bias(file: GgufFile, module: str) -> np.ndarray:
 
 
 def _narrowed(file: GgufFile, module: str, array: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """The array with float32 rounded to the model's type."""
+    """The array, rounded to the model's type if it is float32."""
     if array.dtype != np.float32:
         return mx.array(array)
     largest = float(np.abs(array).max(initial=0))
     if largest > mx.finfo(dtype).max:
         raise UserError(
-            f"{file.path}: {module} holds {largest:g}, too large for {_name(dtype)} next to "
-            "tensors of 16 or fewer bits; use a file that is all F32"
+            f"{file.path}: {module} holds {largest:g}, too large for "
+            f"{str(dtype).removeprefix('mlx.core.')}, the type that the file's other tensors call "
+            "for; use a file that is all F32"
         )
     return mx.array(array).astype(dtype)
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

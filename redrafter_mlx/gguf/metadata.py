@@ -1,6 +1,6 @@
-"""Numbers in a GGUF file's metadata that belong to its architecture.
+"""The numbers in a GGUF file's metadata that belong to its architecture.
 
-Each raises UserError if it is missing and there is no default, or if it is no such number.
+A number that is missing without a default, or is not of its kind, raises UserError.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def number(file: GgufFile, name: str, default: float | None = None) -> float:
 
 
 def unsupported(file: GgufFile, what: str) -> UserError:
-    """The error for something that a model can have, but not after an import."""
+    """The error for something that models may have but the import does not support."""
     return UserError(
         f"{file.path}: {what} is not supported by the GGUF import: use an MLX copy of this model"
     )

@@ -1,4 +1,4 @@
-"""Rotary positions of a GGUF file's model, scaled ones above all, as mlx-lm's configuration."""
+"""The rotary embedding of a GGUF file's model, mainly its scaling, as mlx-lm's configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redrafter_mlx.gguf.blocks import quantised_bits, read_tensor
 from redrafter_mlx.gguf.file import GgufFile
 from redrafter_mlx.gguf.metadata import count, key, number, unsupported
 
-# What all published Llama 3 models have beside the factor; GGUF files do not say it.
+# What all published Llama 3 models have besides the factor; GGUF files leave it out.
 LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -21,7 +21,7 @@ LLAMA3_ROPE = {
 
 
 def rope_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of RoPE, for a configuration that has the model's sizes."""
+    """The entries of config.json about RoPE; `config` already has the model's sizes."""
     model, head_dim = config["model_type"], config["head_dim"]
     base = number(file, "rope.freq_base", 10000.0)
     rotated = count(file, "rope.dimension_count", head_dim)
@@ -36,8 +36,8 @@ def rope_config(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         raise unsupported(file, f"RoPE over {rotated} of {head_dim} dimensions")
     _check_attention_factor(file, 1.0)
     if model == "llama":
-        # llama.cpp rotates neighbouring pairs and its converter has permuted the rows of q and k
-        # to suit; MLX calls that order "traditional". Undoing it would mean to repack weights.
+        # llama.cpp rotates neighbouring pairs, and its converter has permuted the rows of q and k
+        # accordingly. MLX calls that order "traditional"; to undo it, weights would be repacked.
         found["rope_traditional"] = True
     if scaling := _rope_scaling(file, head_dim, base):
         found["rope_scaling"] = scaling
@@ -55,7 +55,7 @@ def _rope_scaling(file: GgufFile, head_dim: int, base: float) -> dict[str, Any] 
 
 
 def _scaling_by_metadata(file: GgufFile) -> dict[str, Any] | None:
-    # Where a factor stands without a type, llama.cpp scales linearly; so did its old key.
+    # A factor without a type means linear scaling in llama.cpp, and so does the older key.
     kind = file.metadata.get(key(file, "rope.scaling.type"), "linear")
     factor = number(file, "rope.scaling.factor", number(file, "rope.scale_linear", 1.0))
     if kind == "none" or (kind == "linear" and factor == 1):
@@ -77,7 +77,7 @@ def _scaling_by_metadata(file: GgufFile) -> dict[str, Any] | None:
 
 
 def _scaling_by_factors(file: GgufFile, head_dim: int, base: float) -> dict[str, Any] | None:
-    """Llama 3's scaling, which GGUF files hold as a tensor: one factor per rotated pair."""
+    """Llama 3's scaling, which GGUF files store as a tensor: one factor per rotated pair."""
     factors = _factors(file, ROPE_FACTORS)
     if len(factors) == head_dim // 2:
         if (factors == 1).all():
@@ -92,9 +92,9 @@ def _scaling_by_factors(file: GgufFile, head_dim: int, base: float) -> dict[str,
 
 
 def _llama3_factors(scaling: dict[str, Any], head_dim: int, base: float) -> np.ndarray:
-    """(head_dim / 2,): by what each wavelength grows.
+    """(head_dim / 2,): how much longer each wavelength becomes.
 
-    Not at all below `original / high`, by `factor` above `original / low`, and in between so that
+    1 below `original / high`, `factor` above `original / low`, and in between such that the
     frequencies are interpolated linearly.
 
     Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
@@ -107,7 +107,7 @@ def _llama3_factors(scaling: dict[str, Any], head_dim: int, base: float) -> np.n
 
 
 def _phi_rope(file: GgufFile, config: dict[str, Any], rotated: int) -> dict[str, Any]:
-    """Phi 3's RoPE: over a part of each head, and for long contexts with a factor per pair."""
+    """Phi 3's RoPE: over part of each head and, for long contexts, with a factor per pair."""
     found: dict[str, Any] = {"partial_rotary_factor": rotated / config["head_dim"]}
     if not file.tensors.keys() & {LONG_FACTORS, SHORT_FACTORS}:
         _check_attention_factor(file, 1.0)
@@ -116,7 +116,7 @@ def _phi_rope(file: GgufFile, config: dict[str, Any], rotated: int) -> dict[str,
         return found
     length = config["max_position_embeddings"]
     original = count(file, "rope.scaling.original_context_length", length)
-    # What mlx-lm multiplies with, from the two lengths.
+    # mlx-lm derives its attention factor from the two lengths; the file's must agree.
     grown = math.log(length) - math.log(original)
     _check_attention_factor(file, math.sqrt(1 + max(0, grown) / math.log(max(original, 2))))
     factors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}

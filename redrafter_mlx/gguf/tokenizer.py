@@ -1,7 +1,8 @@
-"""The tokenizer of a GGUF file, as the `tokenizers` library writes it."""
+"""The tokenizer of a GGUF file, rebuilt with the `tokenizers` library."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from tokenizers import (
@@ -22,17 +23,17 @@ from redrafter_mlx.gguf.metadata import count
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
-SPACE = "▁"  # SentencePiece's letter for a space
+SPACE = "▁"  # SentencePiece's symbol for a space
 
-# What ends a turn in models whose GGUF files may name only what ends a whole text.
+# The end of a turn, for architectures whose GGUF files may name only the end of a text.
 TURN_ENDS = {"gemma3": "<end_of_turn>", "phi3": "<|end|>"}
 
-# Phi 3's special tokens take the white space behind them along, all but these.
+# Phi 3's special tokens absorb the white space after them, all but these.
 PHI_PLAIN = {"<unk>", "<s>", "<|endoftext|>"}
 
 # ---------------------------------------------------------------------------------------------
-# tokenizer.ggml.pre: what splits text into words before the merges are applied. Each pattern
-# splits what the one before it left; what lies between two matches is a word too.
+# tokenizer.ggml.pre: how text is split into words before merges are applied. Each pattern splits
+# the words that the one before it made; the text between two matches is a word too.
 # Source: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -67,8 +68,8 @@ PATTERNS = {
     "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
 }
 
-# Those of them that take a word in the vocabulary whole, merges or not, and that start a text
-# with the beginning-of-sequence token unless the file says otherwise.
+# Those that keep a word whole if the vocabulary has it, whatever the merges say, and that start a
+# text with the beginning-of-sequence token unless the file says otherwise.
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"}
 
 
@@ -77,17 +78,17 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
 
     Kinds: `gpt2`, byte-level BPE with the splits named by tokenizer.ggml.pre; `llama`,
     SentencePiece BPE with scores. As in llama.cpp, control and user-defined tokens are never
-    split, and SentencePiece's space in front of a text is also put behind each of them.
+    split, and the space that SentencePiece puts in front of a text also follows each of them.
 
     Raises:
-        UserError: another kind, an unknown way of splitting, or contradictory metadata.
+        UserError: another kind, unknown splits, or contradictory metadata.
     """
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = file.need_text("tokenizer.ggml.model")
     if kind not in kinds:
         raise UserError(
-            f"{file.path} has a {kind!r} tokenizer; what can be imported is 'gpt2' (byte-level "
-            "BPE) and 'llama' (SentencePiece): use an MLX copy of this model"
+            f"{file.path} has a {kind!r} tokenizer, but only 'gpt2' (byte-level BPE) and 'llama' "
+            "(SentencePiece) can be imported: use an MLX copy of this model"
         )
     _check_tokens(file)
     tokenizer = kinds[kind](file)
@@ -99,7 +100,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
 
 
 def tokenizer_config(file: GgufFile) -> dict[str, Any]:
-    """The content of tokenizer_config.json: which tokens have a role, and the context length."""
+    """The content of tokenizer_config.json: the tokens with a role, and the context length."""
     roles = {
         "bos_token": "tokenizer.ggml.bos_token_id",
         "eos_token": "tokenizer.ggml.eos_token_id",
@@ -116,7 +117,7 @@ def tokenizer_config(file: GgufFile) -> dict[str, Any]:
 
 
 def end_token_ids(file: GgufFile) -> list[int]:
-    """Ids that end a text: of the sequence (always first), of a turn, of a message."""
+    """The token ids that end a text: end of sequence (always first), of turn, of message."""
     keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     ids = [_id(file, key) for key in keys if key in file.metadata or key == keys[0]]
     turn = TURN_ENDS.get(file.metadata.get("general.architecture"))
@@ -125,7 +126,7 @@ def end_token_ids(file: GgufFile) -> list[int]:
 
 
 def _id(file: GgufFile, key: str) -> int:
-    """The id under `key`, which is one of the tokens'."""
+    """The token id under `key`; UserError if the vocabulary has no such token."""
     tokens, index = _tokens(file), file.need(key)
     if type(index) is not int or not 0 <= index < len(tokens):
         raise UserError(f"{file.path}: {key} is {index}, with {len(tokens)} tokens; get it again")
@@ -142,14 +143,13 @@ def _check_tokens(file: GgufFile) -> None:
         raise UserError(
             f"{file.path}: {len(tokens)} tokens, but {len(types)} token types; get the file again"
         )
-    if len(set(tokens)) != len(tokens):
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))
-        raise UserError(f"{file.path}: token {twice!r} stands there twice; get the file again")
+    token, times = Counter(tokens).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{file.path}: token {token!r} occurs {times} times; get the file again")
 
 
 def _added_tokens(file: GgufFile, special: bool) -> list[AddedToken]:
-    """Tokens that are found in text before anything else: special ones, or the user's."""
+    """The tokens that are matched in text before any splitting: special ones, or user-defined."""
     kinds = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
     greedy = (
         file.metadata.get("general.architecture") == "phi3"
@@ -169,7 +169,7 @@ def _typed_tokens(file: GgufFile) -> zip[tuple[str, int]]:
 
 
 def _frame(file: GgufFile) -> processors.TemplateProcessing | None:
-    """What puts the tokens of beginning and end around a text; None if the file wants neither."""
+    """Adds the beginning- and end-of-sequence tokens; None if the file wants neither."""
     starts = (
         file.need("tokenizer.ggml.model") == "llama"
         or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
@@ -254,12 +254,13 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
 
 
 def _merges(file: GgufFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """SentencePiece joins the two neighbours that make the piece of the highest score.
+    """SentencePiece's scores as a list of merges.
 
-    As a list of merges: every way to make a piece out of two, by the piece's score. Bytes, special
-    tokens and the user's are never made of pieces. The order among the ways to make one piece
-    would show only where two of them overlap in a text (a + aa, aa + a); left to right, as here,
-    SentencePiece forms the longer part first.
+    SentencePiece joins the two neighbours that form the piece with the highest score, so the merges
+    are all ways to form a piece from two others, by that piece's score. Bytes, special and
+    user-defined tokens are never formed. The order of the ways to form one piece matters only where
+    two of them overlap in a text (a + aa, aa + a): going from left to right, SentencePiece forms
+    the longer part first, so it comes first here.
     """
     scores = file.need_list("tokenizer.ggml.scores", float)
     if len(scores) != len(vocabulary):

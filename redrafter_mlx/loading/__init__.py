@@ -1,1 +1,1 @@
-"""Where models and drafters come from."""
+"""Finds and loads models and drafters."""

@@ -1,4 +1,4 @@
-"""How long a text may be for a model, and what becomes of a prompt that is longer."""
+"""How long a text a model can take, and what is done with a longer prompt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import mlx.nn as nn
 from redrafter_mlx.errors import UserError
 
 NAMES = ("max_position_embeddings", "max_sequence_length", "n_positions")
-"""What models call it in their config."""
+"""The names that models give it in their config."""
 
 
 def known_positions(model: nn.Module) -> int | None:
-    """Tokens that the model was made for, prompt and answer; None if its config does not say."""
+    """Most tokens of prompt and answer that the model can take; None if its config has none."""
     arguments = getattr(model, "args", None)
     for holder in (arguments, getattr(arguments, "text_config", None)):
         known = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
@@ -24,11 +24,11 @@ def known_positions(model: nn.Module) -> int | None:
 
 
 def fitting(prompt: Sequence[int], positions: int | None, truncate: bool) -> list[int]:
-    """A prompt that leaves room for an answer's first token.
+    """The prompt, if it leaves room for at least one token of an answer.
 
-    truncate  leave out the middle of one that is too long
+    truncate  whether to leave out the middle of one that is too long
 
-    Raises UserError, in tokens, for one that is too long.
+    Raises UserError, which counts the tokens, for a prompt that is too long.
     """
     prompt = list(prompt)
     if positions is None or len(prompt) < positions:
@@ -39,5 +39,5 @@ def fitting(prompt: Sequence[int], positions: int | None, truncate: bool) -> lis
             "the answer's included: shorten it, or --truncate-prompt leaves out its middle"
         )
     kept = positions - max(1, positions // 8)
-    begin = kept // 4  # where instructions stand; what is asked stands at the end
+    begin = kept // 4  # instructions are usually at the beginning, and the question at the end
     return prompt[:begin] + prompt[len(prompt) - (kept - begin) :]

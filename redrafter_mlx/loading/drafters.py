@@ -1,4 +1,4 @@
-"""Where a drafter comes from: the demo, a directory, Hugging Face, or its name alone."""
+"""Loads drafters: the demo's, from a directory or Hugging Face, or those that need no files."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ def load_drafter(
 
     Args:
         name_or_path: `demo`, a directory, or a Hugging Face repo `org/name`: a trained head of any
-            kind of `spec.HEADS`, in the layout in which it was published; also as `KIND:NAME`.
+            kind in `spec.HEADS`, in the layout in which it was published; also as `KIND:NAME`.
             `max_gram`: what followed earlier in the text. `model:NAME`: a smaller language model.
-            `union:[A,B]`: the candidates of several. `cascade:[A,B]`: drafters that draft for each
-            other. `auto`: Max-Gram, united with the target's own head if there is one: inside the
-            model or beside it (MODEL/drafter), or a known one that was downloaded before.
-        model: the target, as `load` returns it. It is probed here, once, for whether it can
-            verify a tree.
-        revision: branch, tag or commit; for a name that is one Hugging Face repo.
-        tokenizer: the target's, as `load` returns it; needed for a model and for bigrams.
+            `union:[A,B]`: the candidates of several drafters. `cascade:[A,B]`: drafters that draft
+            for each other. `auto`: Max-Gram, united with the target's own head if there is one:
+            inside the model, beside it (MODEL/drafter), or a known head downloaded before.
+        model: the target, as `load` returns it. Its first use here checks, with a small probe,
+            that it can verify a tree.
+        revision: branch, tag or commit, if the name is a single Hugging Face repo.
+        tokenizer: the target's, as `load` returns it; needed for `model:NAME` and for bigrams.
         options: the fields of config.DrafterOptions.
 
     Returns:
@@ -80,12 +80,12 @@ def load_drafter(
     Raises:
         UserError: no such drafter, damaged files, a drafter made for another target, drafters that
             cannot be combined, an option that cannot be honoured, or a target that cannot verify
-            trees; the message says which and why.
+            trees; the message says which, and why.
     """
     (chosen,) = parse_keywords(options, DrafterOptions)
     spec = parse(str(name_or_path), chosen)
     if revision is not None and spec.kind not in (HEAD, *HEADS, MODEL):
-        raise UserError(f"revision {revision!r} is for one Hugging Face repo, not for {spec}")
+        raise UserError(f"revision {revision!r} needs a single Hugging Face repo, not {spec}")
     return _Loader(model, tokenizer, chosen, revision).load(spec)
 
 
@@ -116,30 +116,26 @@ class _Loader:
     def _auto(self) -> Drafter:
         max_gram = self._max_gram()
         name = getattr(self.model, "_redrafter_name", None)
-        head = (
-            DEMO
-            if name == DEMO
-            else own_head(name, getattr(self.model, "_redrafter_directory", None))
-        )
+        if name == DEMO:
+            return UnionDrafter([self._head(Spec(HEAD, DEMO)), max_gram])
+        head = own_head(name, getattr(self.model, "_redrafter_directory", None))
         if head is None:
             return max_gram
         try:
             return UnionDrafter([self._head(Spec(HEAD, str(head))), max_gram])
         except UserError as error:
-            if name == DEMO:
-                raise
             logger.warning("drafting without %s: %s", head, error)
             return max_gram
 
     def _head(self, spec: Spec) -> Drafter:
-        """A trained head of the kind that its files hold."""
+        """A trained head, of the kind that its files show it to be."""
         directory = resolve_drafter(spec.name, self.revision)
         settings = read_json(directory / "config.json")
         kind = recognised(settings, tensor_names(directory))
         found = RECURRENT if kind is None else kind.name
         if spec.kind not in (HEAD, found):
             raise UserError(
-                f"{directory} is no {spec.kind} head"
+                f"{directory} does not hold a head of the kind {spec.kind}"
                 + (f" but {found}: give {found}:{spec.name}" if kind else "")
             )
         if kind is None:
@@ -160,7 +156,12 @@ class _Loader:
             path = expanded(o.max_gram_memory)
             memory = Memory.load(path, o.max_gram_memory_tokens, vocab_size)
         if o.max_gram_bigrams is not None:
-            text = _read_text(expanded(o.max_gram_bigrams), "--max-gram-bigrams")
+            path = expanded(o.max_gram_bigrams)
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                message = f"--max-gram-bigrams {path}: {one_line(error)}; give a UTF-8 text file"
+                raise UserError(message) from error
             bigrams = count_bigrams(self._needs_tokenizer("bigrams").encode(text))
         return MaxGramDrafter(bigrams=bigrams, memory=memory)
 
@@ -190,10 +191,10 @@ def _recurrent(directory: Path, model: nn.Module) -> RecurrentDrafter:
 def load_head_of(
     target: Target, name_or_path: str, revision: str | None = None
 ) -> tuple[RecurrentHead, mx.array]:
-    """A recurrent head for a target, and the token ids (D,) it can propose.
+    """A recurrent head for a target, and the token ids (D,) that it can propose.
 
     Args:
-        target: whose dtype its weights get.
+        target: the weights get its dtype.
         name_or_path, revision: as in `resolve_drafter`.
 
     Raises:
@@ -207,7 +208,7 @@ def load_head_of(
     ):
         if found != needed:
             raise UserError(
-                f"{directory} was made for another target: its {name} is {found}, that of "
+                f"{directory} was made for another target: its {name} is {found}, but that of "
                 f"{target.name} is {needed}; give a drafter trained for this model"
             )
     return head, d2t
@@ -237,12 +238,5 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
         )
     check_config(directory, f"give {DRAFTER_NAMES}")
     if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory} holds no *.safetensors file, so it is not a drafter")
+        raise UserError(f"{directory} has no *.safetensors file, so it is not a drafter")
     return directory
-
-
-def _read_text(path: Path, flag: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: {one_line(error)}; give a UTF-8 text file") from error

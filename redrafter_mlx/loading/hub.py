@@ -1,4 +1,4 @@
-"""Where a target model comes from: a directory, a GGUF file, Hugging Face, the demo."""
+"""Loads target models: from a directory, a GGUF file or Hugging Face, or the demo."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def load(
     The name is tried as: the word `demo` (SmolLM2-135M-Instruct, downloaded once, 93 MB) or
     `gemma-demo` (Gemma 3 270M, 239 MB), a local directory, a local .gguf file (converted once), a
     Hugging Face repo `org/name`.
-    On a CPU every model is computed in float32, because 16-bit and quantised products use no
-    BLAS there and accumulate in 16 bits; it is then read at once even with `lazy`.
+    On a CPU every model computes in float32, because 16-bit and quantised products use no BLAS
+    there and accumulate in 16 bits; the weights are then read at once, even with `lazy`.
 
     Args:
-        path_or_hf_repo: the name, see above. A directory called `demo` is `./demo`.
+        path_or_hf_repo: the name, see above. For a directory called `demo` give `./demo`.
         tokenizer_config, model_config, adapter_path, lazy, return_config, trust_remote_code:
             as in `mlx_lm.load`.
         revision: branch, tag or commit; Hugging Face repos only.
@@ -56,7 +56,7 @@ def load(
         (model, tokenizer) as `mlx_lm.load` returns them, plus the config with `return_config`.
 
     Raises:
-        UserError: no such model, or it cannot be loaded; the message says why.
+        UserError: there is no such model, or it cannot be loaded; the message says why.
     """
     directory = resolve_target(path_or_hf_repo, revision)
     shared = parallel.group().size() > 1
@@ -85,7 +85,7 @@ def load(
 
 
 def _split(model: nn.Module, name: str) -> None:
-    """Keep this process's part of the model; one that follows another ends with it."""
+    """Keep this process's part of the model; a follower serves its leader here, then exits."""
     processes = parallel.group().size()
     try:
         model.shard(parallel.group())
@@ -93,8 +93,8 @@ def _split(model: nn.Module, name: str) -> None:
         target = adapt(model) if parallel.is_follower() else None
     except (AttributeError, ValueError, UserError) as error:
         raise UserError(
-            f"{name} cannot be split over {processes} processes: {one_line(error)}; the numbers of "
-            "its heads must be multiples of theirs, and mlx-lm must know how"
+            f"{name} cannot be split over {processes} processes: {one_line(error)}; mlx-lm must "
+            "support it, and the model's numbers of heads must be multiples of that of processes"
         ) from error
     if target is not None:
         parallel.follow(target)
@@ -102,7 +102,7 @@ def _split(model: nn.Module, name: str) -> None:
 
 
 def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
-    """The local directory of a target model, downloaded or converted first where needed.
+    """The local directory of a target model, which is downloaded or converted first if need be.
 
     Args:
         name_or_path: as in `load`.
@@ -129,6 +129,7 @@ def resolve_target(name_or_path: str, revision: str | None = None) -> Path:
 
 
 def check_revision(name: str, revision: str | None) -> None:
+    """Raise UserError for a revision of anything but a Hugging Face repo."""
     if revision is not None and (name in DEMOS or expanded(name).exists()):
         raise UserError(
             f"revision {revision!r} is for Hugging Face repos, and {name} is not one: leave it out"
@@ -140,13 +141,14 @@ def _is_gguf(name: str) -> bool:
 
 
 def _way_out(name: str, directory: Path) -> str:
-    """What to do about a target's directory that cannot be loaded."""
-    if name in DEMOS or _is_gguf(name):  # then we have made it, and somebody has changed it
+    """What the user can do about a target's directory that cannot be loaded."""
+    if name in DEMOS or _is_gguf(name):  # we wrote it, and it has been changed since
         return f"delete {directory}, and the next run makes it anew"
-    return "what is needed is a complete model of a type that mlx-lm supports"
+    return "give a complete model of a type that mlx-lm supports"
 
 
 def check_config(directory: Path, way_out: str) -> None:
+    """Raise UserError, which ends with `way_out`, if config.json is missing or broken."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -160,7 +162,7 @@ def check_config(directory: Path, way_out: str) -> None:
 
 
 def _converted(source: Path) -> Path:
-    """The cached conversion of a local GGUF file; a changed file is converted anew."""
+    """The cached conversion of a local GGUF file; a changed file is converted again."""
     source = source.resolve()
     stat = source.stat()
     identity = f"{source}\n{stat.st_size}\n{stat.st_mtime_ns}\n{LAYOUT_VERSION}"

@@ -1,4 +1,4 @@
-"""Where the head of a target is: inside it, beside it, or in a repo on Hugging Face."""
+"""Finds the draft head of a target: inside it, beside it, or in a Hugging Face repo."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from redrafter_mlx.loading import places
 
 INDEX = "model.safetensors.index.json"
 BESIDE = "drafter"
-"""Directory of a model's own drafter, in the model's directory."""
+"""The directory of a model's own drafter, in the model's directory."""
 
 _WITHOUT = re.compile(
     r"[-_.](mlx|hf|gguf|bf16|fp16|fp8|f16|dwq|qat|awq|gptq|optiq|(mx|nv)fp\d+|int\d+|q\d+|"
     r"\d+(\.\d+)?bit|\d+bits|gs\d+|group\d+|[qg]\d+_\w+)$"
 )
-"""What a converted model's name has at its end that its original's has not."""
+"""Endings that converted models have in their names and their originals have not."""
 
 _log = logging.getLogger("redrafter_mlx")
 
 
 def own_head(name: str | None, directory: Path | None) -> Path | None:
-    """The directory of the head that a target brings, or that was downloaded for it.
+    """The directory of a head that comes with a target, or has been downloaded for it, or None.
 
-    name       of the target, as it was given: a path or a repo
-    directory  of the target, if it lies in one
+    name       of the target, as the user gave it: a path or a repo
+    directory  of the target, if it has one
 
-    None if there is none; a known one that was not downloaded is named in the log. Nothing is
-    downloaded here.
+    Nothing is downloaded here: a known head that has not been downloaded is named in the log.
     """
     if directory is not None and (found := _in_or_beside(directory)):
         return found
@@ -46,7 +45,7 @@ def own_head(name: str | None, directory: Path | None) -> Path | None:
     cached = try_to_load_from_cache(head, "config.json")
     if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
         return Path(cached).parent
-    _log.info("a head for this model can be had: --drafter union:[%s,max_gram] downloads it", head)
+    _log.info("there is a head for this model: --drafter union:[%s,max_gram] downloads it", head)
     return None
 
 
@@ -62,9 +61,9 @@ def _in_or_beside(directory: Path) -> Path | None:
 
 
 def download_head(repo: str, revision: str | None, accepted: str) -> Path:
-    """The files of a Hugging Face repo that hold a head; of one inside a target not the target's.
+    """The directory of a Hugging Face repo's head; if a target holds it, with its shards only.
 
-    accepted  what to give instead, for errors
+    accepted  the names that could be given instead, for errors
     """
     index = places.snapshot(repo, revision, ["config.json", INDEX], accepted) / INDEX
     files = ["*.safetensors"]
@@ -72,7 +71,7 @@ def download_head(repo: str, revision: str | None, accepted: str) -> Path:
         listed = read_json(index)
         weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
         if not isinstance(weight_map, dict):
-            raise UserError(f"{index}: has no weight_map of tensor names to files")
+            raise UserError(f"{index} has no weight_map of tensor names to files")
         for kind in KINDS.values():
             if kind.inside and (shards := shards_of(kind, weight_map)):
                 files = [INDEX, *shards]
@@ -80,7 +79,7 @@ def download_head(repo: str, revision: str | None, accepted: str) -> Path:
 
 
 def known_head(target: str) -> str | None:
-    """The Hugging Face repo of a head for a target of this name; None if none is known.
+    """The Hugging Face repo with a head for a target of this name; None if none is known.
 
     Example: mlx-community/Qwen3-8B-4bit -> z-lab/Qwen3-8B-DFlash-b16
     """
@@ -89,7 +88,7 @@ def known_head(target: str) -> str | None:
 
 
 def pairs() -> list[dict[str, str]]:
-    """Targets and their heads, with where and when that was read; the better ones come first."""
+    """Targets and their heads, each with its source and date; better heads come first."""
     file = importlib.resources.files("redrafter_mlx") / "loading" / "known_heads.json"
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""What a name for a model means: a path on this machine, or a repo on Hugging Face."""
+"""What a model's name refers to: a path on this machine, or a Hugging Face repo."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGET_NAMES = (
 
 
 def expanded(name: str) -> Path:
-    """The path with ~ resolved."""
+    """The path, with ~ resolved; UserError for an unknown user."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
@@ -38,13 +38,13 @@ def expanded(name: str) -> Path:
 def local_directory(name: str, accepted: str) -> Path | None:
     """The existing directory `name`, or None if it can only be a Hugging Face repo.
 
-    accepted  what to give instead, for the error
+    accepted  the names that could be given instead, for errors
     """
     path = expanded(name)
     if name and path.is_dir():
         return path
     if path.is_file():
-        raise UserError(f"{name} is a file of a kind that cannot be loaded; give {accepted}")
+        raise UserError(f"{name} is not a kind of file that can be loaded; give {accepted}")
     if not is_repo_id(name):
         raise UserError(f"{name!r} is neither an existing path nor org/name; give {accepted}")
     return None
@@ -63,15 +63,15 @@ def snapshot(name: str, revision: str | None, patterns: list[str], accepted: str
         return Path(_beside(fetch))
     except (HTTPError, EntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"{name} is not a local path, and Hugging Face did not give it: "
-            f"{hub_reason(error)}; {_way_out(error, accepted)}"
+            f"{name} is not a local path, and Hugging Face did not provide it: "
+            f"{_reason(error)}; {_way_out(error, accepted)}"
         ) from error
 
 
 def _beside(fetch: Callable[[], str]) -> str:
-    """The result of a download, waited for in such a way that Ctrl-C is heard at once.
+    """The result of a download, run in a thread so that Ctrl-C takes effect at once.
 
-    In the main thread Hugging Face would first wait for the files that its own threads have begun.
+    In the main thread, Hugging Face would first finish the files that its threads have begun.
     """
     done: Future[str] = Future()
 
@@ -90,12 +90,12 @@ def _way_out(error: Exception, accepted: str) -> str:
         return "set HF_HOME to a writable directory with room"
     answered = isinstance(error, HfHubHTTPError) or not isinstance(error, HTTPError)
     if isinstance(error, LocalEntryNotFoundError) or not answered:
-        return "run it again when the network is there: whole files are kept"
+        return "try again when the network is available: complete files are kept"
     return f"give {accepted}"
 
 
-def hub_reason(error: Exception) -> str:
-    """Why Hugging Face refused, on one line; its own messages run over many."""
+def _reason(error: Exception) -> str:
+    """Why Hugging Face refused, on one line; its own messages have many."""
     if isinstance(error, GatedRepoError):
         return "the repo is gated (accept its terms on its page and run 'hf auth login')"
     if isinstance(error, RepositoryNotFoundError):

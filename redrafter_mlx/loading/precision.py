@@ -1,4 +1,4 @@
-"""On a CPU models are computed in float32: 16-bit and quantised products use no BLAS there."""
+"""Models compute in float32 on a CPU, where 16-bit and quantised products use no BLAS."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from redrafter_mlx.machine import device
 def compute_in_float32(model: nn.Module) -> nn.Module:
     """Cast a model to float32 in place, quantised linear and embedding layers included.
 
-    One layer at a time, so that the model is never held twice. The weights of linear layers are
-    laid out by columns: products of a few rows are 10 to 25 % faster that way with OpenBLAS.
+    Works layer by layer, so that memory never holds the model twice. The weights of linear layers
+    are laid out by columns: with OpenBLAS, products of a few rows are 10 to 25 % faster that way.
 
     Returns:
         The same model.
@@ -35,7 +35,7 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
 def _plain_layer(
     layer: nn.QuantizedLinear | nn.QuantizedEmbedding,
 ) -> nn.Linear | nn.Embedding:
-    # Built with one row or column: the constructor would fill a full matrix with random numbers.
+    # Built with a 1x1 weight: the constructor would fill a full matrix with random numbers.
     plain = nn.Embedding(1, 1) if isinstance(layer, nn.QuantizedEmbedding) else nn.Linear(1, 1)
     biases = layer.get("biases")
     if biases is not None:

@@ -35,7 +35,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="redrafter_mlx.server",
         description="Answer OpenAI's and Anthropic's requests over HTTP, with a page at /. The "
-        "options of sampling and drafting are what holds where a request says nothing.",
+        "sampling and drafting options are the defaults for what a request leaves out.",
     )
     add_model_flags(parser)
     flag = parser.add_argument
@@ -43,18 +43,18 @@ def make_parser() -> cli.Parser:
         "--allow-model-switch",
         nargs="*",
         metavar="MODEL",
-        help="let requests change to these models (without a name: to any Hugging Face repo)",
+        help="let requests switch to these models (without a name: to any Hugging Face repo)",
     )
     groups = (ServerOptions, AnswerOptions, SamplingOptions, DraftOptions, DrafterOptions)
     add_flags(parser, *groups, EngineOptions)
-    parser.set_defaults(api_key=[])  # argparse appends to lists only
+    parser.set_defaults(api_key=[])  # argparse can only append to a list
     return parser
 
 
 def command(flags: Namespace) -> int:
-    """Serve until a signal ends it; the exit code."""
-    missing = [name for name in ("pydantic", "starlette", "uvicorn") if not _is_there(name)]
-    if missing:
+    """Serve until a signal stops it; returns the exit code."""
+    needed = ("pydantic", "starlette", "uvicorn")
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"{', '.join(missing)} is not installed; the server needs "
             "pip install 'redrafter-mlx[server]'"
@@ -64,14 +64,13 @@ def command(flags: Namespace) -> int:
     options = from_flags(ServerOptions, flags)
     drafter, drafter_options = drafter_of(flags)
     if not (options.is_local or options.api_key):
-        _log.warning("everybody who reaches %s may ask: give --api-key", options.host)
+        _log.warning("anyone who can reach %s may send requests: give --api-key", options.host)
     from redrafter_mlx.server.plan import Defaults
 
     defaults = Defaults(
         from_flags(AnswerOptions, flags),
         from_flags(SamplingOptions, flags),
         from_flags(DraftOptions, flags),
-        options.context,
         flags.chat_template_config,
     )
     from redrafter_mlx.engine import Engine, Served, load_served
@@ -83,11 +82,12 @@ def command(flags: Namespace) -> int:
     def load(name: str) -> Served:
         if name == flags.model:
             served = load_served(name, drafter, drafter_options, **loading(flags))
-        else:  # what was said of the first model need not be true of others
+        else:  # the flags describe the first model and need not fit another
             trust = flags.trust_remote_code and name in (listed or ())
             config = {"trust_remote_code": trust}
             auto = drafter and AUTO
             served = load_served(name, auto, tokenizer_config=config, trust_remote_code=trust)
+        served.context = options.context or served.context
         add_end_tokens(served.tokenizer, flags.extra_eos_token)
         if flags.chat_template_config and not served.tokenizer.has_chat_template:
             raise UserError(f"--chat-template-config: {name} has no chat template")
@@ -96,14 +96,11 @@ def command(flags: Namespace) -> int:
     def make(name: str) -> Engine:
         return Engine(lambda: load(name), engine_options)
 
-    with bind(options) as listening:  # before the model is loaded: a port in use is told at once
+    with bind(options) as listening:  # before the model is loaded: a port in use is an error now
         engine = make(flags.model).start()
-        told = f"{flags.model} with drafter {drafter}" if drafter else f"{flags.model}, no drafter"
-        return asyncio.run(serve(listening, engine, make, listed, defaults, options, told))
-
-
-def _is_there(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+        with_drafter = f" with drafter {drafter}" if drafter else ", no drafter"
+        described = f"{flags.model}{with_drafter}"
+        return asyncio.run(serve(listening, engine, make, listed, defaults, options, described))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from redrafter_mlx.engine import Served, Turn
@@ -18,6 +17,7 @@ from redrafter_mlx.server.plan import (
     template_prompt,
     usage_of,
 )
+from redrafter_mlx.server.schemas import text_of
 from redrafter_mlx.server.schemas_anthropic import (
     AssistantTurn,
     Conversation,
@@ -35,18 +35,18 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 
 
 def plan_message(asked: MessagesRequest, served: Served, defaults: Defaults) -> Plan:
-    """What a request asks of the engine; ApiError or UserError if it cannot be honoured."""
+    """The plan for a request; ApiError or UserError if it cannot be honoured."""
     if asked.redrafter and asked.redrafter.details:
         refuse_details("only chat completions have them")
     prompt, box = _prompt(asked, served, defaults)
     stop, most = asked.stop_sequences, asked.max_tokens
     requests = plan_requests(served, defaults, asked, [prompt], stop, most)
     speech = Speech(served.tokenizer, prompt.channel, box)
-    return Plan(requests, MessageWriter(served, speech), bool(asked.stream))
+    return Plan(requests, [speech], MessageWriter(served, speech), bool(asked.stream))
 
 
 def count_tokens(asked: CountRequest, served: Served, defaults: Defaults) -> dict[str, Any]:
-    """How many tokens the prompt has; errors as of `plan_message`."""
+    """The number of tokens in the prompt; raises as `plan_message` does."""
     prompt, _ = _prompt(asked, served, defaults, may_be_long=True)
     return {"input_tokens": len(prompt.tokens)}
 
@@ -54,7 +54,7 @@ def count_tokens(asked: CountRequest, served: Served, defaults: Defaults) -> dic
 def _prompt(
     asked: Conversation, served: Served, defaults: Defaults, may_be_long: bool = False
 ) -> tuple[Prompt, Toolbox]:
-    """The prompt and the tools in it."""
+    """The prompt, and the tools it offers to the model."""
     tokenizer, choice = served.tokenizer, asked.tool_choice
     tools = [
         {"name": tool.name, "description": tool.description, "parameters": tool.input_schema}
@@ -67,7 +67,7 @@ def _prompt(
     template = template_arguments(served, defaults, own, effort, "output_config.effort", thinking)
     messages = []
     if asked.system:
-        messages.append({"role": "system", "content": _text_of(asked.system)})
+        messages.append({"role": "system", "content": text_of(asked.system)})
     names: dict[str, str] = {}
     for place, turn in enumerate(asked.messages):
         messages += _user(turn, names) if turn.role == "user" else [_assistant(turn, names, place)]
@@ -75,23 +75,20 @@ def _prompt(
     if begun and "tool_calls" in messages[-1]:
         message = f"messages[{len(asked.messages) - 1}]: the results of its tools are missing"
         raise ApiError(400, message, "invalid_value", "messages")
-    return template_prompt(served, defaults, messages, box, template, begun, may_be_long), box
-
-
-def _text_of(content: str | Sequence[TextBlock] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(block.text for block in content)
+    return template_prompt(served, messages, box, template, begun, may_be_long), box
 
 
 def _user(turn: UserTurn, names: dict[str, str]) -> list[dict[str, Any]]:
-    """A turn of the user as chat templates take it: results of tools are messages of their own."""
+    """A user's turn as chat templates take it, with each tool result as a message of its own.
+
+    names  of the tools that were called, by the id of the call
+    """
     if isinstance(turn.content, str):
         return [{"role": "user", "content": turn.content}]
     messages: list[dict[str, Any]] = []
     for block in turn.content:
         if isinstance(block, ToolResultBlock):
-            text = ("Error: " if block.is_error else "") + _text_of(block.content)
+            text = ("Error: " if block.is_error else "") + text_of(block.content)
             made = {"role": "tool", "content": text, "tool_call_id": block.tool_use_id}
             if block.tool_use_id in names:
                 made["name"] = names[block.tool_use_id]
@@ -121,22 +118,18 @@ def _assistant(turn: AssistantTurn, names: dict[str, str], place: int) -> dict[s
 
 
 class MessageWriter:
-    """Answers of /v1/messages: blocks, one after the other."""
+    """Answers to /v1/messages: one content block after another."""
 
     beat = event({"type": "ping"}, "ping")
 
     def __init__(self, served: Served, speech: Speech):
         self.speech, self._model, self._id = speech, served.name, new_id("msg")
         self._blocks: list[dict[str, Any]] = []
-        self._open: str | None = None  # channel of the block that is still being said
+        self._open: str | None = None  # channel of the block that is not finished yet
         self._begun = False
 
-    def is_enough(self, index: int) -> bool:
-        """Whether the engine may stop."""
-        return self.speech.is_enough
-
     def feed(self, index: int, turn: Turn) -> list[str]:
-        """Events of a turn."""
+        """The events of a turn."""
         heard, events = self.speech.hear(turn), []
         if not self._begun:
             self._begun = True
@@ -148,18 +141,18 @@ class MessageWriter:
         return events
 
     def end(self) -> list[str]:
-        """After the last turn."""
+        """The events after the last turn."""
         delta = {"stop_reason": self._reason, "stop_sequence": self.speech.stopped_by}
         data = {"type": "message_delta", "delta": delta, "usage": self._usage()}
         stop = event({"type": "message_stop"}, "message_stop")
         return [*self._close(), event(data, "message_delta"), stop]
 
     def failed(self, error: ApiError) -> list[str]:
-        """An error in the midst of it."""
+        """The events for an error in mid-stream."""
         return [event(anthropic_shape(error), "error")]
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer, for requests that do not stream."""
         return self._object(self._blocks)
 
     @property
@@ -219,7 +212,7 @@ class MessageWriter:
         }
 
     def _usage(self) -> dict[str, Any]:
-        """This API counts what was known of the prompt apart from what had to be read."""
+        """This API counts the cached tokens of a prompt apart from those that had to be read."""
         stats = self.speech.stats
         cached = stats.get("cached_tokens", 0)
         return {

@@ -1,4 +1,4 @@
-"""The application: routes, and the way of a request to the engine and back."""
+"""The application: its routes, and how a request reaches the engine and is answered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from redrafter_mlx.engine import Served
 from redrafter_mlx.server.anthropic import count_tokens, plan_message
 from redrafter_mlx.server.asking import Asking, too_late
 from redrafter_mlx.server.document import document
-from redrafter_mlx.server.faults import ApiError, of_validation, told
+from redrafter_mlx.server.faults import ApiError, as_api_error, of_validation
 from redrafter_mlx.server.guard import Guard
 from redrafter_mlx.server.metrics import TYPE, Metrics
 from redrafter_mlx.server.models import Models
@@ -48,21 +48,21 @@ from redrafter_mlx.server.schemas_responses import ResponsesRequest
 
 BEAT_SECONDS = 5.0
 SEND_SECONDS = 60.0
-"""That a client may leave everything unread."""
+"""How long a client may read nothing at all."""
 SLOW_SECONDS = 10.0
-"""That a client has to read the end of its answer when the time of its request is over."""
+"""How long a client has to read the end of its answer once the request's time is up."""
 AT_ONCE = 100_000
-"""Bytes of a body up to which the event loop reads it itself."""
+"""Bytes up to which a body is parsed in the event loop itself, not in a thread."""
 _log = logging.getLogger("redrafter_mlx")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A request that the model answers: what its body may hold, and what becomes of it."""
+    """A kind of request that the model answers: its schema, its plan, its summary for OpenAPI."""
 
     schema: type[BaseModel]
     plan: Callable[[Any, Served, Defaults], Plan]
-    told: str
+    summary: str
 
 
 ROUTES = {
@@ -77,18 +77,15 @@ _COUNT = "/v1/messages/count_tokens"
 class Server:
     """What the routes share.
 
-    begin_stop  makes it take no more requests
+    is_stopping  set it, and no more requests are taken
     """
 
     def __init__(self, models: Models, defaults: Defaults, options: ServerOptions):
         self.models, self.defaults, self.options = models, defaults, options
         self.metrics, self.is_stopping = Metrics(), False
-        described = {path: (route.schema, route.told) for path, route in ROUTES.items()}
+        described = {path: (route.schema, route.summary) for path, route in ROUTES.items()}
         described[_COUNT] = (CountRequest, "How many tokens a prompt has")
         self._document = document(described)
-
-    def begin_stop(self) -> None:
-        self.is_stopping = True
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -104,7 +101,13 @@ class Server:
             Route("/v1/models/{id:path}", self._describe),
         ]
         page = Page()
-        pages = [Route("/", page.index), Route("/page/{name}", page.file)]
+        pages = [Route("/", page.file), Route("/page/{name}", page.file)]
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=self.options.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
         guard = Middleware(
             Guard,
             options=self.options,
@@ -114,23 +117,13 @@ class Server:
         count = Route(_COUNT, Count(self, _COUNT), methods=["POST"])
         return Starlette(
             routes=[*posts, count, *gets, *pages],
-            middleware=[*self._cors(), guard],
+            middleware=[cors, guard] if self.options.cors else [guard],
             exception_handlers={HTTPException: _http_error, ApiError: _api_error},
         )
 
     def count(self, route: str, status: int) -> None:
-        """Remember a response."""
+        """Count a response in the metrics."""
         self.metrics.responses[route, status] += 1
-
-    def _cors(self) -> list[Middleware]:
-        if not self.options.cors:
-            return []
-        origins, methods = list(self.options.cors), ["GET", "POST"]
-        return [
-            Middleware(
-                CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"]
-            )
-        ]
 
     async def _health(self, request: Request) -> Response:
         engine = self.models.engine
@@ -153,7 +146,7 @@ class Server:
 
 
 class Count:
-    """A POST route. Subclasses answer otherwise than with a count of tokens."""
+    """A POST route that answers with a count of tokens; the base of those the model answers."""
 
     schema: type[BaseModel] = CountRequest
 
@@ -173,7 +166,7 @@ class Count:
             )
             if gone.done() and not work.done():
                 raise ClientGone
-            if not work.done() and not reply.status:  # before the engine was asked
+            if not work.done() and not reply.status:  # it never reached the engine
                 work.cancel()
                 raise too_late(seconds)
         except ApiError as error:
@@ -195,7 +188,7 @@ class Count:
         except ClientGone:
             reply.gone()
         except Exception as error:
-            await reply.fail(told(error))
+            await reply.fail(as_api_error(error))
 
     async def _answer(self, asked: Any, reply: _Reply) -> None:
         async with self._server.models.use(asked.model) as engine:
@@ -224,7 +217,7 @@ class Answer(Count):
                         index, turn = found
                         reply.tokens += len(turn.pieces)
                         events = plan.writer.feed(index, turn)
-                        if turn.finish_reason is None and plan.writer.is_enough(index):
+                        if turn.finish_reason is None and plan.speeches[index].is_enough:
                             asking.enough(index)
                     if plan.stream:
                         await reply.events(events)
@@ -235,7 +228,7 @@ class Answer(Count):
 
 
 class _Reply:
-    """The reply to one request, and the line in the log about it."""
+    """The reply to one request, and the log line about it."""
 
     def __init__(self, server: Server, path: str, scope: Scope, send: Send):
         self._server, self._path, self._scope, self._send = server, path, scope, send
@@ -262,11 +255,11 @@ class _Reply:
             try:
                 async with asyncio.timeout(SEND_SECONDS):
                     await self._send(message)
-            except TimeoutError:  # whoever waits for the model must not wait for this client
+            except TimeoutError:  # requests that wait for the model must not wait for this client
                 raise ClientGone from None
 
     async def fail(self, error: ApiError) -> None:
-        """Tell of an error: as the reply, or as the last events of it."""
+        """Report an error: as the reply, or as its last events if it has begun."""
         if self.status:
             await self.events(self.writer.failed(error) if self.writer else [], is_last=True)
         else:
@@ -280,8 +273,8 @@ class _Reply:
     def close(self) -> None:
         self._server.count(self._path, self.status)
         spent = time.monotonic() - self._began
-        told = f"{self.tokens} tokens, " if self.tokens else ""
-        _log.info("POST %s %d, %s%.2f s", self._path, self.status, told, spent)
+        tokens = f"{self.tokens} tokens, " if self.tokens else ""
+        _log.info("POST %s %d, %s%.2f s", self._path, self.status, tokens, spent)
 
 
 async def _validated(schema: type[BaseModel], body: bytes) -> Any:
@@ -302,10 +295,7 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    path, headers = request.url.path, error.headers or {}
-    message = f"{request.method} {path[:200]}: {error.detail}; GET /openapi.json says what there is"
-    return JSONResponse(
-        shape_of(request.scope)(ApiError(error.status_code, message, "not_found")),
-        error.status_code,
-        headers,
-    )
+    asked = f"{request.method} {request.url.path[:200]}"
+    message = f"{asked}: {error.detail}; GET /openapi.json lists what there is"
+    content = shape_of(request.scope)(ApiError(error.status_code, message, "not_found"))
+    return JSONResponse(content, error.status_code, error.headers)

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: the turns of a request, and nobody waits."""
+"""Carries a request's turns from the engine's thread to the event loop; neither waits."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from redrafter_mlx.engine import Engine, Ticket, Turn
-from redrafter_mlx.server.faults import ApiError, stopping, told
+from redrafter_mlx.server.faults import ApiError, as_api_error, stopping
 from redrafter_mlx.server.plan import Plan
 
 MOST_UNREAD = 2048
-"""Turns that may wait for a client that reads slowly; then its request ends."""
+"""How many turns may wait for a slow client before its request is cancelled."""
 
 
 class Asking:
-    """What is asked of an engine for one HTTP request; `async with` ends it, whatever happens.
+    """The engine's work on one HTTP request; leaving `async with` cancels what is left of it.
 
-    seconds  that it may take; then ApiError
+    seconds  how long it may take before ApiError is raised
     """
 
     def __init__(self, engine: Engine, plan: Plan, seconds: float):
@@ -44,14 +44,14 @@ class Asking:
         self._cancel()
 
     def enough(self, index: int) -> None:
-        """The rest of a request's answer is not wanted; its last turn still comes."""
+        """Cut a request's answer short; its last turn still comes."""
         self._enough.add(index)
         self._tickets[index].cancel()
 
     async def turns(self, beat: float) -> AsyncIterator[tuple[int, Turn] | None]:
-        """(index of the request, turn) as they come; None where nothing came for `beat` seconds.
+        """(index of the request, turn) as they come; None whenever `beat` seconds bring nothing.
 
-        Raises ApiError for what goes wrong with any of the requests.
+        Raises ApiError if anything goes wrong with one of the requests.
         """
         running = len(self._plan.requests)
         while running:
@@ -62,7 +62,7 @@ class Asking:
             index, turn = found
             self._taken += 1
             if turn.finish_reason == "error":
-                raise told(turn.error)
+                raise as_api_error(turn.error)
             if turn.finish_reason == "cancelled" and index not in self._enough:
                 raise self._why_cancelled()
             running -= turn.finish_reason is not None
@@ -92,18 +92,17 @@ class Asking:
             self._sent += 1
             if self._sent - self._taken > MOST_UNREAD:
                 self._is_unread = True
-                for ticket in list(self._tickets):
-                    ticket.cancel()
+                self._cancel()
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, turn))
 
         return deliver
 
     def _cancel(self) -> None:
-        for ticket in self._tickets:
+        for ticket in list(self._tickets):  # the engine's thread may be here while more are added
             ticket.cancel()
 
 
 def too_late(seconds: float) -> ApiError:
-    """A request has had all the time that it may have."""
+    """The error for a request that has used up its time."""
     message = f"the request took longer than {seconds:g} seconds: ask for less"
     return ApiError(504, message, "timeout")

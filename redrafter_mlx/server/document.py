@@ -1,4 +1,4 @@
-"""The server described by itself, as OpenAPI: from the schemas that check its requests."""
+"""The server's OpenAPI description, made from the schemas that check its requests."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _PLAIN = {
     "/health": ("Whether the server takes requests", "application/json"),
     "/metrics": ("Counts for Prometheus", "text/plain"),
     "/v1/models": ("The models that requests may name", "application/json"),
-    "/v1/models/{id}": ("One of them", "application/json"),
+    "/v1/models/{id}": ("One of these models", "application/json"),
     "/openapi.json": ("This description", "application/json"),
 }
 _FAULTS = {
     "400": "The request cannot be honoured; the message says why",
     "401": "The key is missing or wrong",
-    "403": "Not for this web page or under this host name",
+    "403": "This web page or host name is not allowed",
     "404": "No such model",
-    "408": "The request or its answer took too long on the way",
+    "408": "The request was sent, or its answer read, too slowly",
     "413": "The request is too large",
-    "429": "Too many requests wait; Retry-After says when to try again",
+    "429": "Too many requests are waiting; Retry-After says when to try again",
     "503": "The server is stopping",
     "504": "The answer took too long",
 }
@@ -34,13 +34,13 @@ _FAULTS = {
 def document(posts: Mapping[str, tuple[type[BaseModel], str]]) -> dict[str, Any]:
     """The OpenAPI description.
 
-    posts  route -> schema of its body, what it is for
+    posts  route -> schema of its body, summary
     """
     schemas = [(schema, "validation") for schema, _ in posts.values()]
     refs, defined = models_json_schema(schemas, ref_template="#/components/schemas/{model}")
-    paths = {route: {"get": _get(route, *told)} for route, told in _PLAIN.items()}
-    for route, (schema, told) in posts.items():
-        paths[route] = {"post": _post(route, refs[schema, "validation"], told)}
+    paths = {route: {"get": _get(route, *described)} for route, described in _PLAIN.items()}
+    for route, (schema, summary) in posts.items():
+        paths[route] = {"post": _post(route, refs[schema, "validation"], summary)}
     key = {"type": "http", "scheme": "bearer"}
     other = {"type": "apiKey", "in": "header", "name": "x-api-key"}
     return {
@@ -55,8 +55,8 @@ def document(posts: Mapping[str, tuple[type[BaseModel], str]]) -> dict[str, Any]
     }
 
 
-def _get(route: str, told: str, media: str) -> dict[str, Any]:
-    operation = {"summary": told, "operationId": _name("get", route)}
+def _get(route: str, summary: str, media: str) -> dict[str, Any]:
+    operation = {"summary": summary, "operationId": _name("get", route)}
     if "{id}" in route:
         schema = {"type": "string", "minLength": 1}
         operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": schema}]
@@ -64,24 +64,22 @@ def _get(route: str, told: str, media: str) -> dict[str, Any]:
     return operation | {"responses": _responses("Done", {media: {"schema": schema}})}
 
 
-def _post(route: str, schema: dict[str, Any], told: str) -> dict[str, Any]:
+def _post(route: str, schema: dict[str, Any], summary: str) -> dict[str, Any]:
     media: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
     if not route.endswith("count_tokens"):
-        told += _STREAMS
+        summary += _STREAMS
         media["text/event-stream"] = {}
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    responses = _responses("The answer", media)
     return {
-        "summary": told,
+        "summary": summary,
         "operationId": _name("post", route),
-        "requestBody": body,
-        "responses": responses,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": _responses("The answer", media),
     }
 
 
-def _responses(told: str, media: dict[str, Any]) -> dict[str, Any]:
+def _responses(described: str, media: dict[str, Any]) -> dict[str, Any]:
     fault = {"application/json": {"schema": _OBJECT}}
-    return {"200": {"description": told, "content": media}} | {
+    return {"200": {"description": described, "content": media}} | {
         status: {"description": why, "content": fault} for status, why in _FAULTS.items()
     }
 

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, in the shapes in which the two APIs tell it."""
+"""What can go wrong with a request, in the shape in which each API reports it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("redrafter_mlx")
 
 CANNOT = {
     "audio": "this server answers with text only",
-    "background": "every request is answered at once",
+    "background": "requests are answered while the client waits",
     "best_of": "answers are not ranked; use n",
     "conversation": "the server keeps no conversations; send all messages",
     "echo": "the prompt is not repeated",
@@ -27,36 +27,35 @@ CANNOT = {
     "functions": "use tools",
     "include": "only message.output_text.logprobs can be included",
     "previous_response_id": "the server keeps no answers; send all messages",
-    "prompt_cache_retention": "what was read of prompts is kept in memory",
+    "prompt_cache_retention": "the caches of prompts are kept in memory",
     "response_format": "answers cannot be held to a format: decoding is not constrained",
-    "service_tier": "there is one tier",
+    "service_tier": "there is only one tier",
     "store": "the server keeps no answers",
     "strict": "calls cannot be held to a schema: decoding is not constrained",
-    "suffix": "text is only written at the end",
+    "suffix": "text can only be added at the end",
     "summary": "reasoning is given as it is, not summarised",
-    "thinking": "the length of reasoning cannot be bounded; adaptive and disabled are known",
-    "tool_choice": "the model cannot be made to call a tool; auto and none can be honoured",
-    "truncation": "nothing is left out of a prompt",
+    "thinking": "the length of reasoning cannot be bounded; use adaptive or disabled",
+    "tool_choice": "the model cannot be made to call a tool; use auto or none",
+    "truncation": "prompts are never shortened",
     "verbosity": "say in a message how long the answer should be",
 }
-"""Why fields, or values of them, cannot be honoured."""
+"""Why fields, or some of their values, cannot be honoured."""
 
 NOT_TEXT = {
     "document", "file", "image", "image_url", "input_audio", "input_file", "input_image",
     "video", "video_url",
 }  # fmt: skip
 
-
 REFUSALS = ("extra_forbidden", "less_than_equal", "literal_error", "missing", "too_long")
 MOST_FAULTS = 1000
 
 
 class ApiError(Exception):
-    """A request that is not answered.
+    """The reason why a request is not answered.
 
-    code         for programs; None: the status says it all
+    code         for programs; None if the status says it all
     param        name of the field that is to blame
-    retry_after  seconds until it may be sent again; None: never as it is
+    retry_after  seconds until the request may be sent again; None if it will not succeed as it is
     """
 
     def __init__(
@@ -73,14 +72,14 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """That tell clients whether and when to try again."""
+        """Headers that tell clients whether and when to try again."""
         if self.retry_after is not None:
             return {"Retry-After": str(math.ceil(self.retry_after))}
         return {"x-should-retry": "false"} if self.status >= 500 else {}
 
 
-def told(error: BaseException) -> ApiError:
-    """Any error of an answer as one for its client; what nobody foresaw goes to the log."""
+def as_api_error(error: BaseException) -> ApiError:
+    """Any error, in a form for the client; an unexpected one is logged as well."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -89,16 +88,13 @@ def told(error: BaseException) -> ApiError:
         return stopping()
     if isinstance(error, UserError):
         return ApiError(400, str(error))
-    _log.error("a request failed: %s; --debug shows where", one_line(error), exc_info=_is_debug())
+    is_debug = _log.isEnabledFor(logging.DEBUG)
+    _log.error("a request failed: %s; --debug shows where", one_line(error), exc_info=is_debug)
     return ApiError(500, f"the server failed: {one_line(error)}", "server_error")
 
 
-def _is_debug() -> bool:
-    return _log.isEnabledFor(logging.DEBUG)
-
-
 def stopping() -> ApiError:
-    """The server ends."""
+    """The error for requests while the server is shutting down."""
     message = "the server is stopping and takes no more requests"
     return ApiError(503, message, "server_stopping", retry_after=5)
 
@@ -116,7 +112,7 @@ _ANTHROPIC = {
 
 
 def openai_shape(error: ApiError) -> dict[str, Any]:
-    """An error as OpenAI's API tells it."""
+    """An error as OpenAI's API reports it."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     return {
         "error": {
@@ -129,14 +125,14 @@ def openai_shape(error: ApiError) -> dict[str, Any]:
 
 
 def anthropic_shape(error: ApiError) -> dict[str, Any]:
-    """An error as Anthropic's API tells it."""
+    """An error as Anthropic's API reports it."""
     kind = "api_error" if error.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC.get(error.status, kind)
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def of_validation(error: ValidationError, body: bytes) -> ApiError:
-    """What is wrong with a request's body."""
+    """What is wrong with a request's body, by the most specific of pydantic's complaints."""
     if error.error_count() > MOST_FAULTS:
         return ApiError(400, f"the body has {error.error_count()} mistakes", "invalid_value")
     found = error.errors(include_url=False, include_context=False)
@@ -145,7 +141,8 @@ def of_validation(error: ValidationError, body: bytes) -> ApiError:
         return ApiError(400, message, "invalid_json")
     given = _parsed(body)
     paths = [_path(one["loc"], one["type"], given) for one in found]
-    deepest = max(range(len(found)), key=lambda place: len(paths[place]))  # of a union's members
+    # Each member of a union complains; the one that got furthest is the one that was meant.
+    deepest = max(range(len(found)), key=lambda place: len(paths[place]))
     first, path = found[deepest], paths[deepest]
     kind, given = first["type"], first.get("input")
     name = next((part for part in reversed(path) if isinstance(part, str)), "")
@@ -173,7 +170,7 @@ def _parsed(body: bytes) -> Any:
 
 
 def _path(location: tuple, kind: str, here: Any) -> list[str | int]:
-    """Where in the body an error is; pydantic's names of unions' members are left out of it."""
+    """Where in the body an error is, without the names that pydantic gives to members of unions."""
     path = []
     for place, step in enumerate(location):
         is_last = place == len(location) - 1

@@ -1,4 +1,4 @@
-"""Who may ask: keys, host names, web pages, and nobody when the server is stopping."""
+"""Who may send requests: checks of keys, host names and web pages, and whether it is stopping."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ OPEN = ("/", "/health")
 
 
 class Guard:
-    """Middleware that turns away whoever may not ask.
+    """Middleware that turns away requests that are not allowed.
 
     is_stopping  whether the server takes no more requests
-    refused      is told of the (route, status) of those that are turned away
+    refused      called with the route and status of each request turned away
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
-        # A page of another host may be given a name that leads to this address: the browser then
-        # takes it for the same host.
+        # DNS rebinding: another site's host name may be pointed at this address, and browsers then
+        # take its pages for ours.
         if self._options.is_local and not self._keys and _name(f"//{host}") not in LOOPBACK:
             raise ApiError(
                 403,
-                f"this server does not answer under the name {host[:200]!r}: ask 127.0.0.1, or "
-                "start it with --api-key",
+                f"this server does not answer to the name {host[:200]!r}: use 127.0.0.1, or start "
+                "the server with --api-key",
                 "wrong_host",
             )
         if scope["method"] == "POST":
@@ -67,13 +67,9 @@ class Guard:
     def _check_origin(self, origin: str | None, host: str) -> None:
         if origin is None or "*" in self._options.cors or origin in self._options.cors:
             return
-        try:
-            is_own = urlsplit(origin).netloc == host
-        except ValueError:
-            is_own = False
-        if not is_own:
+        if origin.partition("://")[2] != host:
             shown = origin[:200]
-            message = f"pages of {shown} may not ask: start the server with --cors {shown}"
+            message = f"pages of {shown} are not allowed: start the server with --cors {shown}"
             raise ApiError(403, message, "wrong_origin")
 
     def _check_key(self, headers: Headers) -> None:
@@ -81,11 +77,11 @@ class Guard:
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
         given = given.strip()
-        # Every key is compared, each in constant time: how long it takes tells nothing.
+        # Every key is compared, each in constant time, so that timing reveals nothing.
         found = [hmac.compare_digest(given.encode(), key) for key in self._keys]
         if not any(found):
             what = "the API key is wrong" if given else "the API key is missing"
-            message = f"{what}: send one of the server's --api-key as Authorization: Bearer KEY"
+            message = f"{what}: send one of the server's keys as Authorization: Bearer KEY"
             raise ApiError(401, message, "invalid_api_key")
 
 

@@ -1,4 +1,4 @@
-"""Which model answers, and the change to another."""
+"""Which model answers, and how requests switch to another."""
 
 from __future__ import annotations
 
@@ -21,56 +21,47 @@ _REPO = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+")
 class Models:
     """One engine at a time.
 
-    engine   the first one, which runs already; name is of its model
-    make     makes an engine for another name, not yet started
-    allowed  names that requests may change to; empty: any Hugging Face repo; None: no change
+    engine   the first one, already running
+    make     makes an engine for another model's name, not yet started
+    allowed  names that requests may switch to; empty: any Hugging Face repo; None: no switching
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        make: Callable[[str], Engine] | None = None,
-        allowed: Sequence[str] | None = None,
+        self, engine: Engine, make: Callable[[str], Engine], allowed: Sequence[str] | None
     ):
         self.engine, self._make, self._allowed = engine, make, allowed
         self.name = self._first = engine.served.name
         self._failure: Exception | None = None
         self._created = int(time.time())
-        self._turn = asyncio.Lock()  # who has it may change the model
+        self._turn = asyncio.Lock()  # its holder may change the model
         self._users, self._is_free = 0, asyncio.Event()
         self._is_free.set()
         self._ends = False
 
     @property
     def names(self) -> list[str]:
-        """Models that requests may name; of those that any repo may be, the ones known by now."""
-        return list(
-            dict.fromkeys([self.name, *([self._first, *self._allowed] if self._allows else [])])
-        )
-
-    @property
-    def _allows(self) -> bool:
-        return self._allowed is not None
+        """Models that requests may name; where that is any repo, those named so far."""
+        others = [] if self._allowed is None else [self._first, *self._allowed]
+        return list(dict.fromkeys([self.name, *others]))
 
     def check(self, name: str | None) -> None:
         """Raise ApiError for a model that requests may not name."""
         if name is None or name in self.names:
             return
-        is_repo = _REPO.fullmatch(name) and not Path(name).exists()
-        if self._allowed is not None and not self._allowed and is_repo:
-            return
         way_out = f"there is {', '.join(self.names)}"
-        if not self._allows:
+        if self._allowed is None:
             way_out += "; start the server with --allow-model-switch for others"
+        elif not self._allowed and _REPO.fullmatch(name) and not Path(name).exists():
+            return
         shown = name if len(name) < 200 else f"{name[:200]}..."
         raise ApiError(404, f"model {shown!r} is not served: {way_out}", "model_not_found", "model")
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Engine]:
-        """The engine of a model, which stays as long as somebody uses it.
+        """The engine of a model, which stays loaded while the block runs.
 
-        Another model is loaded when all who use the present one have finished; later requests
-        wait. Raises ApiError if it may not be, UserError if it cannot be loaded.
+        Another model is loaded as soon as all users of the present one have finished; later
+        requests wait. Raises ApiError if it is not allowed, UserError if it cannot be loaded.
         """
         self.check(name)
         async with self._turn:
@@ -87,11 +78,11 @@ class Models:
                 self._is_free.set()
 
     async def stop(self, grace: float) -> None:
-        """Take no more requests; end when those that run are answered, or cut after `grace`."""
+        """Take no more requests; let running ones finish for `grace` seconds, then cut them off."""
         self._ends = True
         engine = self.engine
         await asyncio.to_thread(engine.stop, grace)
-        if self.engine is not engine:  # it was being changed
+        if self.engine is not engine:  # a switch was under way
             await asyncio.to_thread(self.engine.stop)
 
     async def _change(self, name: str) -> None:
@@ -102,17 +93,17 @@ class Models:
         change = asyncio.ensure_future(asyncio.to_thread(self._exchange, old, name))
         try:
             await asyncio.shield(change)
-        finally:  # its client may have gone: the model is loaded all the same
+        finally:  # even if its client has gone: the thread cannot be stopped
             self.engine = await change
             self.name = self.engine.served.name
         if self.name != name:
             raise UserError(f"model {name!r} cannot be loaded: {self._failure}")
 
     def _exchange(self, old: Engine, name: str) -> Engine:
-        """The engine of another model; that of the old one if it cannot be loaded."""
+        """The engine of another model; of the old one again if that cannot be loaded."""
         old.stop(math.inf)
         old_name = old.served.name
-        old.served = None  # two models need not fit into memory
+        old.served = None  # memory may not hold both models
         try:
             return self._make(name).start()
         except Exception as error:
@@ -120,14 +111,14 @@ class Models:
             return self._make(old_name).start()
 
     def listed(self) -> dict[str, Any]:
-        """The models, as both APIs list them."""
+        """The list of models; one object that suits both APIs."""
         models = [self.described(name) for name in self.names]
         first, last = models[0]["id"], models[-1]["id"]
         page = {"has_more": False, "first_id": first, "last_id": last}
         return {"object": "list", "data": models} | page
 
     def described(self, name: str) -> dict[str, Any]:
-        """A model, as both APIs describe it."""
+        """A model's description; one object that suits both APIs."""
         self.check(name)
         served = self.engine.served
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._created))

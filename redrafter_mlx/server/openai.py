@@ -26,10 +26,10 @@ from redrafter_mlx.server.schemas import (
     AssistantMessage,
     ChatRequest,
     CompletionRequest,
-    Content,
     Message,
     OpenAISampled,
     ToolMessage,
+    text_of,
 )
 from redrafter_mlx.server.speech import Said, Speech
 from redrafter_mlx.server.tools import Call, called, new_id, toolbox
@@ -38,14 +38,14 @@ BEAT = ": the answer is still to come\n\n"
 
 
 def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
-    """What a chat request asks of the engine; ApiError or UserError if it cannot be honoured."""
+    """The plan for a chat request; ApiError or UserError if it cannot be honoured."""
     tokenizer = served.tokenizer
     tools = [tool.function.model_dump() for tool in asked.tools or ()]
     box = toolbox(tokenizer, tools, asked.tool_choice, asked.parallel_tool_calls)
     own, effort = asked.chat_template_kwargs, asked.reasoning_effort
     template = template_arguments(served, defaults, own, effort, "reasoning_effort")
     messages = [_templated(message, place) for place, message in enumerate(asked.messages)]
-    prompt = template_prompt(served, defaults, messages, box, template)
+    prompt = template_prompt(served, messages, box, template)
     most = asked.max_tokens
     if asked.max_completion_tokens is not None:
         most = min(most or asked.max_completion_tokens, asked.max_completion_tokens)
@@ -56,14 +56,14 @@ def plan_chat(asked: ChatRequest, served: Served, defaults: Defaults) -> Plan:
     requests = plan_requests(served, defaults, asked, [prompt], asked.stop, most, top)
     speeches = [Speech(tokenizer, prompt.channel, box) for _ in requests]
     writer = ChatWriter(served, asked, speeches)
-    return Plan(requests, writer, bool(asked.stream), writer.details)
+    return Plan(requests, speeches, writer, bool(asked.stream), writer.details)
 
 
 def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults) -> Plan:
-    """What a completion request asks of the engine; errors as of `plan_chat`."""
+    """The plan for a completion request; raises as `plan_chat` does."""
     given = asked.prompt
     is_one = isinstance(given, str) or not given or isinstance(given[0], int)
-    prompts = [_tokens(served, defaults, prompt) for prompt in ([given] if is_one else given)]
+    prompts = [_tokens(served, prompt) for prompt in ([given] if is_one else given)]
     if len(prompts) * (asked.n or 1) > 128:
         raise ApiError(400, "n: these are more than 128 answers", "invalid_value", "n")
     requests = plan_requests(
@@ -71,14 +71,7 @@ def plan_completion(asked: CompletionRequest, served: Served, defaults: Defaults
     )
     speeches = [Speech(served.tokenizer, None) for _ in requests]
     writer = CompletionWriter(served, asked, speeches)
-    return Plan(requests, writer, bool(asked.stream), writer.details)
-
-
-def text_of(content: Content | None) -> str:
-    """The text of a message's content."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text for part in content)
+    return Plan(requests, speeches, writer, bool(asked.stream), writer.details)
 
 
 def _templated(message: Message, place: int) -> dict[str, Any]:
@@ -101,9 +94,9 @@ def _templated(message: Message, place: int) -> dict[str, Any]:
     return made
 
 
-def _tokens(served: Served, defaults: Defaults, prompt: str | Sequence[int]) -> Prompt:
+def _tokens(served: Served, prompt: str | Sequence[int]) -> Prompt:
     if isinstance(prompt, str):
-        check_length(served, defaults, [prompt])
+        check_length(served, [prompt])
         return Prompt(served.tokenizer.encode(prompt))
     size = served.target.vocab_size
     if beyond := [token for token in prompt if not 0 <= token < size]:
@@ -113,7 +106,7 @@ def _tokens(served: Served, defaults: Defaults, prompt: str | Sequence[int]) -> 
 
 
 class _OpenAIWriter:
-    """What answers of the two APIs have in common."""
+    """What the writers of both APIs have in common."""
 
     beat, object, prefix = BEAT, "", ""
 
@@ -125,25 +118,21 @@ class _OpenAIWriter:
         self._id, self._created = new_id(self.prefix), int(time.time())
         self._model = served.name
         self._text_of = functools.lru_cache(4096)(lambda token: served.tokenizer.decode([token]))
-        self._shown = [0] * len(speeches)  # log-probabilities that have been sent
-
-    def is_enough(self, index: int) -> bool:
-        """Whether the engine may stop with a request."""
-        return self.speeches[index].is_enough
+        self._shown = [0] * len(speeches)  # log-probabilities sent so far, for each answer
 
     def end(self) -> list[str]:
-        """After the last turn."""
+        """The events after the last turn."""
         options = self._asked.stream_options
         wanted = options is not None and options.include_usage
         last = [event(self._object([]) | {"usage": self.usage()})] if wanted else []
         return [*last, "data: [DONE]\n\n"]
 
     def failed(self, error: ApiError) -> list[str]:
-        """An error in the midst of it."""
+        """The events for an error in mid-stream."""
         return [event(openai_shape(error)), "data: [DONE]\n\n"]
 
     def usage(self) -> dict[str, Any]:
-        """Counts of tokens, a prompt of several answers once, and our extension."""
+        """Token counts, each prompt counted once however many answers it has, and our extension."""
         stats = [speech.stats for speech in self.speeches]
         first = stats[:: self._asked.n or 1]
         prompt = sum(one.get("prompt_tokens", 0) for one in first)
@@ -175,7 +164,7 @@ class _OpenAIWriter:
 
 
 class ChatWriter(_OpenAIWriter):
-    """Answers of /v1/chat/completions."""
+    """Answers to /v1/chat/completions."""
 
     object, prefix = "chat.completion", "chatcmpl"
 
@@ -184,7 +173,7 @@ class ChatWriter(_OpenAIWriter):
         self._begun = set()
 
     def feed(self, index: int, turn: Turn) -> list[str]:
-        """Chunks of a turn."""
+        """The chunks of a turn."""
         speech = self.speeches[index]
         calls, root = len(speech.calls), speech.last_token
         heard = speech.hear(turn)
@@ -220,10 +209,9 @@ class ChatWriter(_OpenAIWriter):
         return chunk
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
-        return self._object([self._choice(*one) for one in enumerate(self.speeches)]) | {
-            "usage": self.usage()
-        }
+        """The whole answer, for requests that do not stream."""
+        choices = [self._choice(*one) for one in enumerate(self.speeches)]
+        return self._object(choices) | {"usage": self.usage()}
 
     def _choice(self, index: int, speech: Speech) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": speech.text, "refusal": None}
@@ -238,12 +226,12 @@ class ChatWriter(_OpenAIWriter):
 
 
 class CompletionWriter(_OpenAIWriter):
-    """Answers of /v1/completions."""
+    """Answers to /v1/completions."""
 
     object, prefix = "text_completion", "cmpl"
 
     def feed(self, index: int, turn: Turn) -> list[str]:
-        """Chunks of a turn."""
+        """The chunks of a turn."""
         speech = self.speeches[index]
         at, root = len(speech.text), speech.last_token
         text = "".join(part.text for part in speech.hear(turn))
@@ -257,7 +245,7 @@ class CompletionWriter(_OpenAIWriter):
         return [event(chunk)]
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer, for requests that do not stream."""
         choices = [
             self._choice(index, speech.text, speech.finish_reason, speech.logprobs, 0)
             for index, speech in enumerate(self.speeches)

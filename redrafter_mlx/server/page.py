@@ -1,4 +1,4 @@
-"""The page at /, from files of the package; it loads nothing from anywhere else."""
+"""The page at /, served from the package's own files; it loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ DIRECTORY = Path(__file__).parent / "page"
 TYPES = {
     ".css": "text/css",
     ".html": "text/html",
-    ".ico": "image/x-icon",
     ".js": "text/javascript",
-    ".json": "application/json",
-    ".png": "image/png",
     ".svg": "image/svg+xml",
-    ".txt": "text/plain",
-    ".webmanifest": "application/manifest+json",
-    ".woff2": "font/woff2",
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; "
@@ -31,26 +25,15 @@ HEADERS = {
 
 
 class Page:
-    """Serves the files that are there when it is made, and no others."""
+    """Serves the files that exist when it is made, and no others."""
 
-    def __init__(self, directory: Path | None = None):
-        directory = directory or DIRECTORY
-        found = directory.iterdir() if directory.is_dir() else ()
-        self._files = {path.name: path for path in found if path.suffix in TYPES}
-
-    async def index(self, request: Request) -> Response:
-        """GET /."""
-        return self._response("index.html")
+    def __init__(self):
+        self._files = {path.name: path for path in DIRECTORY.iterdir() if path.suffix in TYPES}
 
     async def file(self, request: Request) -> Response:
-        """GET /page/NAME."""
-        return self._response(request.path_params["name"])
-
-    def _response(self, name: str) -> Response:
-        path = self._files.get(name)
+        """GET / and GET /page/NAME."""
+        path = self._files.get(request.path_params.get("name", "index.html"))
         if path is None:
             raise HTTPException(404)
-        kind = TYPES[path.suffix]
-        is_text = kind.startswith("text/") or kind.endswith(("json", "xml"))
-        media = f"{kind}; charset=utf-8" if is_text else kind
+        media = f"{TYPES[path.suffix]}; charset=utf-8"
         return Response(path.read_bytes(), media_type=media, headers=HEADERS)

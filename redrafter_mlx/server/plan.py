@@ -1,4 +1,4 @@
-"""A request of either API becomes requests to the engine, and a writer of its answer."""
+"""Turns a request of any API into requests to the engine, and a writer for their answers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.engine import Request, Served, Turn
 from redrafter_mlx.engine.conversation import Prompt, prompt_of
@@ -17,13 +15,14 @@ from redrafter_mlx.engine.request import DEFAULT
 from redrafter_mlx.model_flags import OUR_ARGUMENTS
 from redrafter_mlx.server.faults import ApiError
 from redrafter_mlx.server.schemas import Extension, Sampled
+from redrafter_mlx.server.speech import Speech
 from redrafter_mlx.server.tools import Toolbox
 
 WHOLE_TEXT = 2**31 - 1
-"""Tokens that penalties reach back, where an API means all of the text."""
+"""How many tokens penalties look back where an API means the whole text."""
 
 SURELY_READ = 16
-"""Characters a token of the context up to which a prompt is read without a look at its length."""
+"""Characters per token of the context up to which a prompt is tokenised without a check."""
 
 _SAMPLING = {
     "temperature": "temp",
@@ -41,32 +40,29 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where a request says nothing.
+    """The settings for whatever a request leaves out.
 
-    context   most tokens of prompt and answer; None: what the model knows
-    template  arguments of chat templates
+    template  arguments for the chat template
     """
 
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     draft: DraftOptions = field(default_factory=DraftOptions)
-    context: int | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Writer(Protocol):
-    """Puts an answer into an API's form.
+    """Writes answers in the form of one API.
 
-    beat   server-sent event that says nothing but that the answer is still to come
+    beat   server-sent event that keeps the connection alive before the next one comes
 
-    `feed` takes the turns of the plan's requests; it and `end` return server-sent events.
-    `whole` is the answer in one piece, after the last turn.
+    `feed` takes the turns of the plan's requests; it, `end` and `failed` return server-sent events.
+    `whole` returns the whole answer after the last turn, for requests that do not stream.
     """
 
     beat: str
 
     def feed(self, index: int, turn: Turn) -> list[str]: ...
-    def is_enough(self, index: int) -> bool: ...
     def end(self) -> list[str]: ...
     def failed(self, error: ApiError) -> list[str]: ...
     def whole(self) -> dict[str, Any]: ...
@@ -74,11 +70,16 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of the engine for one request, and what puts the answers into form."""
+    """What the engine is asked for one HTTP request, and what hears and writes the answers.
+
+    speeches  one for each of the engine's requests
+    details   whether the writer needs the trees of turns
+    """
 
     requests: Sequence[Request]
+    speeches: Sequence[Speech]
     writer: Writer
-    stream: bool = False
+    stream: bool
     details: bool = False
 
 
@@ -91,11 +92,11 @@ def plan_requests(
     max_tokens: int | None,
     top_logprobs: int | None = None,
 ) -> list[Request]:
-    """The engine's requests for prompts: each as often as asked, with seeds one after the other.
+    """The engine's requests: `n` for each prompt, with consecutive seeds.
 
-    stop, max_tokens  what ends an answer; None: what the server's own flags say
+    stop, max_tokens  where an answer ends; None: as the server's own flags say
 
-    Raises ApiError for what does not fit the model; UserError for options out of range.
+    Raises ApiError for what does not suit the model, UserError for options out of range.
     """
     extension = asked.redrafter or Extension()
     drafter = extension.drafter or DEFAULT
@@ -108,7 +109,7 @@ def plan_requests(
     stops = [stop] if isinstance(stop, str) else stop
     requests = []
     for prompt in prompts:
-        _check_context(served, defaults, prompt)
+        _check_context(served, prompt)
         shared = {
             "prompt": prompt.tokens,
             "marks": prompt.marks,
@@ -125,7 +126,6 @@ def plan_requests(
 
 def template_prompt(
     served: Served,
-    defaults: Defaults,
     messages: Sequence[Mapping[str, Any]],
     toolbox: Toolbox,
     template: Mapping[str, Any],
@@ -134,15 +134,16 @@ def template_prompt(
 ) -> Prompt:
     """The prompt of a conversation.
 
-    template     arguments for the chat template, as `template_arguments` gives them
-    may_be_long  whether it may have more tokens than the context
+    template       arguments for the chat template, from `template_arguments`
+    continue_last  whether the last message is the beginning of the answer
+    may_be_long    whether the prompt may exceed the context
 
-    Raises ApiError for arguments that are not the request's to give and for a prompt that is much
-    too long, UserError if the template fails.
+    Raises ApiError for arguments that only the server may set and for a prompt that is much too
+    long, UserError if the template fails.
     """
     tokenizer = served.tokenizer
     if not may_be_long:
-        check_length(served, defaults, (message["content"] for message in messages))
+        check_length(served, (message["content"] for message in messages))
     if taken := sorted(template.keys() & set(OUR_ARGUMENTS)):
         param = f"chat_template_kwargs.{taken[0]}"
         raise ApiError(400, f"{param} is set by the server: leave it out", "invalid_value", param)
@@ -150,7 +151,7 @@ def template_prompt(
         param = "chat_template_kwargs"
         raise ApiError(400, f"{param}: this model has no chat template", "invalid_value", param)
     if not tokenizer.has_chat_template and any("tool_calls" in one for one in messages):
-        message = "messages: this model has no chat template, so it cannot be shown calls of tools"
+        message = "messages: this model has no chat template, so it cannot be shown tool calls"
         raise ApiError(400, message, "invalid_value", "messages")
     return prompt_of(tokenizer, messages, toolbox.tools or None, continue_last, **template)
 
@@ -163,48 +164,34 @@ def template_arguments(
     param: str,
     thinking: bool | None = None,
 ) -> dict[str, Any]:
-    """Arguments for the chat template: the server's, what a request says of thinking, its own.
+    """Arguments for the chat template: the server's, those for reasoning, and the request's own.
 
-    param  the field that `effort` comes from, for errors
+    own       chat_template_kwargs of the request
+    effort    how hard the model should think
+    param     the field that `effort` comes from, for errors
+    thinking  whether it should think at all; None: as `effort` and the template say
 
-    Raises ApiError for what the template does not know how to say.
+    Raises ApiError for what the template cannot express.
     """
-    given = {**defaults.template, **_effort_arguments(served.tokenizer, effort, param)}
-    if thinking is not None:
-        given |= _thinking_arguments(served.tokenizer, thinking)
+    tokenizer, given = served.tokenizer, dict(defaults.template)
+    if effort == "none":
+        thinking = bool(thinking)
+    elif effort is not None:
+        source = tokenizer.chat_template if tokenizer.has_chat_template else ""
+        if "reasoning_effort" not in str(source):
+            message = f"{param} {effort!r} cannot be honoured: the chat template cannot express it"
+            raise ApiError(400, message, "unsupported_value", param)
+        given["reasoning_effort"] = effort
+    if thinking is not None and tokenizer.has_thinking:
+        given["enable_thinking"] = thinking
+    elif thinking:
+        message = "thinking: this model does not think before it answers"
+        raise ApiError(400, message, "unsupported_value", "thinking")
     return given | dict(own or {})
 
 
-def _effort_arguments(
-    tokenizer: TokenizerWrapper, effort: str | None, param: str
-) -> dict[str, Any]:
-    """How hard the model should think, as arguments of its chat template.
-
-    Raises ApiError, which names `param`, where the template does not know how to say it.
-    """
-    if effort is None:
-        return {}
-    if effort == "none":
-        return _thinking_arguments(tokenizer, False)
-    source = tokenizer.chat_template if tokenizer.has_chat_template else ""
-    if "reasoning_effort" in str(source):
-        return {"reasoning_effort": effort}
-    message = f"{param} {effort!r} cannot be honoured: this model's chat template knows no effort"
-    raise ApiError(400, message, "unsupported_value", param)
-
-
-def _thinking_arguments(tokenizer: TokenizerWrapper, wanted: bool) -> dict[str, Any]:
-    """Whether the model should think, as arguments of its chat template."""
-    if tokenizer.has_thinking:
-        return {"enable_thinking": wanted}
-    if wanted:
-        message = "thinking: this model does not think before it answers"
-        raise ApiError(400, message, "unsupported_value", "thinking")
-    return {}
-
-
 def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) -> dict[str, Any]:
-    """What our extension tells of answers: sums of their statistics."""
+    """The statistics of our extension, summed over the answers."""
     total = lambda name: sum(one.get(name, 0) for one in stats)
     rounds, tokens = total("rounds"), total("generation_tokens")
     seconds = total("decode_seconds")
@@ -220,19 +207,18 @@ def usage_of(stats: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) ->
     }
 
 
-def details_of(said, turn: Turn, text_of, tree: bool, root: int | None = None) -> dict[str, Any]:
-    """What our extension tells of a turn, for pictures.
+def details_of(said, turn: Turn, text_of, tree: bool, root: int | None) -> dict[str, Any]:
+    """The details of a turn in our extension, from which the page draws its pictures.
 
     said     (text, drafted) pieces of the chunk
-    text_of  the text of a token id
-    tree     whether the round's tree is told as well
-    root     token that the tree begins with, where the tree itself does not say it: a draft may be
-             made before it is known
+    text_of  token id -> text
+    tree     whether the round's tree is included
+    root     the token at the root, for trees that lack it: a draft may be made before it is known
     """
-    stats, told = turn.stats, None
+    stats, shown_tree = turn.stats, None
     if tree and turn.tree is not None:
         known = [root if token < 0 else token for token in turn.tree.tokens]
-        told = {
+        shown_tree = {
             "tokens": ["" if token is None else text_of(token) for token in known],
             "parents": [int(parent) for parent in turn.tree.parents],
             "accepted": [int(row) for row in turn.tree.accepted],
@@ -244,7 +230,7 @@ def details_of(said, turn: Turn, text_of, tree: bool, root: int | None = None) -
     shown = {name: stats[name] for name in names if stats.get(name) is not None}
     return {
         "pieces": [{"text": text, "drafted": drafted} for text, drafted in said],
-        "tree": told,
+        "tree": shown_tree,
         "stats": shown | {"prompt_done": turn.prompt_done},
     }
 
@@ -262,30 +248,24 @@ def event(data: Mapping[str, Any], name: str | None = None) -> str:
     return f"{head}data: {text}\n\n"
 
 
-def context_of(served: Served, defaults: Defaults) -> int | None:
-    """Most tokens of prompt and answer; None: nobody knows of a limit."""
-    return defaults.context if defaults.context is not None else served.context
+def check_length(served: Served, texts: Iterable[str]) -> None:
+    """Raise ApiError for a prompt that is much too long, judged by its beginning.
 
+    Tokenising all of it could take a minute.
 
-def check_length(served: Served, defaults: Defaults, texts: Iterable[str]) -> None:
-    """Refuse what is much too long by its beginning: reading all of it would take a minute.
-
-    texts  that the prompt holds, whatever else it holds
-
-    Raises ApiError.
+    texts  parts of the prompt; there may be more to it
     """
-    limit = context_of(served, defaults)
-    text = "".join(texts)
+    limit, text = served.context, "".join(texts)
     if limit is None or len(text) <= SURELY_READ * limit:
         return
     begin = text[: SURELY_READ * limit]
     tokens = len(served.tokenizer.encode(begin, add_special_tokens=False))
-    if tokens > limit + 1:  # the last one may be half of a longer one
+    if tokens > limit + 1:  # the last token may be only a part of one in the whole text
         raise _too_long(f"about {round(tokens * len(text) / len(begin))}", limit)
 
 
-def _check_context(served: Served, defaults: Defaults, prompt: Prompt) -> None:
-    limit, tokens = context_of(served, defaults), len(prompt.tokens)
+def _check_context(served: Served, prompt: Prompt) -> None:
+    limit, tokens = served.context, len(prompt.tokens)
     if tokens == 0:
         raise ApiError(400, "the prompt is empty: it must hold at least one token", "empty_prompt")
     if limit is not None and tokens >= limit:
@@ -302,17 +282,16 @@ def _too_long(tokens: str, limit: int) -> ApiError:
 
 
 def _generation(served, defaults, prompt, stops, max_tokens) -> GenerationOptions:
-    limit = context_of(served, defaults)
     most = defaults.generation.max_tokens if max_tokens is None else max_tokens
-    if limit is not None:
-        room = limit - len(prompt.tokens)
+    if served.context is not None:
+        room = served.context - len(prompt.tokens)
         most = room if most < 0 else min(most, room)
     return dataclasses.replace(defaults.generation, max_tokens=most, stop=tuple(stops))
 
 
 def _sampling(served: Served, defaults: Defaults, asked: Sampled, choice: int) -> SamplingOptions:
     given = {ours: getattr(asked, name, None) for name, ours in _SAMPLING.items()}
-    if given["top_p"] == 0:  # which is off in mlx-lm, and the likeliest token alone in the APIs
+    if given["top_p"] == 0:  # the likeliest token alone in the APIs, but off in mlx-lm
         given |= {"top_p": 1.0, "top_k": 1}
     for name in ("presence", "frequency"):
         if given[f"{name}_penalty"] is not None:
@@ -339,7 +318,7 @@ def _bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
 
 
 def _replace(options, given: Mapping[str, Any]):
-    """Options with what is given, where it is."""
+    """The options, with each value that is not None in place of theirs."""
     return dataclasses.replace(
         options, **{name: value for name, value in given.items() if value is not None}
     )

@@ -1,4 +1,4 @@
-"""Bodies in, replies out: limits on what is read, and the shapes of both APIs."""
+"""Reading of bodies, within limits, and sending of replies, in the shape of each API."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ BODY_SECONDS = 30.0
 
 
 class ClientGone(Exception):
-    """Nobody waits for the reply."""
+    """The client has hung up."""
 
 
 def shape_of(scope: Scope):
-    """How the API that a request belongs to tells errors."""
+    """The function that shapes errors for the API that a request belongs to."""
     return anthropic_shape if scope["path"].startswith("/v1/messages") else openai_shape
 
 
 async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
-    """A request's body; ApiError if it has more than `most` bytes or stops coming."""
+    """A request's body; ApiError if it is larger than `most` bytes or stops arriving."""
     declared = Headers(scope=scope).get("content-length", "0")
     if declared.isdigit() and int(declared[:19]) > most:
         raise _too_large(most)
@@ -37,7 +37,7 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes:
             async with asyncio.timeout(BODY_SECONDS):
                 message = await receive()
         except TimeoutError:
-            error = f"the body stopped coming for {BODY_SECONDS:g} seconds: send it again"
+            error = f"nothing of the body arrived for {BODY_SECONDS:g} seconds: send it again"
             raise ApiError(408, error, "timeout") from None
         if message["type"] == "http.disconnect":
             raise ClientGone
@@ -55,7 +55,7 @@ def _too_large(most: int) -> ApiError:
 
 
 async def until_gone(receive: Receive) -> None:
-    """Wait until the client has gone."""
+    """Wait until the client hangs up."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -74,12 +74,12 @@ async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
     """Reply with an error."""
     headers = dict(error.headers)
     if error.status in (408, 413):
-        headers["connection"] = "close"  # what is left of the body is not read
+        headers["connection"] = "close"  # the rest of the body is not read
     await send_json(send, shape_of(scope)(error), error.status, headers)
 
 
 async def send_head(send: Send, status: int, media: str, headers: Mapping[str, str]) -> None:
-    """Begin a reply."""
+    """Begin a reply: status and headers, with an id by which both APIs name the request."""
     id = new_id("req")
     given = {"content-type": media, "x-request-id": id, "request-id": id, **headers}
     encoded = [(name.lower().encode(), value.encode("latin-1")) for name, value in given.items()]

@@ -20,10 +20,10 @@ from redrafter_mlx.server.plan import (
     template_prompt,
     usage_of,
 )
+from redrafter_mlx.server.schemas import text_of
 from redrafter_mlx.server.schemas_responses import (
     FunctionCall,
     FunctionCallOutput,
-    InputText,
     Item,
     ReasoningItem,
     ResponsesRequest,
@@ -33,7 +33,7 @@ from redrafter_mlx.server.tools import Call, called, new_id, toolbox
 
 
 def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -> Plan:
-    """What a request asks of the engine; ApiError or UserError if it cannot be honoured."""
+    """The plan for a request; ApiError or UserError if it cannot be honoured."""
     if asked.redrafter and asked.redrafter.details:
         refuse_details("only chat completions have them")
     tokenizer = served.tokenizer
@@ -47,38 +47,40 @@ def plan_response(asked: ResponsesRequest, served: Served, defaults: Defaults) -
     template = template_arguments(served, defaults, own, effort, "reasoning.effort")
     messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     messages += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
-    prompt = template_prompt(served, defaults, messages, box, template)
+    prompt = template_prompt(served, messages, box, template)
     wanted = asked.top_logprobs is not None or bool(asked.include)
     top = (asked.top_logprobs or 0) if wanted else None
     most = asked.max_output_tokens
     requests = plan_requests(served, defaults, asked, [prompt], asked.stop, most, top)
     speech = Speech(tokenizer, prompt.channel, box)
-    return Plan(requests, ResponseWriter(served, asked, speech), bool(asked.stream))
+    return Plan(requests, [speech], ResponseWriter(served, asked, speech), bool(asked.stream))
 
 
 def _messages(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Items as chat templates take them: what one side said and called is one message."""
+    """Items as chat templates take them: an assistant's text and calls become one message."""
     messages: list[dict[str, Any]] = []
     for place, item in enumerate(items):
         if isinstance(item, FunctionCallOutput):
-            output = _text_of(item.output)
+            output = text_of(item.output)
             messages.append({"role": "tool", "content": output, "tool_call_id": item.call_id})
         elif isinstance(item, ReasoningItem):
-            parts = "".join(part.text for part in item.content or ())
-            _answer(messages, "reasoning_content")["reasoning_content"] = parts
+            _answer(messages, "reasoning_content")["reasoning_content"] = text_of(item.content)
         elif isinstance(item, FunctionCall):
             call = called(item.call_id, item.name, item.arguments, f"input[{place}].arguments")
             _answer(messages, "").setdefault("tool_calls", []).append(call)
         elif item.role == "assistant":
-            _answer(messages, "content")["content"] = _text_of(item.content)
+            _answer(messages, "content")["content"] = text_of(item.content)
         else:
             role = "system" if item.role == "developer" else item.role
-            messages.append({"role": role, "content": _text_of(item.content)})
+            messages.append({"role": role, "content": text_of(item.content)})
     return messages
 
 
 def _answer(messages: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """The assistant's message that an item belongs to: a new one if it has one of the kind."""
+    """The assistant message that an item belongs to; a new one if the last has its `key` already.
+
+    key  the part of the message that the item fills; empty for calls, of which there may be many
+    """
     last = messages[-1] if messages else {"role": ""}
     if last["role"] != "assistant" or last.get(key) or (key and "tool_calls" in last):
         last = {"role": "assistant", "content": ""}
@@ -86,12 +88,8 @@ def _answer(messages: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return last
 
 
-def _text_of(content: str | Sequence[InputText]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
 class ResponseWriter:
-    """Answers of /v1/responses: items, one after the other."""
+    """Answers to /v1/responses: one output item after another."""
 
     beat = BEAT
 
@@ -100,15 +98,11 @@ class ResponseWriter:
         self._id, self._created = new_id("resp"), int(time.time())
         self._sequence, self._begun = 0, False
         self._items: list[dict[str, Any]] = []
-        self._open: str | None = None  # channel of the item that is still being said
+        self._open: str | None = None  # channel of the item that is not finished yet
         self._shown = 0
 
-    def is_enough(self, index: int) -> bool:
-        """Whether the engine may stop."""
-        return self.speech.is_enough
-
     def feed(self, index: int, turn: Turn) -> list[str]:
-        """Events of a turn."""
+        """The events of a turn."""
         events = []
         if not self._begun:
             self._begun = True
@@ -122,13 +116,12 @@ class ResponseWriter:
         return events
 
     def end(self) -> list[str]:
-        """After the last turn."""
-        events = self._close()
-        status = self._status
+        """The events after the last turn."""
+        events, status = self._close(), self._status
         return [*events, self._event(f"response.{status}", response=self._object(status))]
 
     def failed(self, error: ApiError) -> list[str]:
-        """An error in the midst of it."""
+        """The events for an error in mid-stream."""
         code = error.code or "server_error"
         failure = {"code": "server_error", "message": error.message}
         return [
@@ -137,7 +130,7 @@ class ResponseWriter:
         ]
 
     def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer, for requests that do not stream."""
         self._close()
         return self._object(self._status)
 
@@ -161,7 +154,7 @@ class ResponseWriter:
         return [*events, self._event(kind, **self._place(), delta=said.text, **more)]
 
     def _new_logprobs(self, item: dict[str, Any]) -> list[dict[str, Any]]:
-        """Log-probabilities since the last ones; the item that is being said gets them."""
+        """The log-probabilities that are new since the last call; `item` gets them as well."""
         new = [_bytes_known(entry) for entry in self.speech.logprobs[self._shown :]]
         self._shown += len(new)
         item["content"][0]["logprobs"] += new
@@ -181,7 +174,7 @@ class ResponseWriter:
         return [*events, self._event("response.content_part.added", **self._place(), part=part)]
 
     def _close(self) -> list[str]:
-        """End the item that is being said, if there is one."""
+        """Finish the open item, if there is one."""
         if self._open is None:
             return []
         item, part = self._items[-1], self._items[-1]["content"][0]
@@ -274,7 +267,7 @@ class ResponseWriter:
 
 
 def _bytes_known(entry: dict[str, Any]) -> dict[str, Any]:
-    """This API has no null for bytes that are not known."""
+    """The entry with an empty list for unknown bytes: this API allows no null there."""
     top = [_bytes_known(other) for other in entry.get("top_logprobs", ())]
     known = {**entry, "bytes": entry["bytes"] or []}
     return known | ({"top_logprobs": top} if "top_logprobs" in entry else {})

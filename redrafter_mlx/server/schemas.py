@@ -1,11 +1,13 @@
-"""What OpenAI's chat and completion requests may hold: checked by it, and described by it.
+"""What OpenAI's chat and completion requests may hold; also the source of /openapi.json.
 
-A field that can be honoured in part has only those values; every other field is an error. The
-fields that are accepted and do nothing are those whose meaning asks for nothing here.
+A field that can be honoured only in part allows only those values, and a field that is not listed
+is an error. Some fields are accepted and not read: they ask for nothing that this server would do
+differently.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -15,14 +17,13 @@ from redrafter_mlx.config import MOST_BUDGET
 
 MOST_CHOICES, MOST_TOP_LOGPROBS = 128, 20
 
-
 T = TypeVar("T")
-Many = Annotated[list[T], Field(fail_fast=True)]  # of a million mistakes one is told
-"""A list."""
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first mistake is the only one reported: there may be a million."""
 
 
 class Schema(BaseModel):
-    """An object of a request; fields that it does not know are errors."""
+    """An object in a request; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -44,9 +45,10 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class Extension(Schema):
-    """How the answer is drafted. Only `rule` can change what is said.
+    """How the answer is drafted. Only `rule` can change the text.
 
-    details  streamed chunks tell who wrote each piece, the round's tree and speeds
+    details  whether streamed chunks say which pieces were drafted, and show the round's tree and
+             speeds
     """
 
     drafter: str | None = None
@@ -58,7 +60,7 @@ class Extension(Schema):
 
 
 class Sampled(Schema):
-    """What all requests say of sampling."""
+    """The sampling fields of all requests."""
 
     model: str | None = None
     stream: bool | None = None
@@ -70,7 +72,7 @@ class Sampled(Schema):
 
 
 class OpenAIRequest(Sampled):
-    """What all of OpenAI's requests say."""
+    """The fields of all OpenAI requests."""
 
     seed: Seed | None = None
     stop: Stop | Annotated[Many[Stop], Field(max_length=16)] | None = None
@@ -78,7 +80,7 @@ class OpenAIRequest(Sampled):
 
 
 class OpenAIConversation(OpenAIRequest):
-    """What OpenAI's requests for conversations say; chat_template_kwargs are ours."""
+    """The fields of OpenAI's conversational requests; chat_template_kwargs is our addition."""
 
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -97,7 +99,7 @@ class StreamOptions(Schema):
 
 
 class OpenAISampled(OpenAIRequest):
-    """What OpenAI's two older requests have in common."""
+    """The fields that OpenAI's two older requests share."""
 
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     max_tokens: Count | None = None
@@ -134,6 +136,13 @@ class TextPart(Schema):
 Content = str | Many[TextPart]
 
 
+def text_of(content: str | Sequence[Any] | None) -> str:
+    """The text of a message's content, whose parts each have a `text`."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part.text for part in content)
+
+
 class SystemMessage(Schema):
     role: Literal["system", "developer"]
     content: Content
@@ -159,7 +168,7 @@ class ToolCall(Schema):
 
 
 class AssistantMessage(Schema):
-    """reasoning_content is what the server gave of that name."""
+    """reasoning_content is the field of that name in the server's earlier answer."""
 
     role: Literal["assistant"]
     content: Content | None = None

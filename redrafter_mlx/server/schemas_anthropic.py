@@ -20,7 +20,7 @@ from redrafter_mlx.server.schemas import (
 
 
 class CacheControl(Schema):
-    """Where a prompt may be cached: every prompt is, everywhere, as long as there is memory."""
+    """Where a prompt may be cached. Not read: all prompts are, as far as memory allows."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -96,7 +96,7 @@ class Metadata(Schema):
 
 
 class Conversation(Schema):
-    """What both of Anthropic's requests say: the whole prompt."""
+    """The fields that both of Anthropic's requests share: the whole prompt."""
 
     model: str | None = None
     messages: Annotated[

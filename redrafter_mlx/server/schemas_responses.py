@@ -28,7 +28,7 @@ class InputText(Schema):
 
 
 class InputMessage(Schema):
-    """A message of either side; those of the server's answers among them."""
+    """A message from either side, including those of the server's own answers."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -61,7 +61,7 @@ class ReasoningText(Schema):
 
 
 class ReasoningItem(Schema):
-    """Reasoning that the server gave before."""
+    """Reasoning from an earlier answer of the server."""
 
     type: Literal["reasoning"]
     id: str | None = None
@@ -72,7 +72,7 @@ class ReasoningItem(Schema):
 
 
 def _kind(item: Any) -> str:
-    """Messages need not say that they are messages."""
+    """The item's type; messages may leave it out."""
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
     return "message" if kind is None else str(kind)
 

@@ -1,4 +1,4 @@
-"""A socket, an event loop, and how they end."""
+"""The server's socket and event loop, and how they are shut down."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ from redrafter_mlx.server.options import ServerOptions
 from redrafter_mlx.server.plan import Defaults
 
 LAST_SECONDS = 5
-"""That replies have to reach their clients after the last request has ended."""
+"""How long replies may take to reach their clients once the last request has ended."""
 
 
 class Uvicorn(uvicorn.Server):
-    """Leaves signals alone: they stop the engine first. Prints `told` when clients can connect."""
+    """Leaves signals to `serve`, which stops the engine first.
 
-    told = ""
+    greeting  is printed as soon as clients can connect
+    """
+
+    greeting = ""
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
-        if self.told:
-            print(self.told, flush=True)
+        if self.greeting:
+            print(self.greeting, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -40,9 +43,9 @@ class Uvicorn(uvicorn.Server):
 
 
 def bind(options: ServerOptions) -> socket.socket:
-    """A socket on which the server will listen; UserError if there cannot be one.
+    """The socket on which the server will listen; UserError if it cannot be had.
 
-    Clients are refused until it does, so they need not guess whether the model is loaded.
+    It refuses connections until then, so clients need not guess whether the model is loaded.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -58,14 +61,14 @@ def bind(options: ServerOptions) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"--host {options.host} --port {options.port}: {one_line(error)}; give another port, "
-            "or end what listens there"
+            "or stop what is listening there"
         ) from error
     listening.setblocking(False)
     return listening
 
 
 def uvicorn_of(server: Server) -> Uvicorn:
-    """An HTTP server that says nothing by itself."""
+    """An HTTP server that logs nothing of its own."""
     config = uvicorn.Config(
         server.app(),
         log_config=None,
@@ -86,12 +89,12 @@ async def serve(
     allowed: Sequence[str] | None,
     defaults: Defaults,
     options: ServerOptions,
-    told: str,
+    description: str,
 ) -> int:
-    """Serve until SIGTERM or Ctrl-C; the exit code.
+    """Serve until SIGTERM or Ctrl-C; returns the exit code.
 
-    engine   that runs already; `make` and `allowed` are as of Models
-    told     of the model, for the line at the start
+    engine         one that is running; `make` and `allowed` are those of Models
+    description    of the model and its drafter, for the line printed at the start
     """
     models = Models(engine, make, allowed)
     server = Server(models, defaults, options)
@@ -105,13 +108,13 @@ async def serve(
                 os._exit(cli.INTERRUPTED)
             code = cli.INTERRUPTED
         if not server.is_stopping:
-            server.begin_stop()
+            server.is_stopping = True
             stops.append(asyncio.ensure_future(_stop(http, models, options.grace)))
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    http.told = f"{_address(listening)} serves {told}"
+    http.greeting = f"{_address(listening)} serves {description}"
     await http.serve(sockets=[listening])
     await asyncio.gather(*stops)
     return code

@@ -1,4 +1,4 @@
-"""What a model says, told apart turn by turn: reasoning, answer, calls, log-probabilities."""
+"""Takes a model's output apart, turn by turn: reasoning, answer, tool calls, log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redrafter_mlx.engine.conversation import ANSWER, REASONING, TOOL, Channels
 from redrafter_mlx.server.tools import Call, Toolbox
 
 LEAST_LOGPROB = -9999.0
-"""JSON has no infinity."""
+"""Stands for minus infinity, which JSON does not have."""
 
 
 @dataclass
@@ -28,10 +28,11 @@ class Said:
 class Speech:
     """One answer.
 
-    channel  that it begins in; None: everything is the answer, marks as well
+    channel  the channel it begins in; None: all text is the answer, channel marks included
+    toolbox  the tools that the model may call
 
-    logprobs are of tokens whose text stays. After the last turn: finish_reason, stopped_by (the
-    stop string), stats, seed.
+    logprobs has only tokens whose text is certain to stay. finish_reason, and stopped_by, the stop
+    string, are set by the last turn.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class Speech:
         self.seed: int | None = None
         self.last_token: int | None = None
         self._tokens = 0
-        self._uncertain: deque[tuple[int, dict[str, Any]]] = deque()  # place, log-probabilities
+        # Tokens whose text a stop string may still cut off: (place in the answer, log-probability).
+        self._uncertain: deque[tuple[int, dict[str, Any]]] = deque()
 
     @property
     def is_enough(self) -> bool:
-        """Whether the model may stop: it has made the one call that it may make."""
+        """Whether the model need not go on: it has made the only call it may make."""
         return bool(self.calls) and self.toolbox.single
 
     def hear(self, turn: Turn) -> list[Said | Call]:
@@ -74,7 +76,8 @@ class Speech:
             self._take(segments, piece.from_draft, heard)
             self.reasoning_tokens += self._channel == REASONING
             is_answer = len(self.text) > length or before == ANSWER == self._channel
-            if piece.logprob is not None and is_answer and not self._is_end(piece):
+            is_end = piece.token in self.tokenizer.eos_token_ids
+            if piece.logprob is not None and is_answer and not is_end:
                 self._uncertain.append((place, self._logprob(piece)))
         while self._uncertain and self._uncertain[0][0] < turn.kept:
             self.logprobs.append(self._uncertain.popleft()[1])
@@ -95,7 +98,7 @@ class Speech:
                 self._say(channel, text, drafted, heard)
 
     def _say(self, channel: str, text: str, drafted: bool, heard: list[Said | Call]) -> None:
-        if self._after_mark:  # the blank lines after a mark belong to it
+        if self._after_mark:  # blank lines that follow a channel mark belong to it
             text = text.lstrip()
         if not text or self.is_enough:
             return
@@ -132,9 +135,6 @@ class Speech:
         self.finish_reason, self.stopped_by = turn.finish_reason, turn.stopped_by
         if self.is_enough or (self.calls and turn.finish_reason != "length"):
             self.finish_reason = "tool_calls"
-
-    def _is_end(self, piece: Piece) -> bool:
-        return piece.token in self.tokenizer.eos_token_ids
 
     def _logprob(self, piece: Piece) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:

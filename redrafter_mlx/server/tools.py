@@ -1,4 +1,4 @@
-"""Tools: which ones a model is told of, and the calls in what it says."""
+"""Tools: which ones a model is offered, and the calls in what it says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools of a request, in the form in which chat templates take them.
+    """The tools of a request, in the form that chat templates take.
 
     single  whether an answer ends with its first call
     """
@@ -41,17 +41,17 @@ class Toolbox:
     single: bool = False
 
     def calls(self, tokenizer: TokenizerWrapper, text: str) -> list[Call]:
-        """The calls that a piece between marks stands for; none if it is no call.
+        """The calls in the text between a model's tool-call marks; none if it is not a call.
 
-        What names an unknown tool or is not complete is no call: its client could do nothing
-        with it, and gets it as text.
+        A call that is incomplete or names an unknown tool does not count: the client could do
+        nothing with it, and gets it as text.
         """
         names = {tool["function"]["name"] for tool in self.tools}
         try:
             found = tokenizer.tool_parser(text, list(self.tools))
             found = found if isinstance(found, list) else [found]
             calls = [_call(one) for one in found]
-        except Exception:  # parsers of texts that a model wrote raise what they like
+        except Exception:  # mlx-lm's parsers raise anything on text they do not expect
             return []
         return calls if all(call.name in names for call in calls) else []
 
@@ -61,9 +61,9 @@ def _call(parsed: Mapping[str, Any]) -> Call:
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
-        raise ValueError("arguments are no object")
+        raise ValueError("the arguments are not an object")
     text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    text.encode()  # half a surrogate pair cannot be sent
+    text.encode()  # raises for half a surrogate pair, which cannot be sent
     return Call(str(parsed["name"]), text)
 
 
@@ -73,13 +73,13 @@ def toolbox(
     choice: str | None,
     parallel: bool | None,
 ) -> Toolbox:
-    """The tools that the model is told of.
+    """The tools that the model is offered.
 
-    tools     {"name", "description", "parameters"} each
-    choice    "none": it is told of no tool
-    parallel  False: at most one call an answer
+    tools     each with "name", "description" and "parameters"
+    choice    "none": it is offered no tool
+    parallel  False: at most one call in an answer
 
-    Raises ApiError where the model's calls could not be told from text.
+    Raises ApiError if the model's calls could not be told apart from text.
     """
     if not tools or choice == "none":
         return Toolbox()
@@ -100,8 +100,9 @@ def called(id: str, name: str, arguments: Any, param: str) -> dict[str, Any]:
     """An earlier call as chat templates take it.
 
     arguments  an object, or its JSON
+    param      the field that holds them, for errors
 
-    Raises ApiError if they are no JSON object; param names the field.
+    Raises ApiError if they are not a JSON object.
     """
     if isinstance(arguments, str):
         try:
@@ -114,5 +115,5 @@ def called(id: str, name: str, arguments: Any, param: str) -> dict[str, Any]:
 
 
 def new_id(kind: str) -> str:
-    """An id that no other answer, message or call has."""
+    """A new unique id, such as msg_0f3a... for the kind `msg`."""
     return f"{kind}_{secrets.token_hex(12)}"

@@ -105,7 +105,7 @@ export function settingsDialog(store) {
   };
 }
 
-export const SHORTCUTS = [
+const SHORTCUTS = [
   ["Enter", "send"],
   ["Shift Enter", "a new line"],
   ["Esc", "stop the answer, or close what is open"],

@@ -55,7 +55,7 @@ export function iconButton(name, label, onclick, more = {}) {
 }
 
 /** Copy text; true if it went well. Pages that came by plain http from afar have no clipboard. */
-export async function copyText(text) {
+async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;

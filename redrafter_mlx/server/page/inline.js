@@ -14,7 +14,7 @@ const TARGET =
 const TAGS = { "*": "em", _: "em", "**": "strong", __: "strong", "~~": "del" };
 
 /** The address of a link if it is one to follow: http and https only. */
-export function safeAddress(text) {
+function safeAddress(text) {
   if (!/^https?:\/\/[^\s]+$/i.test(text)) return null;
   try {
     return new URL(text).href;
