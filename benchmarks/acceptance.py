@@ -1,10 +1,11 @@
-"""Tokens per round over beams, lengths and budgets: what shapes of trees are worth.
+"""Tokens per round over beams, lengths and budgets: what each shape of tree yields.
 
     python -m benchmarks.acceptance --prompts question.jsonl --temps 0 1 --output result.json
 
 The drafter is asked at every position of texts that plain decoding writes, with the widest search;
-what narrower and shorter ones, chains, beams alone and the N likeliest nodes would have yielded is
-read off that. The picture has a heat map of tokens per round by beams and their length.
+from this one can read off what narrower and shorter searches, chains, beams alone and the N
+likeliest nodes would have yielded. The picture is a heat map of tokens per round by beam width and
+length.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def beams_only(draft: Draft, setting: Setting) -> np.ndarray:
 
 
 def of_beams(recordings: Sequence[Recording], setting: Setting) -> dict[str, float]:
-    """Tokens per round of the paper's tree: all beams, prefixes shared; and its rows."""
+    """Tokens per round, and rows, of the paper's tree: all beams with shared prefixes."""
     tokens = rounds = 0
     rows = []
     for recording in recordings:
@@ -68,7 +69,7 @@ def grid(full: Setting) -> list[Setting]:
 
 
 def yields(recordings: Sequence[Recording], full: Setting) -> dict:
-    """Tokens per round of every shape."""
+    """Tokens per round of every shape of tree."""
     by_budget = lambda setting, most: {
         str(n): float(x)
         for n, x in enumerate(tokens_per_round(recordings, setting, most))

@@ -6,8 +6,8 @@
     python -m benchmarks.drafters --lookups
 
 For each prompt plain decoding and every drafter with every rule and temperature run in the order
-A B C ... and back. Beside each measured speed stand what the literature's formula expects of it
-(EWIF, with rows of a pass for free), the same with the measured cost of rows, and SWI.
+A B C ... and back. Beside each measured speed the tables show what the literature's formula
+predicts (EWIF, where rows of a pass are free), the same with the measured cost of rows, and SWI.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .prompts import Prompt
 from .ratios import PLAIN
 
 LENGTHS = (100, 1000, 10_000, 100_000)
-"""Of the texts that lookups are timed in."""
+"""Lengths of the texts in which lookups are timed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Method:
 class Run:
     """One method on one prompt.
 
-    rate        tokens per second of decoding, whatever a draft model has to read included
+    rate        tokens per second of decoding, including what a draft model has to read
     draft_runs  (passes, cost by size) of each model that drafted
     """
 
@@ -140,7 +140,7 @@ class DrafterBench(Bench):
         if isinstance(drafter, RecurrentDrafter):
             steps = stats.rounds * (DraftOptions().beam_length - 1)
             return [(steps, size(drafter.head) / size(self.model))]
-        return []  # Max-Gram: free by the paper's measure
+        return []  # Max-Gram: free by SWI's measure
 
     def costs(self, ids: list[int]) -> dict[int, float]:
         """Median seconds of verifying chains of N rows after `ids`, interleaved."""
@@ -189,7 +189,7 @@ def measure(bench: DrafterBench) -> dict:
 
 
 def lookups() -> str:
-    """Markdown: Max-Gram's time for taking in a token and for a lookup, by the text's length."""
+    """Markdown: Max-Gram's time for adding a token and for a lookup, by the text's length."""
     lines = ["| text | tokens | microseconds per token | per lookup |", "|---|---|---|---|"]
     rng = random.Random(0)
     texts = {

@@ -1,4 +1,4 @@
-"""What the benchmark of drafters and rules says, as Markdown."""
+"""The results of the benchmark of drafters and rules, as Markdown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tables(result: dict, name: str) -> str:
         paid_rows = analysis.ewif_horizontal(alphas, costs, lambda rows, paid=paid: paid)
         passes = [tuple(run) for r in runs for run in r["draft_runs"]]
         lines.append(
-            f"| {method} | {geometric_mean(ratios(result, method, categories)):.2f} "
+            f"| {method} | {statistics.geometric_mean(ratios(result, method, categories)):.2f} "
             f"| {stats.tokens_per_round:.2f} | {', '.join(f'{a:.2f}' for a in alphas[:6])} "
             f"| {free_rows:.2f} | {paid_rows:.2f} "
             f"| {analysis.swi(stats.tokens, stats.rounds, passes):.2f} "
@@ -73,13 +73,13 @@ def total(runs: list[dict]) -> Stats:
 
 
 def ratios(result: dict, method: str, categories: list[str]) -> list[float]:
-    """Of each category: the geometric mean over its prompts of the speed over plain decoding."""
+    """For each category the geometric mean, over its prompts, of the speed over plain decoding."""
     rates = defaultdict(list)
     for run in result["runs"]:
         rates[run["category"], run["prompt"], run["method"]].append(run["rate"])
     baseline = next(run["baseline"] for run in result["runs"] if run["method"] == method)
     return [
-        geometric_mean(
+        statistics.geometric_mean(
             [
                 statistics.median(of_method) / statistics.median(rates[c, prompt, baseline])
                 for (c, prompt, name), of_method in rates.items()
@@ -88,7 +88,3 @@ def ratios(result: dict, method: str, categories: list[str]) -> list[float]:
         )
         for category in categories
     ]
-
-
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)

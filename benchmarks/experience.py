@@ -1,9 +1,9 @@
-"""What a head's drafts are worth in answers to other prompts: the file that a head brings with it.
+"""How often a head's drafts are accepted: writes the experience.json that comes with a head.
 
     python -m benchmarks.experience --output redrafter_mlx/demo_drafter/experience.json
 
-Training writes it for its heads, greedy. This is for heads that were trained elsewhere or before,
-and for more temperatures.
+Training writes this file for its own heads, at temperature 0. This command is for heads that were
+trained elsewhere or earlier, and for more temperatures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import prompts as prompt_files
 from .machine import Bench, add_prompts, parser
 
 PROMPTS = Path(__file__).parent / "experience.jsonl"
-"""Of the kinds of prompts.jsonl, and none of them: what is measured must not be known."""
+"""Of the same kinds as prompts.jsonl, but none of those: nothing measured may be known before."""
 
 
 def main(args: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> bool:
-    """Tokens a round by budget, a line for each head; False without matplotlib."""
+    """Tokens per round by budget, a line for each head; False without matplotlib."""
     figure = new_figure(8, 4.5)
     if figure is None:
         return False

@@ -1,12 +1,12 @@
-"""What trees cost on a model with recurrent layers, beside the same rows in mlx-lm's own layers.
+"""What trees cost on a model with recurrent layers, compared with mlx-lm's own layers.
 
     python -m benchmarks.hybrid --output NAME.hybrid.json
     python -m benchmarks.hybrid --layers 4 --turns 3
 
 The model has the shape of Qwen3.5-0.8B (gated delta rule, every fourth layer attention) and random
 weights: costs do not depend on them. After the same prompt, in turn: N consecutive rows through
-mlx-lm's layers and caches; a chain of N rows and a tree of N rows through ours, none of which may
-be kept in advance; and the commit of half of the tree's longest path, until it is in memory.
+mlx-lm's layers and caches; a chain and a tree of N rows through ours, any of which may be rejected;
+and the commit of half of the longest path, until it is in memory.
 """
 
 from __future__ import annotations
@@ -65,10 +65,8 @@ def build(layers: int) -> qwen3_5.TextModel:
 
 
 def trees(rows: int, vocab_size: int) -> dict[str, TokenTree]:
-    chain = np.arange(rows)
-    tokens = (7 + chain).astype(np.int32)
     return {
-        "chain": TokenTree(tokens, (chain - 1).astype(np.int32), -chain.astype(np.float32)),
+        "chain": TokenTree.from_beams([range(7, 7 + rows)]),
         "tree": bushy_tree(rows, 7, vocab_size),
     }
 

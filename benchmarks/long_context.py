@@ -6,6 +6,7 @@ python -m benchmarks.long_context --contexts 128 1024 8192 --output result.json
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -64,8 +65,8 @@ def draw(result: dict, path: Path) -> bool:
     contexts = [int(context) for context in result["rates"]]
     for method in result["methods"]:
         values = [
-            sorted(r[method])[len(r[method]) // 2] / sorted(r["plain"])[len(r["plain"]) // 2]
-            for r in result["rates"].values()
+            statistics.median(rates[method]) / statistics.median(rates["plain"])
+            for rates in result["rates"].values()
         ]
         axes.plot(contexts, values, marker="o", label=method)
     axes.set_xscale("log", base=2)

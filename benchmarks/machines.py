@@ -1,4 +1,4 @@
-"""What other machines would give, on paper: a cost curve and an acceptance profile.
+"""What other machines would give, by calculation: a cost curve and measured acceptance.
 
     python -m benchmarks.machines acceptance.json                         # published curves
     python -m benchmarks.machines heads.json                              # of benchmarks.heads
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.pricing.curve import CostCurve
 
 from .ratios import bound, ratios, sizes
@@ -31,8 +32,8 @@ from .ratios import bound, ratios, sizes
 class Machine:
     """A cost curve and where it is from.
 
-    curve  rows of a pass -> its cost, one row being 1
-    draft  cost of a draft where it is known: 0 if the curve holds it already
+    curve  rows of a pass -> its cost, in passes over one row
+    draft  cost of a draft, if known; 0 if the curve includes it
     """
 
     name: str
@@ -45,7 +46,7 @@ def tiles(rows: int, limit: int, tile: int) -> dict[int, float]:
     """Cost when a pass is bound by reading weights: once for each tile of rows, up to a limit.
 
     At the limit a matrix kernel takes over, which reads them once but computes a full tile of its
-    own; it is taken to cost as much as the last row before.
+    own; it is assumed to cost as much as the last size before.
     """
     costs = {n: float(-(-n // tile)) for n in range(1, limit)}
     last = costs[limit - 1]
@@ -86,7 +87,7 @@ PUBLISHED = (
 
 
 def parse_curve(text: str) -> dict[int, float]:
-    """Rows and costs of "1:1 2:1.03 4:1.47"; SystemExit with one line when it is none."""
+    """Rows and costs of "1:1 2:1.03 4:1.47"; SystemExit with one line for anything else."""
     try:
         pairs = [pair.split(":") for pair in text.replace(",", " ").split()]
         found = {int(rows): float(cost) for rows, cost in pairs}
@@ -140,11 +141,10 @@ def table(acceptance: dict, machines: list[Machine], draft: float) -> str:
 def heads_table(result: dict, machines: list[Machine]) -> str:
     """Markdown: best budget and speedup of each head of benchmarks.heads on each machine.
 
-    A draft costs as many plain rounds as it took where it was measured; where a pass is relatively
-    cheaper, so is a draft that reads weights.
+    A draft is assumed to cost as many plain rounds as where it was timed.
     """
     lines = [
-        "Predicted from replayed acceptance, drafts as many plain rounds as where they were timed:",
+        "Predicted from replayed acceptance; drafts cost as many plain rounds as where timed:",
         "", "| head | draft | " + " | ".join(machine.name for machine in machines) + " |",
         "|---" * (2 + len(machines)) + "|",
     ]  # fmt: skip
@@ -160,7 +160,7 @@ def heads_table(result: dict, machines: list[Machine]) -> str:
 
 
 def against(speed: dict) -> str:
-    """How well the same model predicts what was measured: per method, over all prompts."""
+    """How well the same formula predicts what was measured, for each method over all prompts."""
     lines = ["| method | predicted | measured | measured / predicted |", "|---|---|---|---|"]
     costs = {cost["prompt"]: cost["seconds"] for cost in speed["costs"]}
     for method in dict.fromkeys(run["method"] for run in speed["runs"]):
@@ -183,22 +183,16 @@ def against(speed: dict) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path, kind: str) -> dict:
-    """A benchmark's document; SystemExit with one line when it is not of that kind."""
+def read(path: Path, *kinds: str) -> dict:
+    """A benchmark's document; SystemExit with one line when it is of none of these kinds."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result.get("kind", "speed") != kind:
-            raise ValueError(f"it is of benchmarks.{result.get('kind', 'speed')}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SystemExit(f"{path}: {error}; give what benchmarks.{kind} writes") from error
+        if result["kind"] not in kinds:
+            raise ValueError(f"it is of benchmarks.{result['kind']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wanted = " or ".join(f"benchmarks.{kind}" for kind in kinds)
+        raise SystemExit(f"{path}: {one_line(error)}; give what {wanted} writes") from error
     return result
-
-
-def _kind(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None  # `read` tells what is wrong
 
 
 def main(args: list[str] | None = None) -> int:
@@ -212,10 +206,11 @@ def main(args: list[str] | None = None) -> int:
     machines = list(PUBLISHED)
     if flags.curve is not None:
         machines = [Machine("yours", parse_curve(flags.curve), "--curve")]
-    if _kind(flags.acceptance) == "heads":
-        print(heads_table(read(flags.acceptance, "heads"), machines))
+    result = read(flags.acceptance, "acceptance", "heads")
+    if result["kind"] == "heads":
+        print(heads_table(result, machines))
         return 0
-    print(table(read(flags.acceptance, "acceptance"), machines, flags.draft))
+    print(table(result, machines, flags.draft))
     if flags.against:
         print(f"\n{against(read(flags.against, 'speed'))}")
     return 0

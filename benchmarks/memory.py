@@ -1,4 +1,4 @@
-"""Peak memory of generation, with and without a drafter, against what must be held.
+"""Peak memory of generation, with and without a drafter, against what it has to hold.
 
 python -m benchmarks.memory --contexts 128 2048 --output result.json
 """

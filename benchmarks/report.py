@@ -168,9 +168,9 @@ def draw_speed(result: dict, path: Path) -> bool:
 
 
 def summary(results: list[tuple[str, dict]]) -> str:
-    """Markdown: for each machine a table with a row for each method, and what made it.
+    """Markdown: for each machine a table with a row for each method, and the commands.
 
-    results  (name of the JSON file, document); what stands before the first dot is the machine's
+    results  (name of the JSON file, document); the name up to its first dot is the machine's
     """
     shown = [(name, result) for name, result in results if result["kind"] in _SUMMARIES]
     machines: dict[str, list[tuple[int, str, dict]]] = {}
@@ -262,7 +262,7 @@ def details(results: list[tuple[str, dict]]) -> str:
 
 
 def short(results: list[tuple[str, dict]]) -> str:
-    """Markdown: what the default drafter gives: of each machine and model the largest run."""
+    """Markdown: speeds of the default drafter, from the largest run of each machine and model."""
     largest: dict[tuple[str, str], tuple[int, str]] = {}
     for name, result in results:
         if result["kind"] != "speed":
@@ -289,14 +289,14 @@ def short(results: list[tuple[str, dict]]) -> str:
 
 
 def with_tables(page: str, tables: str, what: str = "results") -> str:
-    """The page with what stands between its marks replaced."""
+    """The page, with the text between its marks replaced."""
     begin, end = (f"<!-- {what}: {which} -->" for which in ("begin", "end"))
     before, rest = page.split(begin)
     return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
 def pages() -> dict[Path, str]:
-    """The pages with tables, as the results say."""
+    """The pages that have tables, made from the results."""
     results = read(RESULTS)
     text = lambda page: page.read_text(encoding="utf-8")
     return {

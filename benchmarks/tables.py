@@ -6,14 +6,7 @@ import statistics
 
 from .headline import headline
 from .heads_table import table
-from .ratios import (
-    BASE,
-    PLAIN,
-    at_temperature,
-    by,
-    ratios,
-    tokens_per_round,
-)
+from .ratios import BASE, PLAIN, at_temperature, by, ratios, tokens_per_round
 
 
 def acceptance_tables(result: dict, name: str) -> str:
@@ -100,8 +93,8 @@ def policy_tables(result: dict, name: str) -> str:
         ]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     notes = (
-        "Cells: speed over plain decoding (nodes of beams). Best fixed: the best of all for these "
-        "texts, known afterwards. Unseen: in each text the one that is best in the others."
+        "Cells: speed over plain decoding (nodes of beams). Best fixed: the best setting for these "
+        "texts, known afterwards. Unseen: in each text the setting that is best in the others."
     )
     return "\n".join([*lines, "", notes])
 
@@ -112,7 +105,7 @@ def first_run_tables(result: dict, name: str) -> str:
     plain, first, *others = runs[0]["speeds"]
     ratio = lambda run, method, base=plain: run["speeds"][method] / run["speeds"][base]
     texts = [run for run in runs if run["category"] != "readme"]
-    mean = lambda values: statistics.geometric_mean(list(values))
+    mean = statistics.geometric_mean
     fixed = [method for method in others if method.startswith("--")]
     lines = [
         headline(result, name), "",

@@ -5,19 +5,18 @@
         --variant loss=kl --variant loss=hard --variant "loss=kl lost=0.2"
 
 Every variant starts from the same seed, sees the same batches and takes as many steps. Prints a
-Markdown table: training seconds, the loss of its own kind, tokens per round (beams 4 x 5, budget
-16) and top-1 recall by depth on held-out greedy answers, and on those of --texts.
+Markdown table: training seconds, the loss (of the variant's own kind), tokens per round (beams
+4 x 5, budget 16) and top-1 recall by depth on held-out greedy answers, and tokens per round on
+those of --texts.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 
-import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
 from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
@@ -25,11 +24,13 @@ from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
 from redrafter_mlx.training.report import BEAM_LENGTH, BUDGET, WIDTH, first_tokens
 from redrafter_mlx.training.run import Places, TrainingRun
 
+from .machine import options_of
+
 TOKENS = 10_000
 """Held-out tokens that are replayed."""
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--model", default="demo")
@@ -41,7 +42,7 @@ def main() -> None:
     flag("--seed", type=int, default=0)
     flag("--variant", action="append", required=True, metavar="'NAME=VALUE ...'",
          help="settings of redrafter_mlx.train")  # fmt: skip
-    flags = parser.parse_args()
+    flags = parser.parse_args(args)
     target = adapt(hub.load(flags.model)[0])
     if flags.fused_layers:
         target.tap(flags.fused_layers)
@@ -52,13 +53,14 @@ def main() -> None:
     print("|---" * len(columns) + "|", flush=True)
     for variant in flags.variant:
         print(row(target, flags, variant, texts), flush=True)
+    return 0
 
 
 def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Answer]) -> str:
-    """Train one variant; its line of the table."""
+    """Train one variant; its row of the table."""
     given = dict(pair.split("=") for pair in variant.split())
-    head = options(HeadOptions, given, fused_layers=tuple(flags.fused_layers))
-    training = options(TrainingOptions, given, steps=flags.steps)
+    head = options_of(HeadOptions, given, fused_layers=tuple(flags.fused_layers))
+    training = options_of(TrainingOptions, given, steps=flags.steps)
     if given:
         sys.exit(f"--variant {variant}: no such setting: {', '.join(given)}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,12 +81,5 @@ def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Ans
     return "| " + " | ".join(cells) + " |"
 
 
-def options(group: type, given: dict[str, str], **more):
-    """The group's options among `given`, which are taken out of it."""
-    fields = {f.name: f for f in dataclasses.fields(group)}
-    found = {name: given.pop(name) for name in list(given) if name in fields}
-    return group(**more, **{name: fields[name].metadata["type"](x) for name, x in found.items()})
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
