@@ -24,7 +24,7 @@ from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
-from .machine import Bench, add_prompts, document, machine, parser, write
+from .machine import Bench, add_prompts, document, machine, parser, publish
 from .tables import acceptance_tables
 
 MOST = 64
@@ -145,11 +145,7 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument("--beam-width", type=int, default=8, help="of the widest search")
     made.add_argument("--beam-length", type=int, default=6, help="of the longest search")
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(acceptance_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw(result, flags.output.with_suffix(".png"))
+    publish(measure(flags), flags.output, acceptance_tables, draw)
     return 0
 
 

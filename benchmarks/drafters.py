@@ -19,7 +19,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from redrafter_mlx.config import (
     AUTO,
@@ -43,7 +42,7 @@ from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
 from .drafters_table import tables
-from .machine import Bench, add_prompts, document, machine, parser, size, write
+from .machine import Bench, add_prompts, document, machine, parser, publish, size
 from .prompts import Prompt
 from .ratios import PLAIN
 
@@ -237,9 +236,7 @@ def main(args: list[str] | None = None) -> int:
     if flags.lookups:
         print(lookups())
         return 0
-    result = measure(DrafterBench(flags))
-    write(result, flags.output)
-    print(tables(result, Path(flags.output or "NAME.json").name))
+    publish(measure(DrafterBench(flags)), flags.output, tables)
     return 0
 
 

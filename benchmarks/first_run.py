@@ -30,7 +30,7 @@ from redrafter_mlx.drafters.checkpoint import save_head
 from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
 
 from . import prompts as prompt_files
-from .machine import RANDOM, Bench, document, machine, parser, write
+from .machine import RANDOM, Bench, document, machine, parser, publish, write
 from .tables import first_run_tables
 
 PLAIN, FIRST, SECOND = "plain", "auto", "auto, second run"
@@ -140,7 +140,7 @@ def main(args: list[str] | None = None) -> int:
             write(result, flags.output)  # so far, in case of an interruption
             ratio = found["speeds"][FIRST] / found["speeds"][PLAIN]
             print(f"{i}/{len(chosen)} {prompt.id}: {ratio:.2f}", file=sys.stderr, flush=True)
-    print(first_run_tables(result, Path(flags.output or "NAME.json").name))
+    publish(result, flags.output, first_run_tables)
     return 0
 
 

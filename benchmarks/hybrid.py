@@ -27,7 +27,7 @@ from redrafter_mlx.measuring.measure import bushy_tree
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target
 
-from .machine import document, machine, parser, write
+from .machine import document, machine, parser, publish
 from .tables import hybrid_tables
 
 SHAPE = {
@@ -139,9 +139,7 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of a pass")
     made.add_argument("--turns", type=int, default=5, help="how often each is timed")
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(hybrid_tables(result, str(flags.output or "NAME.json")))
+    publish(measure(flags), flags.output, hybrid_tables)
     return 0
 
 

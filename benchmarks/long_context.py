@@ -16,7 +16,7 @@ from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOption
 from redrafter_mlx.generation import Generation
 from redrafter_mlx.measuring.picture import new_figure
 
-from .machine import Bench, add_prompt_file, document, machine, parser, write
+from .machine import Bench, add_prompt_file, document, machine, parser, publish
 from .tables import context_tables
 
 
@@ -103,11 +103,7 @@ def main(args: list[str] | None = None) -> int:
     flags = made.parse_args(args)
     if flags.max_tokens < 16:
         made.error("--max-tokens must be at least 16: the first round is not timed")
-    result = measure(flags)
-    write(result, flags.output)
-    print(context_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw(result, flags.output.with_suffix(".png"))
+    publish(measure(flags), flags.output, context_tables, draw)
     return 0
 
 

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,19 @@ def write(result: dict, path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}", file=sys.stderr)
+
+
+def publish(
+    result: dict,
+    path: Path | None,
+    tables: Callable[[dict, str], str],
+    draw: Callable[[dict, Path], bool] | None = None,
+) -> None:
+    """Write a document and its picture, if there is a path for them, and print its tables.
+
+    tables  (document, name of its file) -> Markdown
+    """
+    write(result, path)
+    print(tables(result, path.name if path else "NAME.json"))
+    if path and draw:
+        draw(result, path.with_suffix(".png"))

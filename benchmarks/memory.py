@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -15,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
 from redrafter_mlx.generation import Generation
 
-from .machine import Bench, add_prompt_file, document, machine, parser, size, write
+from .machine import Bench, add_prompt_file, document, machine, parser, publish, size
 from .tables import memory_tables
 
 
@@ -71,9 +70,7 @@ def main(args: list[str] | None = None) -> int:
     )
     made.add_argument("--max-tokens", type=int, default=64, help="of each answer")
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(memory_tables(result, Path(flags.output or "NAME.json").name))
+    publish(measure(flags), flags.output, memory_tables)
     return 0
 
 

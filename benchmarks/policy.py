@@ -42,7 +42,7 @@ from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
-from .machine import Bench, add_prompts, document, machine, parser, write
+from .machine import Bench, add_prompts, document, machine, parser, publish
 from .tables import policy_tables
 
 HEAD, MAX_GRAM, UNION = "head", "max_gram", "union"
@@ -373,9 +373,7 @@ def main(args: list[str] | None = None) -> int:
     costs = Costs(known.curve, searches, lookup, flags.vain)
     brought = None if flags.nothing_known else experience_of(union).get(0.0)
     results = {d: compare(texts, costs, brought, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
-    result = document("policy", flags, where, speeds=results)
-    write(result, flags.output)
-    print(policy_tables(result, Path(flags.output or "NAME.json").name))
+    publish(document("policy", flags, where, speeds=results), flags.output, policy_tables)
     return 0
 
 

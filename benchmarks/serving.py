@@ -31,7 +31,7 @@ import redrafter_mlx
 from redrafter_mlx.loading import hub
 
 from . import prompts as prompt_files
-from .machine import add_prompts, document, machine, parser, write
+from .machine import add_prompts, document, machine, parser, publish
 from .tables import serving_tables
 
 OURS, THEIRS, ALONE = "redrafter_mlx.server", "mlx_lm.server", "one by one"
@@ -68,9 +68,7 @@ def main(args: list[str] | None = None) -> int:
     found["other texts"] = sum(
         texts[text] != said for text, said in found.pop("said") if text in texts
     )
-    result = document("serving", flags, machine(), **found)
-    write(result, flags.output)
-    print(serving_tables(result, Path(flags.output or "NAME.json").name))
+    publish(document("serving", flags, machine(), **found), flags.output, serving_tables)
     return int(found["other texts"] > 0)
 
 

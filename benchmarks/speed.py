@@ -24,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -39,7 +38,7 @@ from redrafter_mlx.pricing.budget import Budget, FixedBudget
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 from . import prompts as prompt_files
-from .machine import Bench, add_prompts, document, machine, parser, size, write
+from .machine import Bench, add_prompts, document, machine, parser, publish, size
 from .prompts import Prompt
 from .ratios import BASE, PLAIN
 from .report import draw_speed, speed_tables
@@ -307,11 +306,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 def main(args: list[str] | None = None) -> int:
     flags = parse(args)
     prompt_files.read(flags.prompts, flags.per_category)  # before minutes of loading
-    result = measure(SpeedBench(flags), flags)
-    write(result, flags.output)
-    print(speed_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw_speed(result, flags.output.with_suffix(".png"))
+    publish(measure(SpeedBench(flags), flags), flags.output, speed_tables, draw_speed)
     return 0
 
 

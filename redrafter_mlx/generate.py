@@ -102,7 +102,10 @@ def command(flags: Namespace) -> int:
 
     model, tokenizer = hub.load(flags.model, **loading(flags))
     prompt = _encode(tokenizer, message, flags)
-    prompt = _fitting(prompt, context.known_positions(model), flags.truncate_prompt)
+    whole, positions = len(prompt), context.known_positions(model)
+    prompt = context.fitting(prompt, positions, flags.truncate_prompt)
+    if len(prompt) < whole:
+        _log.warning("%d tokens in the middle of the prompt are left out", whole - len(prompt))
     drafter = None
     if drafter_name:
         is_wanted = bool(flags.drafter)
@@ -192,15 +195,6 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template of {flags.model} failed: {one_line(error)}") from error
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _fitting(prompt: list[int], positions: int | None, truncate: bool) -> list[int]:
-    from redrafter_mlx.loading.context import fitting
-
-    fit = fitting(prompt, positions, truncate)
-    if len(fit) < len(prompt):
-        _log.warning("%d tokens in the middle of the prompt are left out", len(prompt) - len(fit))
-    return fit
 
 
 class _Printed:

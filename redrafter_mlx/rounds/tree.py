@@ -247,18 +247,12 @@ class Candidates:
         return scored
 
     @classmethod
-    def merged(cls, parts: Sequence[Candidates]) -> Candidates:
-        """What several searches scored under the same root; a node of several keeps the best score.
-
-        A parent still scores no lower than its children, and every beam is still one.
-        """
-        return cls.united(parts, lambda trie, places: None)
-
-    @classmethod
     def united(
-        cls, parts: Sequence[Candidates], score: Callable[[Trie, list[list[int]]], None]
+        cls,
+        parts: Sequence[Candidates],
+        score: Callable[[Trie, list[list[int]]], None] = lambda trie, places: None,
     ) -> Candidates:
-        """The nodes of several searches under the same root, each once.
+        """The nodes of several searches under the same root, each once; every beam is still one.
 
         score  may change the scores of the trie's nodes, at first the best that any part gave;
                it also gets, for each part, where its nodes are in the trie
