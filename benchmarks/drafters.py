@@ -43,6 +43,7 @@ from redrafter_mlx.target.adapter import adapt
 from . import prompts as prompt_files
 from .drafters_table import tables
 from .machine import Bench, add_prompts, document, machine, parser, publish, size
+from .markdown import table
 from .prompts import Prompt
 from .ratios import PLAIN
 
@@ -189,7 +190,7 @@ def measure(bench: DrafterBench) -> dict:
 
 def lookups() -> str:
     """Markdown: Max-Gram's time for adding a token and for a lookup, by the text's length."""
-    lines = ["| text | tokens | microseconds per token | per lookup |", "|---|---|---|---|"]
+    rows = []
     rng = random.Random(0)
     texts = {
         "like words": lambda n: [int(rng.paretovariate(0.7)) % 49152 for _ in range(n)],
@@ -206,8 +207,8 @@ def lookups() -> str:
             for _ in range(1000):
                 index.matches(text[:1])
             looked_up = time.perf_counter() - began
-            lines.append(f"| {kind} | {n} | {1e6 * built / n:.1f} | {1e3 * looked_up:.1f} |")
-    return "\n".join(lines)
+            rows.append([kind, n, f"{1e6 * built / n:.1f}", f"{1e3 * looked_up:.1f}"])
+    return "\n".join(table(["text", "tokens", "microseconds per token", "per lookup"], rows))
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:

@@ -25,6 +25,7 @@ import numpy as np
 from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.pricing.curve import CostCurve
 
+from . import markdown
 from .ratios import bound, ratios, sizes
 
 
@@ -122,10 +123,10 @@ def predict(tokens: dict[int, float], costs: dict[int, float], draft: float) -> 
 def table(acceptance: dict, machines: list[Machine], draft: float) -> str:
     """Markdown: best budget and speedup by machine, with trees and with a single beam."""
     temp, found = next(iter(acceptance["temps"].items()))
-    lines = [
-        f"Predicted from acceptance at temperature {temp} and a draft of {draft:g} plain rounds:",
-        "", "| machine | best tree | best chain | curve |", "|---|---|---|---|",
-    ]  # fmt: skip
+    title = (
+        f"Predicted from acceptance at temperature {temp} and a draft of {draft:g} plain rounds:"
+    )
+    rows = []
     for machine in machines:
         cells = []
         for shape in ("best", "chain"):
@@ -134,8 +135,9 @@ def table(acceptance: dict, machines: list[Machine], draft: float) -> str:
             nodes, speedup = predict(tokens, machine.curve, own)
             verdict = f"{speedup:.2f}x at budget {nodes}"
             cells.append(verdict if speedup > 1 else f"do not speculate ({verdict})")
-        lines.append(f"| {machine.name} | {' | '.join(cells)} | {machine.source} |")
-    return "\n".join(lines)
+        rows.append([machine.name, *cells, machine.source])
+    header = ["machine", "best tree", "best chain", "curve"]
+    return "\n".join([title, "", *markdown.table(header, rows)])
 
 
 def heads_table(result: dict, machines: list[Machine]) -> str:
@@ -143,11 +145,8 @@ def heads_table(result: dict, machines: list[Machine]) -> str:
 
     A draft is assumed to cost as many plain rounds as where it was timed.
     """
-    lines = [
-        "Predicted from replayed acceptance; drafts cost as many plain rounds as where timed:",
-        "", "| head | draft | " + " | ".join(machine.name for machine in machines) + " |",
-        "|---" * (2 + len(machines)) + "|",
-    ]  # fmt: skip
+    title = "Predicted from replayed acceptance; drafts cost as many plain rounds as where timed:"
+    rows = []
     for head in sorted(result["heads"], key=lambda head: -head["tree"]["16"]):
         draft = head["draft_ms"] / result["pass_ms"]
         tokens = {int(n): x for n, x in head["tree"].items()}
@@ -155,13 +154,14 @@ def heads_table(result: dict, machines: list[Machine]) -> str:
         for machine in machines:
             nodes, speedup = predict(tokens, machine.curve, draft)
             cells.append(f"{speedup:.2f}x at {nodes}")
-        lines.append(f"| {head['name']} | {draft:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([head["name"], f"{draft:.2f}", *cells])
+    header = ["head", "draft", *(machine.name for machine in machines)]
+    return "\n".join([title, "", *markdown.table(header, rows)])
 
 
 def against(speed: dict) -> str:
     """How well the same formula predicts what was measured, for each method over all prompts."""
-    lines = ["| method | predicted | measured | measured / predicted |", "|---|---|---|---|"]
+    rows = []
     costs = {cost["prompt"]: cost["seconds"] for cost in speed["costs"]}
     for method in dict.fromkeys(run["method"] for run in speed["runs"]):
         runs = [run for run in speed["runs"] if run["method"] == method and sizes(run)]
@@ -174,13 +174,15 @@ def against(speed: dict) -> str:
         }
         if predicted:
             quotients = [reached[prompt] / value for prompt, value in predicted.items()]
-            lines.append(
-                f"| {method} | {statistics.median(predicted.values()):.3f} "
-                f"| {statistics.median(reached[p] for p in predicted):.3f} "
-                f"| {statistics.median(quotients):.3f} "
-                f"({np.percentile(quotients, 25):.2f}-{np.percentile(quotients, 75):.2f}) |"
-            )
-    return "\n".join(lines)
+            low, middle, high = np.percentile(quotients, [25, 50, 75])
+            rows.append([
+                method, f"{statistics.median(predicted.values()):.3f}",
+                f"{statistics.median(reached[p] for p in predicted):.3f}",
+                f"{middle:.3f} ({low:.2f}-{high:.2f})",
+            ])  # fmt: skip
+    return "\n".join(
+        markdown.table(["method", "predicted", "measured", "measured / predicted"], rows)
+    )
 
 
 def read(path: Path, *kinds: str) -> dict:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 
-def table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a table: its header, and a line for each row's cells."""
+def table(header: Sequence[object], rows: Iterable[Iterable[object]]) -> Iterator[str]:
+    """The lines of a table: its header, and a line for each row's cells as soon as there is one."""
     line = lambda cells: f"| {' | '.join(map(str, cells))} |"
-    return [line(header), "|" + "---|" * len(header), *map(line, rows)]
+    yield line(header)
+    yield "|" + "---|" * len(header)
+    yield from map(line, rows)

@@ -25,6 +25,7 @@ from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.rounds.sampling import Noise
 from redrafter_mlx.target.adapter import Target, adapt
 
+from . import markdown
 from .machine import Bench, parser
 
 VIEWS = {
@@ -98,15 +99,16 @@ def _arrays(state) -> list[mx.array]:
 
 def table(found: dict[str, Counter[str]]) -> str:
     """Markdown: operations of each stage, and which of them launch kernels."""
-    lines = ["| stage | operations | launch a kernel | which |", "|---|---|---|---|"]
+    rows = []
     for stage, counts in found.items():
         shown = Counter()
         for name, count in counts.items():
             if name not in VIEWS:
                 shown[re.sub(r"^Compiled\w+$", "Compiled", name)] += count
         which = ", ".join(f"{name} {count}" for name, count in shown.most_common())
-        lines.append(f"| {stage} | {counts.total()} | {launches(counts)} | {which} |")
-    return "\n".join(lines)
+        rows.append([stage, counts.total(), launches(counts), which])
+    header = ["stage", "operations", "launch a kernel", "which"]
+    return "\n".join(markdown.table(header, rows))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from redrafter_mlx.training.report import BEAM_LENGTH, BUDGET, WIDTH, first_toke
 from redrafter_mlx.training.run import Places, TrainingRun
 
 from .machine import options_of
+from .markdown import table
 
 TOKENS = 10_000
 """Held-out tokens that are replayed."""
@@ -49,14 +50,12 @@ def main(args: list[str] | None = None) -> int:
     texts = list(greedy_answers(flags.texts))
     columns = ["variant", "M parameters", "seconds", "loss", "tokens per round", "top-1 by depth"]
     columns += ["on --texts"] * bool(texts)
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|", flush=True)
-    for variant in flags.variant:
-        print(row(target, flags, variant, texts), flush=True)
+    for line in table(columns, (row(target, flags, each, texts) for each in flags.variant)):
+        print(line, flush=True)
     return 0
 
 
-def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Answer]) -> str:
+def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Answer]) -> list[str]:
     """Train one variant; its row of the table."""
     given = dict(pair.split("=") for pair in variant.split())
     head = options_of(HeadOptions, given, fused_layers=tuple(flags.fused_layers))
@@ -72,13 +71,12 @@ def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Ans
     answers = first_tokens(run.answers, TOKENS)
     rate = lambda some: replay(run.drafter, some, WIDTH, BEAM_LENGTH).tokens_per_round[BUDGET]
     depths = recall(run.drafter, answers, BEAM_LENGTH - 1)[:, 0]
-    cells = [
+    return [
         variant, f"{run.parameters / 1e6:.2f}", f"{run.progress.seconds:.0f}",
         f"{run.log[-1]['loss']:.3f}", f"{rate(answers):.3f}",
         " ".join(f"{share:.1%}" for share in depths),
         *([f"{rate(texts):.3f}"] if texts else []),
     ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":
