@@ -88,21 +88,15 @@ def measure(flags: argparse.Namespace) -> dict:
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     bench = Bench(flags.model, [flags.drafter])
     target, drafter = adapt(bench.model), bench.drafters[flags.drafter]
+    ends = bench.tokenizer.eos_token_ids
     full = Setting(flags.beam_width, flags.beam_length)
     temps = {}
     for temp in flags.temps:
         recordings: dict[str, list[Recording]] = {}
         for i, prompt in enumerate(chosen):
             print(f"temperature {temp:g}: {i + 1}/{len(chosen)} {prompt.id}", file=sys.stderr)
-            found = record(
-                target,
-                drafter,
-                bench.encode(prompt.text),
-                flags.max_tokens,
-                full,
-                SamplingOptions(temp=temp, seed=0),
-                list(bench.tokenizer.eos_token_ids),
-            )
+            ids, sampling = bench.encode(prompt.text), SamplingOptions(temp=temp, seed=0)
+            found = record(target, drafter, ids, flags.max_tokens, full, sampling, ends)
             recordings.setdefault(prompt.category, []).append(found)
         everything = [r for group in recordings.values() for r in group]
         temps[f"{temp:g}"] = {

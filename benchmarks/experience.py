@@ -36,20 +36,15 @@ def main(args: list[str] | None = None) -> int:
     full = Setting(DraftOptions.beam_width, DraftOptions.beam_length)
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     found = {}
+    target, ends = adapt(bench.model), bench.tokenizer.eos_token_ids
+    drafter = bench.drafters[flags.drafter]
     for temp in flags.temps:
         drafts = []
         for seed, prompt in enumerate(chosen):
             print(f"temperature {temp:g}: {prompt.id}", file=sys.stderr)
             sampling = SamplingOptions(temp=temp, seed=seed if temp else None)
-            drafts += record(
-                adapt(bench.model),
-                bench.drafters[flags.drafter],
-                bench.encode(prompt.text),
-                flags.max_tokens,
-                full,
-                sampling,
-                list(bench.tokenizer.eos_token_ids),
-            ).drafts
+            ids = bench.encode(prompt.text)
+            drafts += record(target, drafter, ids, flags.max_tokens, full, sampling, ends).drafts
         found[temp] = experience_from(drafts, full)
     text = experience.as_text(found)
     if flags.output:

@@ -12,11 +12,11 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.generation import Generation
 from redrafter_mlx.measuring.picture import new_figure
 
-from .machine import Bench, add_prompt_file, document, machine, parser, publish
+from .machine import Bench, add_contexts, document, machine, parser, publish
 from .tables import context_tables
 
 
@@ -80,23 +80,7 @@ def draw(result: dict, path: Path) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
-    add_prompt_file(made)
-    made.add_argument("--drafter", default="demo", help="as --drafter of generate")
-    made.add_argument(
-        "--contexts",
-        type=int,
-        nargs="+",
-        default=[128, 512, 2048, 8192],
-        help="tokens before the answer",
-    )
-    made.add_argument(
-        "--budgets",
-        type=budget_size,
-        nargs="+",
-        default=[4, 16, "auto"],
-        help="as --budget of generate",
-    )
-    made.add_argument("--max-tokens", type=int, default=64, help="of each answer")
+    add_contexts(made, [128, 512, 2048, 8192], [4, 16, "auto"])
     made.add_argument(
         "--repeats", type=int, default=1, help="there-and-back passes over the methods"
     )

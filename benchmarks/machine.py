@@ -19,6 +19,7 @@ import mlx_lm
 from mlx.utils import tree_flatten, tree_map
 
 import redrafter_mlx
+from redrafter_mlx.config import budget_size
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.machine import blas, device
 from redrafter_mlx.model_flags import encode_message
@@ -117,6 +118,16 @@ def add_prompt_file(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--prompts", type=Path, default=prompt_files.OWN, help="JSONL in Spec-Bench's form"
     )
+
+
+def add_contexts(made: argparse.ArgumentParser, contexts: list[int], budgets: list) -> None:
+    """Flags of benchmarks that vary the length of the text, with their defaults."""
+    add_prompt_file(made)
+    flag = made.add_argument
+    flag("--drafter", default="demo", help="as --drafter of generate")
+    flag("--contexts", type=int, nargs="+", default=contexts, help="tokens before the answer")
+    flag("--budgets", type=budget_size, nargs="+", default=budgets, help="as --budget of generate")
+    flag("--max-tokens", type=int, default=64, help="of each answer")
 
 
 def options_of(group: type, given: dict[str, str], **more):

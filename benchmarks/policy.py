@@ -158,15 +158,8 @@ def record_texts(
     for i, prompt in enumerate(chosen, start=1):
         print(f"{i}/{len(chosen)} {prompt.id}", file=sys.stderr)
         ids, parts = bench.encode(prompt.text), [Kept(m) for m in union.members]
-        record(
-            target,
-            UnionDrafter(parts),
-            ids,
-            flags.max_tokens,
-            FULL,
-            SamplingOptions(),
-            list(bench.tokenizer.eos_token_ids),
-        )
+        kept, ends = UnionDrafter(parts), bench.tokenizer.eos_token_ids
+        record(target, kept, ids, flags.max_tokens, FULL, SamplingOptions(), ends)
         texts.append(Text(prompt.category, len(ids), parts[0].found, parts[1].found))
         lookups += parts[1].seconds
     return texts, statistics.median(lookups)

@@ -8,7 +8,7 @@ Shape letters: P positions, M candidates, N nodes, W beam width, L beam length (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -111,7 +111,7 @@ def record(
     tokens: int,
     full: Setting,
     sampling: SamplingOptions,
-    ends: Sequence[int] = (),
+    ends: Collection[int] = (),
 ) -> Recording:
     """Decode `tokens` tokens plainly, or until one of `ends`, and draft at each of them."""
     sampler = Sampler(sampling)

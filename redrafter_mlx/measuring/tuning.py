@@ -80,7 +80,7 @@ def tune(
     for i, prompt in enumerate(prompts, start=1):
         progress(f"answer {i} of {len(prompts)}")
         recordings.append(
-            record(target, drafter, prompt, options.tokens, full, SamplingOptions(), list(ends))
+            record(target, drafter, prompt, options.tokens, full, SamplingOptions(), ends)
         )
     if not any(len(d.candidates.tokens) for r in recordings for d in r.drafts):
         found = _without_drafter(Profile(identity, curve), passes)
