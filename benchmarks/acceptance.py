@@ -1,10 +1,11 @@
-"""Tokens per round over beams, lengths and budgets: what shapes of trees are worth.
+"""Tokens per round over beams, lengths and budgets: what each shape of tree yields.
 
     python -m benchmarks.acceptance --prompts question.jsonl --temps 0 1 --output result.json
 
 The drafter is asked at every position of texts that plain decoding writes, with the widest search;
-what narrower and shorter ones, chains, beams alone and the N likeliest nodes would have yielded is
-read off that. The picture has a heat map of tokens per round by beams and their length.
+from this one can read off what narrower and shorter searches, chains, beams alone and the N
+likeliest nodes would have yielded. The picture is a heat map of tokens per round by beam width and
+length.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
-from .machine import Bench, add_prompts, document, machine, parser, write
+from .machine import Bench, add_prompts, document, machine, parser, publish
 from .tables import acceptance_tables
 
 MOST = 64
@@ -43,7 +44,7 @@ def beams_only(draft: Draft, setting: Setting) -> np.ndarray:
 
 
 def of_beams(recordings: Sequence[Recording], setting: Setting) -> dict[str, float]:
-    """Tokens per round of the paper's tree: all beams, prefixes shared; and its rows."""
+    """Tokens per round, and rows, of the paper's tree: all beams with shared prefixes."""
     tokens = rounds = 0
     rows = []
     for recording in recordings:
@@ -68,7 +69,7 @@ def grid(full: Setting) -> list[Setting]:
 
 
 def yields(recordings: Sequence[Recording], full: Setting) -> dict:
-    """Tokens per round of every shape."""
+    """Tokens per round of every shape of tree."""
     by_budget = lambda setting, most: {
         str(n): float(x)
         for n, x in enumerate(tokens_per_round(recordings, setting, most))
@@ -87,21 +88,15 @@ def measure(flags: argparse.Namespace) -> dict:
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     bench = Bench(flags.model, [flags.drafter])
     target, drafter = adapt(bench.model), bench.drafters[flags.drafter]
+    ends = bench.tokenizer.eos_token_ids
     full = Setting(flags.beam_width, flags.beam_length)
     temps = {}
     for temp in flags.temps:
         recordings: dict[str, list[Recording]] = {}
         for i, prompt in enumerate(chosen):
             print(f"temperature {temp:g}: {i + 1}/{len(chosen)} {prompt.id}", file=sys.stderr)
-            found = record(
-                target,
-                drafter,
-                bench.encode(prompt.text),
-                flags.max_tokens,
-                full,
-                SamplingOptions(temp=temp, seed=0),
-                list(bench.tokenizer.eos_token_ids),
-            )
+            ids, sampling = bench.encode(prompt.text), SamplingOptions(temp=temp, seed=0)
+            found = record(target, drafter, ids, flags.max_tokens, full, sampling, ends)
             recordings.setdefault(prompt.category, []).append(found)
         everything = [r for group in recordings.values() for r in group]
         temps[f"{temp:g}"] = {
@@ -144,11 +139,7 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument("--beam-width", type=int, default=8, help="of the widest search")
     made.add_argument("--beam-length", type=int, default=6, help="of the longest search")
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(acceptance_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw(result, flags.output.with_suffix(".png"))
+    publish(measure(flags), flags.output, acceptance_tables, draw)
     return 0
 
 

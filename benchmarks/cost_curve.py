@@ -18,7 +18,7 @@ from redrafter_mlx.measuring.picture import draw
 from redrafter_mlx.pricing.curve import CostCurve
 from redrafter_mlx.target.adapter import adapt
 
-from .machine import Bench, document, machine, parser, write
+from .machine import Bench, document, machine, parser, publish
 from .tables import cost_tables
 
 
@@ -41,6 +41,11 @@ def measure(flags: argparse.Namespace) -> dict:
     )
 
 
+def draw_curve(result: dict, path: Path) -> bool:
+    """The picture of a cost curve, as PNG."""
+    return draw(CostCurve(**result["curve"]), {}, path, result["settings"]["model"])
+
+
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
     made.add_argument(
@@ -50,11 +55,7 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument("--rows", type=int, nargs="+", default=rows, help="ascending, 1 first")
     made.add_argument("--turns", type=int, default=9, help="how often each size is timed")
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(cost_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw(CostCurve(**result["curve"]), {}, flags.output.with_suffix(".png"), flags.model)
+    publish(measure(flags), flags.output, cost_tables, draw_curve)
     return 0
 
 

@@ -6,8 +6,8 @@
     python -m benchmarks.drafters --lookups
 
 For each prompt plain decoding and every drafter with every rule and temperature run in the order
-A B C ... and back. Beside each measured speed stand what the literature's formula expects of it
-(EWIF, with rows of a pass for free), the same with the measured cost of rows, and SWI.
+A B C ... and back. Beside each measured speed the tables show what the literature's formula
+predicts (EWIF, where rows of a pass are free), the same with the measured cost of rows, and SWI.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from redrafter_mlx.config import (
     AUTO,
@@ -43,12 +42,13 @@ from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
 from .drafters_table import tables
-from .machine import Bench, add_prompts, document, machine, parser, size, write
+from .machine import Bench, add_prompts, document, machine, parser, publish, size
+from .markdown import table
 from .prompts import Prompt
 from .ratios import PLAIN
 
 LENGTHS = (100, 1000, 10_000, 100_000)
-"""Of the texts that lookups are timed in."""
+"""Lengths of the texts in which lookups are timed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Method:
 class Run:
     """One method on one prompt.
 
-    rate        tokens per second of decoding, whatever a draft model has to read included
+    rate        tokens per second of decoding, including what a draft model has to read
     draft_runs  (passes, cost by size) of each model that drafted
     """
 
@@ -140,7 +140,7 @@ class DrafterBench(Bench):
         if isinstance(drafter, RecurrentDrafter):
             steps = stats.rounds * (DraftOptions().beam_length - 1)
             return [(steps, size(drafter.head) / size(self.model))]
-        return []  # Max-Gram: free by the paper's measure
+        return []  # Max-Gram: free by SWI's measure
 
     def costs(self, ids: list[int]) -> dict[int, float]:
         """Median seconds of verifying chains of N rows after `ids`, interleaved."""
@@ -189,8 +189,8 @@ def measure(bench: DrafterBench) -> dict:
 
 
 def lookups() -> str:
-    """Markdown: Max-Gram's time for taking in a token and for a lookup, by the text's length."""
-    lines = ["| text | tokens | microseconds per token | per lookup |", "|---|---|---|---|"]
+    """Markdown: Max-Gram's time for adding a token and for a lookup, by the text's length."""
+    rows = []
     rng = random.Random(0)
     texts = {
         "like words": lambda n: [int(rng.paretovariate(0.7)) % 49152 for _ in range(n)],
@@ -207,8 +207,8 @@ def lookups() -> str:
             for _ in range(1000):
                 index.matches(text[:1])
             looked_up = time.perf_counter() - began
-            lines.append(f"| {kind} | {n} | {1e6 * built / n:.1f} | {1e3 * looked_up:.1f} |")
-    return "\n".join(lines)
+            rows.append([kind, n, f"{1e6 * built / n:.1f}", f"{1e3 * looked_up:.1f}"])
+    return "\n".join(table(["text", "tokens", "microseconds per token", "per lookup"], rows))
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
@@ -237,9 +237,7 @@ def main(args: list[str] | None = None) -> int:
     if flags.lookups:
         print(lookups())
         return 0
-    result = measure(DrafterBench(flags))
-    write(result, flags.output)
-    print(tables(result, Path(flags.output or "NAME.json").name))
+    publish(measure(DrafterBench(flags)), flags.output, tables)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark of drafters and rules says, as Markdown."""
+"""The results of the benchmark of drafters and rules, as Markdown."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from redrafter_mlx import analysis
 from redrafter_mlx.rounds.stats import Stats
 
 from .headline import headline
+from .markdown import table
 from .ratios import PLAIN
 
 
@@ -23,12 +24,9 @@ def tables(result: dict, name: str) -> str:
     methods = list(dict.fromkeys(run["method"] for run in result["runs"]))
     categories = list(dict.fromkeys(run["category"] for run in result["runs"]))
     drafted = [m for m in methods if not m.startswith(PLAIN)]
-    lines = [
-        headline(result, name), "",
-        "| method | speed | tokens per round | accepted at depth 1, 2, ... | EWIF | EWIF, measured "
-        "rows | SWI | draft per round |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    header = ["method", "speed", "tokens per round", "accepted at depth 1, 2, ...", "EWIF"]
+    header += ["EWIF, measured rows", "SWI", "draft per round"]
+    by_method = []
     for method in drafted:
         runs = [run for run in result["runs"] if run["method"] == method]
         stats = total(runs)
@@ -40,19 +38,24 @@ def tables(result: dict, name: str) -> str:
         free_rows = analysis.ewif_horizontal(alphas, costs)
         paid_rows = analysis.ewif_horizontal(alphas, costs, lambda rows, paid=paid: paid)
         passes = [tuple(run) for r in runs for run in r["draft_runs"]]
-        lines.append(
-            f"| {method} | {geometric_mean(ratios(result, method, categories)):.2f} "
-            f"| {stats.tokens_per_round:.2f} | {', '.join(f'{a:.2f}' for a in alphas[:6])} "
-            f"| {free_rows:.2f} | {paid_rows:.2f} "
-            f"| {analysis.swi(stats.tokens, stats.rounds, passes):.2f} "
-            f"| {1000 * stats.draft_seconds / stats.rounds:.2f} ms |"
-        )
-    lines += ["", f"| category | {' | '.join(drafted)} |", f"|---|{'---|' * len(drafted)}"]
-    for category in categories:
-        cells = (f"{ratios(result, method, [category])[0]:.2f}" for method in drafted)
-        lines.append(f"| {category} | {' | '.join(cells)} |")
+        by_method.append([
+            method, f"{statistics.geometric_mean(ratios(result, method, categories)):.2f}",
+            f"{stats.tokens_per_round:.2f}", ", ".join(f"{a:.2f}" for a in alphas[:6]),
+            f"{free_rows:.2f}", f"{paid_rows:.2f}",
+            f"{analysis.swi(stats.tokens, stats.rounds, passes):.2f}",
+            f"{1000 * stats.draft_seconds / stats.rounds:.2f} ms",
+        ])  # fmt: skip
+    by_category = [
+        [category, *(f"{ratios(result, method, [category])[0]:.2f}" for method in drafted)]
+        for category in categories
+    ]
     differences = ", ".join(result["differences"]) or "none"
-    lines += ["", f"Speeds are ratios to plain decoding. Texts that differ: {differences}."]
+    lines = [
+        headline(result, name), "",
+        *table(header, by_method), "",
+        *table(["category", *drafted], by_category), "",
+        f"Speeds are ratios to plain decoding. Texts that differ: {differences}.",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -73,13 +76,13 @@ def total(runs: list[dict]) -> Stats:
 
 
 def ratios(result: dict, method: str, categories: list[str]) -> list[float]:
-    """Of each category: the geometric mean over its prompts of the speed over plain decoding."""
+    """For each category the geometric mean, over its prompts, of the speed over plain decoding."""
     rates = defaultdict(list)
     for run in result["runs"]:
         rates[run["category"], run["prompt"], run["method"]].append(run["rate"])
     baseline = next(run["baseline"] for run in result["runs"] if run["method"] == method)
     return [
-        geometric_mean(
+        statistics.geometric_mean(
             [
                 statistics.median(of_method) / statistics.median(rates[c, prompt, baseline])
                 for (c, prompt, name), of_method in rates.items()
@@ -88,7 +91,3 @@ def ratios(result: dict, method: str, categories: list[str]) -> list[float]:
         )
         for category in categories
     ]
-
-
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)

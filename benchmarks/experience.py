@@ -1,9 +1,9 @@
-"""What a head's drafts are worth in answers to other prompts: the file that a head brings with it.
+"""How often a head's drafts are accepted: writes the experience.json that comes with a head.
 
     python -m benchmarks.experience --output redrafter_mlx/demo_drafter/experience.json
 
-Training writes it for its heads, greedy. This is for heads that were trained elsewhere or before,
-and for more temperatures.
+Training writes this file for its own heads, at temperature 0. This command is for heads that were
+trained elsewhere or earlier, and for more temperatures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import prompts as prompt_files
 from .machine import Bench, add_prompts, parser
 
 PROMPTS = Path(__file__).parent / "experience.jsonl"
-"""Of the kinds of prompts.jsonl, and none of them: what is measured must not be known."""
+"""Of the same kinds as prompts.jsonl, but none of those: nothing measured may be known before."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -36,20 +36,15 @@ def main(args: list[str] | None = None) -> int:
     full = Setting(DraftOptions.beam_width, DraftOptions.beam_length)
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     found = {}
+    target, ends = adapt(bench.model), bench.tokenizer.eos_token_ids
+    drafter = bench.drafters[flags.drafter]
     for temp in flags.temps:
         drafts = []
         for seed, prompt in enumerate(chosen):
             print(f"temperature {temp:g}: {prompt.id}", file=sys.stderr)
             sampling = SamplingOptions(temp=temp, seed=seed if temp else None)
-            drafts += record(
-                adapt(bench.model),
-                bench.drafters[flags.drafter],
-                bench.encode(prompt.text),
-                flags.max_tokens,
-                full,
-                sampling,
-                list(bench.tokenizer.eos_token_ids),
-            ).drafts
+            ids = bench.encode(prompt.text)
+            drafts += record(target, drafter, ids, flags.max_tokens, full, sampling, ends).drafts
         found[temp] = experience_from(drafts, full)
     text = experience.as_text(found)
     if flags.output:

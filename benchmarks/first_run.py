@@ -1,13 +1,14 @@
-"""What somebody sees who asks one question: a process for each answer, nothing known before.
+"""What the user of a single question sees: a process for each answer, nothing known before.
 
     python -m benchmarks.first_run --output first_run.json
     python -m benchmarks.first_run --useless --fixed --output useless.json
 
 For each prompt `generate` runs in processes of its own, in turn: plain decoding, --budget auto with
-an empty cache directory (but the model's conversion and the BLAS) and an empty temporary
-directory, auto once more with what that left, and fixed settings. Speeds are tokens per second of
+an empty temporary directory and a cache directory that holds only the model's conversion and the
+BLAS, auto once more with what that left, and fixed settings. Speeds are tokens per second of
 decoding, as the command prints them, over those of plain decoding of the same prompt, which runs
-twice, first and last. What auto looks at before the first token is reported beside them.
+twice, first and last. The time that auto spends on measuring before the first token is reported
+beside them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from redrafter_mlx.drafters.checkpoint import save_head
 from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
 
 from . import prompts as prompt_files
-from .machine import RANDOM, Bench, document, machine, parser, write
+from .machine import RANDOM, Bench, document, machine, parser, publish, write
 from .tables import first_run_tables
 
 PLAIN, FIRST, SECOND = "plain", "auto", "auto, second run"
@@ -41,12 +42,12 @@ FIXED = (
     "--budget 8 --beam-width 2 --beam-length 3",
     "--budget 16 --beam-width 2 --beam-length 4",
 )
-"""Settings that somebody might find by trying."""
+"""Settings that a user might find by trial."""
 README = "Why is the sky blue?"
 
 
 class Machine:
-    """The caller's machine with nothing learned on it."""
+    """The caller's machine, with nothing learned on it yet."""
 
     def __init__(self, root: Path):
         self.cache, self.temporary = root / "cache", root / "tmp"
@@ -56,7 +57,7 @@ class Machine:
                 (self.cache / kept).symlink_to(cache_directory() / kept)
 
     def run(self, words: Sequence[str]) -> dict:
-        """What `generate --json` says."""
+        """The output of `generate --json`."""
         self.temporary.mkdir(exist_ok=True)
         places = {CACHE_VARIABLE: str(self.cache), "TMPDIR": str(self.temporary)}
         done = subprocess.run(
@@ -69,7 +70,7 @@ class Machine:
         return json.loads(done.stdout)
 
     def forget(self) -> None:
-        """Nothing is known of costs and drafts."""
+        """Delete what is known of costs and drafts."""
         shutil.rmtree(self.cache / "profiles", ignore_errors=True)
 
 
@@ -136,10 +137,10 @@ def main(args: list[str] | None = None) -> int:
         for i, prompt in enumerate(chosen, start=1):
             found = measure(here, prompt.text, flags)
             result["runs"].append({"id": prompt.id, "category": prompt.category, **found})
-            write(result, flags.output)  # what there is, should it be interrupted
+            write(result, flags.output)  # so far, in case of an interruption
             ratio = found["speeds"][FIRST] / found["speeds"][PLAIN]
             print(f"{i}/{len(chosen)} {prompt.id}: {ratio:.2f}", file=sys.stderr, flush=True)
-    print(first_run_tables(result, Path(flags.output or "NAME.json").name))
+    publish(result, flags.output, first_run_tables)
     return 0
 
 

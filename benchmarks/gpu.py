@@ -1,13 +1,13 @@
-"""Everything that a first look at a GPU should tell, in some minutes and one table.
+"""What a first look at a GPU should tell, in a few minutes and one table.
 
     python -m benchmarks.gpu --output gpu.json
     python -m benchmarks.gpu --max-tokens 16 --per-category 1 --output quick.json
 
-Cold: seconds from starting a process to its second token, with an empty directory for the kernels
-that a GPU compiles at first use: mlx-lm's own command, then ours, which finds what mlx-lm has had
-compiled and so takes longer by what is needed beside it, then both again. Draft: seconds of a full
-search over those of a pass, in one process. Then speed over mlx-lm, greedy and at temperature 1,
-as benchmarks.speed measures it (of which the JSON file is a result), and whether texts are equal.
+Cold: seconds from starting a process to its second token, beginning with an empty directory for
+the kernels that a GPU compiles at first use: mlx-lm's own command, then ours, which finds mlx-lm's
+kernels compiled and so adds only its own, then both again. Draft: seconds of a full search over
+those of a pass, in one process. Then speed over mlx-lm, greedy and at temperature 1, as
+benchmarks.speed measures it (the JSON file is one of its results), and whether texts are equal.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 def cold_starts(model: str) -> dict[str, list[float]]:
     """Seconds to the second token by command, cold and warm."""
     path = str(demo_target()) if model == "demo" else model
-    ours = [words for words in COLD if not words.startswith("mlx_lm")]
     found = {words: [] for words in COLD}
     with tempfile.TemporaryDirectory() as root:
         for _ in ("cold", "warm"):
-            for words in (COLD[0], *ours):
+            for words in COLD:
                 asked = ["--model", path, "--prompt", "Why is the sky blue?", "--max-tokens", "2"]
                 if words == COLD[-1] and model == "demo":
                     asked += ["--drafter", "union:[max_gram,demo]"]
@@ -78,7 +77,7 @@ def prices(bench: speed.SpeedBench, turns: int = 5) -> dict:
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
-    """The flags of benchmarks.speed, with what is wanted of a GPU for defaults."""
+    """The flags of benchmarks.speed, with other defaults."""
     given = list(sys.argv[1:] if args is None else args)
     wanted = {
         "--drafters": ["demo", "max_gram", "auto"],

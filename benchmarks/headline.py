@@ -1,4 +1,4 @@
-"""What made a result: the command, and where it ran."""
+"""How a result was made: the command, and where it ran."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ FLAGS = (
     "rules", "budgets", "temps", "contexts", "reference",
     "temp", "useless", "layers", "context", "clients", "requests", "history",
 )  # fmt: skip
-"""Of the benchmarks, as far as they have them: those that tables name."""
+"""The flags of benchmarks that tables name, as far as each has them."""
 
 
 def command(result: dict, name: str) -> str:
-    """What made a result."""
+    """The command that made a result."""
     settings, shown = result["settings"], []
     for flag in FLAGS:
         given = settings.get(flag)

@@ -1,20 +1,19 @@
-"""Heads of every kind on the same data: what each costs, and how much of it comes true.
+"""Heads of every kind trained on the same data: what each costs, and how much is accepted.
 
     python -m benchmarks.heads data OUTPUT --minutes 10        # what all of them learn from
     python -m benchmarks.heads train OUTPUT --minutes 10 --variant "head=eagle3" ...
     python -m benchmarks.heads measure OUTPUT --output result.json
 
-A variant is some settings of redrafter_mlx.train; its head lies in OUTPUT/heads/NAME. All are
+A variant is a set of settings of redrafter_mlx.train; its head is in OUTPUT/heads/NAME. All are
 trained on the same data for the same time (or --steps), and measured by replaying the same held-out
-greedy answers: tokens a round at each budget, with a search of beams and with a chain. What a draft
-takes is timed one head after the other, over and over, with what the target's own pass takes beside
-it. `python -m benchmarks.drafters --drafters OUTPUT/heads/...` then measures their speed.
+greedy answers: tokens per round at each budget, with a beam search and with a chain. The drafts of
+all heads are timed in turn, over and over, beside the target's own pass.
+`python -m benchmarks.drafters --drafters OUTPUT/heads/...` then measures their speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -40,14 +39,14 @@ from redrafter_mlx.training.report import first_tokens, held_out_answers
 from redrafter_mlx.training.run import Places, TrainingRun
 
 from .heads_table import draw, table
-from .machine import document, machine, parser, size, write
+from .machine import document, machine, options_of, parser, size, write
 
 WIDTH, LENGTH = 4, 5
 BUDGETS = (4, 8, 16, 32, 64)
 TOKENS = 4000
 """Held-out tokens that are replayed."""
 ROUNDS = 24
-"""Drafts that are timed, of each head."""
+"""Timed drafts of each head."""
 VARIANTS = (
     "head=recurrent lookback_heads=0",
     "head=recurrent",
@@ -78,13 +77,13 @@ def source(flags: argparse.Namespace, head: HeadOptions) -> train.Source:
 
 
 def write_data(flags: argparse.Namespace) -> None:
-    """Conversations of the target, with all that any kind of head reads."""
+    """Conversations of the target, with everything that any kind of head reads."""
     options = DataOptions(data_minutes=flags.minutes, jobs=flags.jobs)
     train.write_data_of(flags.directory, source(flags, HeadOptions()), options)
 
 
 def train_all(flags: argparse.Namespace) -> None:
-    """Each variant in turn; one whose head is there already is left alone."""
+    """Each variant in turn; one whose head exists already is skipped."""
     for variant in flags.variant or VARIANTS:
         places = Places(flags.directory / "heads" / name_of(variant))
         if (places.output / "config.json").exists():
@@ -93,10 +92,10 @@ def train_all(flags: argparse.Namespace) -> None:
         if not places.data.is_symlink():
             places.data.symlink_to((flags.directory / "training" / "data").resolve())
         given = dict(pair.split("=") for pair in variant.split())
-        head, training = (options(group, given) for group in (HeadOptions, TrainingOptions))
+        head = options_of(HeadOptions, given)
+        training = options_of(TrainingOptions, given, steps=flags.steps)
         if given:
             sys.exit(f"--variant {variant}: no such setting: {', '.join(given)}")
-        training = dataclasses.replace(training, steps=flags.steps)
         began = time.perf_counter()
         until = NEVER if flags.steps else Deadline.after(60 * flags.minutes)
         load = source(flags, head).target
@@ -117,7 +116,7 @@ def train_all(flags: argparse.Namespace) -> None:
 
 
 def tell(variant: str, progress: Progress, entry: dict) -> None:
-    """A line about how a head's training goes."""
+    """A line of progress of a head's training."""
     print(f"{variant}: {entry}", file=sys.stderr, flush=True)
 
 
@@ -126,18 +125,8 @@ def name_of(variant: str) -> str:
     return variant.replace("head=", "").replace(" ", "-").replace("=", "-")
 
 
-def options(group: type, given: dict[str, str]):
-    """The group's options among `given`, which are taken out of it."""
-    fields = {f.name: f for f in dataclasses.fields(group)}
-    found = {}
-    for name in [name for name in given if name in fields]:
-        text, kind = given.pop(name), fields[name].metadata["type"]
-        found[name] = text == "true" if kind is bool else kind(text)
-    return group(**found)
-
-
 def measure(flags: argparse.Namespace) -> None:
-    """Every head that was trained: tokens a round, recall, bytes and milliseconds of a draft."""
+    """Every trained head: tokens per round, recall, bytes, and milliseconds of a draft."""
     model = hub.load(flags.model)[0]
     target = adapt(model)
     target.tap(reads_by_default(len(model.layers)))
@@ -173,7 +162,7 @@ def measure(flags: argparse.Namespace) -> None:
 
 
 def draft_times(target: Target, answer: Answer, drafters: dict) -> dict[str, list[float]]:
-    """Seconds of a draft in round after round of plain decoding, and of the target's pass."""
+    """Seconds of drafts, in rounds of plain decoding, and of the target's passes."""
     times: dict[str, list[float]] = {name: [] for name in (*drafters, "target")}
     budget = FixedBudget(WIDTH, LENGTH, 16)
     context = target.prefill([*answer.prompt.tolist(), *answer.tokens[:32].tolist()], 512)

@@ -6,32 +6,28 @@ from pathlib import Path
 
 from redrafter_mlx.measuring.picture import new_figure
 
+from . import markdown
+
 
 def table(result: dict) -> str:
     """Markdown, the best head first."""
     heads = sorted(result["heads"], key=lambda head: -head["tree"]["16"])
     budgets = list(heads[0]["tree"])
     names = [
-        "head",
-        "M parameters",
-        "MB",
-        "steps",
-        "minutes",
-        "loss",
-        "draft, ms",
-        "top-1 by depth",
-    ]
-    names += [f"tokens a round at {budget}" for budget in budgets] + ["chain"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for head in heads:
-        cells = [
+        "head", "M parameters", "MB", "steps", "minutes", "loss", "draft, ms", "top-1 by depth",
+        *(f"tokens a round at {budget}" for budget in budgets), "chain",
+    ]  # fmt: skip
+    rows = [
+        [
             head["name"], f"{head['parameters'] / 1e6:.2f}", f"{head['bytes'] / 1e6:.1f}",
             f"{head['steps']:,}", f"{head['seconds'] / 60:.1f}", f"{head['loss']:.2f}",
             f"{head['draft_ms']:.1f}", " ".join(f"{share:.0%}" for share in head["recall"]),
             *(f"{head['tree'][budget]:.2f}" for budget in budgets), f"{head['chain']:.2f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+        ]
+        for head in heads
+    ]  # fmt: skip
+    lines = [
+        *markdown.table(names, rows),
         "",
         f"Replayed on {result['tokens']:,} held-out tokens, beams 4 x 5; a plain pass of the "
         f"target took {result['pass_ms']:.0f} ms beside the drafts.",
@@ -40,7 +36,7 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> bool:
-    """Tokens a round by budget, a line for each head; False without matplotlib."""
+    """Tokens per round by budget, a line for each head; False without matplotlib."""
     figure = new_figure(8, 4.5)
     if figure is None:
         return False

@@ -1,12 +1,12 @@
-"""What trees cost on a model with recurrent layers, beside the same rows in mlx-lm's own layers.
+"""What trees cost on a model with recurrent layers, compared with mlx-lm's own layers.
 
     python -m benchmarks.hybrid --output NAME.hybrid.json
     python -m benchmarks.hybrid --layers 4 --turns 3
 
 The model has the shape of Qwen3.5-0.8B (gated delta rule, every fourth layer attention) and random
 weights: costs do not depend on them. After the same prompt, in turn: N consecutive rows through
-mlx-lm's layers and caches; a chain of N rows and a tree of N rows through ours, none of which may
-be kept in advance; and the commit of half of the tree's longest path, until it is in memory.
+mlx-lm's layers and caches; a chain and a tree of N rows through ours, any of which may be rejected;
+and the commit of half of the longest path, until it is in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from redrafter_mlx.measuring.measure import bushy_tree
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target
 
-from .machine import document, machine, parser, write
+from .machine import document, machine, parser, publish
 from .tables import hybrid_tables
 
 SHAPE = {
@@ -65,10 +65,8 @@ def build(layers: int) -> qwen3_5.TextModel:
 
 
 def trees(rows: int, vocab_size: int) -> dict[str, TokenTree]:
-    chain = np.arange(rows)
-    tokens = (7 + chain).astype(np.int32)
     return {
-        "chain": TokenTree(tokens, (chain - 1).astype(np.int32), -chain.astype(np.float32)),
+        "chain": TokenTree.from_beams([range(7, 7 + rows)]),
         "tree": bushy_tree(rows, 7, vocab_size),
     }
 
@@ -141,9 +139,7 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of a pass")
     made.add_argument("--turns", type=int, default=5, help="how often each is timed")
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(hybrid_tables(result, str(flags.output or "NAME.json")))
+    publish(measure(flags), flags.output, hybrid_tables)
     return 0
 
 

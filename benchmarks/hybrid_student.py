@@ -1,8 +1,9 @@
 """A hybrid of a target: three of four of its attentions become gated delta rules (Qwen3.5's).
 
-Embeddings, norms, MLPs and every fourth attention are the target's own weights and stay as they
-are. So is what the others begin with: projections of queries, keys, values and output. They alone
-learn, first what the attention in their place gives for the same input, then the target's tokens.
+Embeddings, norms, MLPs and every fourth attention keep the target's weights. The delta rules start
+from the projections of the attentions that they replace (queries, keys, values and output) and are
+all that is trained: first to give what these attentions give for the same input, then to predict
+the target's tokens.
 
 Shape letters: B rows, T tokens of a row, H heads, D size of a head, N chunks, C tokens of a chunk.
 """
@@ -23,17 +24,17 @@ from mlx_lm.models.base import create_attention_mask
 from redrafter_mlx.machine import device
 
 EVERY = 4
-"""One layer of so many keeps its attention."""
+"""One layer in so many keeps its attention."""
 CHUNK = 32
 """C, while training."""
 SMALL = 1e-6
-"""Queries and keys that pass a norm almost as they are are multiplied by it, see `_attention`."""
+"""Factor of queries and keys with which a norm leaves them almost unchanged, see `_attention`."""
 STEPS = 1e-3, 1e-1
-"""Range of the decay's step at the start, as where the layer was published (arXiv 2412.06464)."""
+"""Range of the decay's initial step, as in the layer's publication (arXiv 2412.06464)."""
 
 
 def hybrid_config(args: llama.ModelArgs, layers: int) -> dict[str, Any]:
-    """The configuration of a hybrid of so many layers."""
+    """The configuration of a hybrid of `layers` layers."""
     heads = args.num_attention_heads
     size = args.head_dim or args.hidden_size // heads
     return {
@@ -63,13 +64,13 @@ def hybrid_config(args: llama.ModelArgs, layers: int) -> dict[str, Any]:
 
 
 def make_hybrid(model: nn.Module, chosen: list[int]) -> nn.Module:
-    """A hybrid of the chosen layers of a Llama; its gated delta rules alone are to be trained.
+    """A hybrid of the chosen layers of a Llama; only its gated delta rules are to be trained.
 
     Raises ValueError for any other model.
     """
     args = getattr(model, "args", None)
     if not isinstance(model, llama.Model) or args.rope_scaling or args.attention_bias:
-        raise ValueError("a hybrid can be made of a plain Llama only")
+        raise ValueError("a hybrid can only be made of a plain Llama")
     hybrid = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(hybrid_config(args, len(chosen))))
     hybrid.model.embed_tokens.update(model.model.embed_tokens.parameters())
     hybrid.model.norm.update(model.model.norm.parameters())
@@ -92,10 +93,10 @@ def make_hybrid(model: nn.Module, chosen: list[int]) -> nn.Module:
 
 
 def _attention(own: nn.Module, theirs: nn.Module, args: llama.ModelArgs) -> None:
-    """The same attention: `own` has norms of queries and keys, and gates, which must do nothing.
+    """The same attention, though `own` has gates and norms of queries and keys: they do nothing.
 
-    A norm divides by sqrt(mean square + eps). So of numbers whose square is far below eps it is
-    all but linear, and its weight can undo what made them small. A gate of zeros is a half.
+    A norm divides by sqrt(mean square + eps). So for numbers whose squares are far below eps it is
+    almost linear, and its weight can undo the factor that made them small. A gate of zeros is 1/2.
     """
     size = own.head_dim
     halves = [*range(0, size, 2), *range(1, size, 2)] if args.rope_traditional else [*range(size)]
@@ -110,7 +111,7 @@ def _attention(own: nn.Module, theirs: nn.Module, args: llama.ModelArgs) -> None
 
 
 def _delta_rule(own: nn.Module, theirs: nn.Module) -> None:
-    """Begin with the attention's projections, a convolution that does nothing, slow decays."""
+    """Start with the attention's projections, a convolution that does nothing, and slow decays."""
     size, draw = own.head_k_dim, np.random.default_rng(0)
     group = theirs.n_heads // theirs.n_kv_heads
     spread = lambda w: mx.repeat(w.reshape(-1, size, w.shape[-1]), group, axis=0)
@@ -127,9 +128,9 @@ def _delta_rule(own: nn.Module, theirs: nn.Module) -> None:
 
 @mx.custom_function
 def inverse(lower: mx.array) -> mx.array:
-    """(I + lower)^-1 of strictly lower triangles (..., C, C): blocks twice as large in each turn.
+    """(I + lower)^-1 of strictly lower triangles (..., C, C), by blocks that double in each step.
 
-    Of [[A, 0], [B, D]] it is [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
+    The inverse of [[A, 0], [B, D]] is [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
     """
     rows = np.arange(lower.shape[-1])
     found, block = mx.eye(len(rows)), 1
@@ -152,11 +153,11 @@ def gated_delta_update(q, k, v, a, b, A_log, dt_bias, state=None, mask=None, **_
 
     Token by token it takes seven times as long, and its gradient fourteen times.
 
-    q, k, v (B, T, H, D), a, b (B, T, H), no state or mask. Returns y (B, T, H, D) and a last state
-    of None.
+    q, k, v (B, T, H, D), a, b (B, T, H), no state or mask. Returns y (B, T, H, D) and None for the
+    last state.
     """
     if state is not None or mask is not None:
-        raise ValueError("only whole texts")
+        raise ValueError("only whole texts are supported: no state and no mask")
     rows, length, heads, _ = q.shape
     size = min(CHUNK, length)
     pad = [(0, 0), (0, -length % size), (0, 0), (0, 0)]
@@ -196,7 +197,7 @@ def _sigmoid_vjp(x: mx.array, cotangent: mx.array, y: mx.array) -> mx.array:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """In the block, Llamas and models of mlx-lm's qwen3_5 compute with the above: whole texts."""
+    """In the block, mlx-lm's llama and qwen3_5 models use the functions above: whole texts only."""
     silu = lambda x: x * sigmoid(x)
     swiglu = lambda gate, x: silu(gate) * x
     instead = (
@@ -215,11 +216,11 @@ def quick() -> Iterator[None]:
 def lessons(
     teacher: nn.Module, chosen: list[int], tokens: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """What attentions that are replaced read and give: (B, L, T, E) each, for L of the layers.
+    """Inputs and outputs of the L attentions that are replaced, (B, L, T, E) each.
 
     tokens  (B, T), 0 where there are none
 
-    And (B, T), whether a token is there.
+    And (B, T) bool: where tokens are.
     """
     inputs, outputs = [], []
     x = teacher.model.embed_tokens(tokens)
@@ -238,9 +239,9 @@ def lessons(
 def imitation(
     student: nn.Module, inputs: mx.array, outputs: mx.array, is_there: mx.array
 ) -> mx.array:
-    """How far its delta rules are from the attentions in their place, given the same `lessons`.
+    """How far the delta rules' outputs are from those of the attentions, given `lessons`.
 
-    Mean over layers of the squared error, as a share of the attention's mean square.
+    Mean over layers of the squared error, relative to the attention's mean square.
     """
     is_there, errors = is_there[..., None], []
     rules = [layer.linear_attn for layer in student.layers if layer.is_linear]

@@ -6,16 +6,17 @@ python -m benchmarks.long_context --contexts 128 1024 8192 --output result.json
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
-from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.generation import Generation
 from redrafter_mlx.measuring.picture import new_figure
 
-from .machine import Bench, add_prompt_file, document, machine, parser, write
+from .machine import Bench, add_contexts, document, machine, parser, publish
 from .tables import context_tables
 
 
@@ -64,8 +65,8 @@ def draw(result: dict, path: Path) -> bool:
     contexts = [int(context) for context in result["rates"]]
     for method in result["methods"]:
         values = [
-            sorted(r[method])[len(r[method]) // 2] / sorted(r["plain"])[len(r["plain"]) // 2]
-            for r in result["rates"].values()
+            statistics.median(rates[method]) / statistics.median(rates["plain"])
+            for rates in result["rates"].values()
         ]
         axes.plot(contexts, values, marker="o", label=method)
     axes.set_xscale("log", base=2)
@@ -79,34 +80,14 @@ def draw(result: dict, path: Path) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
-    add_prompt_file(made)
-    made.add_argument("--drafter", default="demo", help="as --drafter of generate")
-    made.add_argument(
-        "--contexts",
-        type=int,
-        nargs="+",
-        default=[128, 512, 2048, 8192],
-        help="tokens before the answer",
-    )
-    made.add_argument(
-        "--budgets",
-        type=budget_size,
-        nargs="+",
-        default=[4, 16, "auto"],
-        help="as --budget of generate",
-    )
-    made.add_argument("--max-tokens", type=int, default=64, help="of each answer")
+    add_contexts(made, [128, 512, 2048, 8192], [4, 16, "auto"])
     made.add_argument(
         "--repeats", type=int, default=1, help="there-and-back passes over the methods"
     )
     flags = made.parse_args(args)
     if flags.max_tokens < 16:
         made.error("--max-tokens must be at least 16: the first round is not timed")
-    result = measure(flags)
-    write(result, flags.output)
-    print(context_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw(result, flags.output.with_suffix(".png"))
+    publish(measure(flags), flags.output, context_tables, draw)
     return 0
 
 

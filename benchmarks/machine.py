@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,21 @@ import mlx_lm
 from mlx.utils import tree_flatten, tree_map
 
 import redrafter_mlx
+from redrafter_mlx.config import budget_size
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.machine import device
+from redrafter_mlx.machine import blas, device
+from redrafter_mlx.model_flags import encode_message
 
 from . import prompts as prompt_files
 
 RANDOM = "random"
-RESULTS = Path(__file__).parent / "results"
 
 
 class Bench:
     """A target and its drafters.
 
-    names    as for --drafter; "random" is the first one's shape with random weights: a useless one
-    cascade  what load_drafter is told of cascades
+    names    as for --drafter; "random" is a useless head: random weights in the shape of the first
+    cascade  options of load_drafter for cascades
     """
 
     def __init__(self, model: str, names: list[str], **cascade):
@@ -55,23 +58,20 @@ class Bench:
         return drafter
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a message in the chat template, or as it is where there is none."""
-        if not self.tokenizer.has_chat_template:
-            return self.tokenizer.encode(text)
-        messages = [{"role": "user", "content": text}]
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+        """Token ids of a message, in the chat template if there is one."""
+        return encode_message(self.tokenizer, text)
 
     def filler(self, tokens: int, path: Path = prompt_files.OWN) -> list[int]:
-        """A prompt of exactly so many tokens: the file's prompts, over again if they are too few.
+        """A prompt of exactly `tokens` tokens: the file's prompts, repeated if they are too few.
 
-        What repeats is easy to draft: to measure a drafter, give a file that is long enough.
+        Repetition is easy to draft: to measure a drafter, give a file that is long enough.
         """
         texts = [p.text for p in prompt_files.read(path, per_category=2**30)]
         random.Random(0).shuffle(texts)
         taken: list[str] = []
         while len(ids := self.encode("\n\n".join(taken))) < tokens:
             taken += texts
-        return [*ids[: tokens - 8], *ids[-8:]]  # the end opens the answer
+        return [*ids[: tokens - 8], *ids[-8:]]  # the last tokens open the answer
 
 
 def size(module: Any) -> int:
@@ -80,7 +80,7 @@ def size(module: Any) -> int:
 
 
 def machine() -> dict[str, str]:
-    """Where and with what this is measured."""
+    """The machine and the software with which this is measured."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -92,7 +92,7 @@ def machine() -> dict[str, str]:
         "chip": device.chip(),
         "mlx": mx.__version__,
         "mlx_lm": mlx_lm.__version__,
-        "blas": str(redrafter_mlx.machine.blas.preload()),
+        "blas": str(blas.preload()),
     }
 
 
@@ -120,15 +120,50 @@ def add_prompt_file(made: argparse.ArgumentParser) -> None:
     )
 
 
+def add_contexts(made: argparse.ArgumentParser, contexts: list[int], budgets: list) -> None:
+    """Flags of benchmarks that vary the length of the text, with their defaults."""
+    add_prompt_file(made)
+    flag = made.add_argument
+    flag("--drafter", default="demo", help="as --drafter of generate")
+    flag("--contexts", type=int, nargs="+", default=contexts, help="tokens before the answer")
+    flag("--budgets", type=budget_size, nargs="+", default=budgets, help="as --budget of generate")
+    flag("--max-tokens", type=int, default=64, help="of each answer")
+
+
+def options_of(group: type, given: dict[str, str], **more):
+    """The options of `group` among `given`, which are taken out of it, and `more`."""
+    fields = {f.name: f for f in dataclasses.fields(group)}
+    for name in given.keys() & fields.keys():
+        text, kind = given.pop(name), fields[name].metadata["type"]
+        more[name] = text == "true" if kind is bool else kind(text)
+    return group(**more)
+
+
 def document(kind: str, flags: argparse.Namespace, where: dict[str, str], **content) -> dict:
-    """The JSON document of a benchmark."""
+    """A benchmark's result as a JSON document."""
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(flags).items()}
     return {"kind": kind, "machine": where, "settings": settings, **content}
 
 
 def write(result: dict, path: Path | None) -> None:
-    """Write a document, if it is to be written."""
+    """Write a document, if there is a path for it."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {path}", file=sys.stderr)
+
+
+def publish(
+    result: dict,
+    path: Path | None,
+    tables: Callable[[dict, str], str],
+    draw: Callable[[dict, Path], bool] | None = None,
+) -> None:
+    """Write a document and its picture, if there is a path for them, and print its tables.
+
+    tables  (document, name of its file) -> Markdown
+    """
+    write(result, path)
+    print(tables(result, path.name if path else "NAME.json"))
+    if path and draw:
+        draw(result, path.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""What other machines would give, on paper: a cost curve and an acceptance profile.
+"""What other machines would give, by calculation: a cost curve and measured acceptance.
 
     python -m benchmarks.machines acceptance.json                         # published curves
     python -m benchmarks.machines heads.json                              # of benchmarks.heads
@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.pricing.curve import CostCurve
 
+from . import markdown
 from .ratios import bound, ratios, sizes
 
 
@@ -31,8 +33,8 @@ from .ratios import bound, ratios, sizes
 class Machine:
     """A cost curve and where it is from.
 
-    curve  rows of a pass -> its cost, one row being 1
-    draft  cost of a draft where it is known: 0 if the curve holds it already
+    curve  rows of a pass -> its cost, in passes over one row
+    draft  cost of a draft, if known; 0 if the curve includes it
     """
 
     name: str
@@ -45,7 +47,7 @@ def tiles(rows: int, limit: int, tile: int) -> dict[int, float]:
     """Cost when a pass is bound by reading weights: once for each tile of rows, up to a limit.
 
     At the limit a matrix kernel takes over, which reads them once but computes a full tile of its
-    own; it is taken to cost as much as the last row before.
+    own; it is assumed to cost as much as the last size before.
     """
     costs = {n: float(-(-n // tile)) for n in range(1, limit)}
     last = costs[limit - 1]
@@ -86,7 +88,7 @@ PUBLISHED = (
 
 
 def parse_curve(text: str) -> dict[int, float]:
-    """Rows and costs of "1:1 2:1.03 4:1.47"; SystemExit with one line when it is none."""
+    """Rows and costs of "1:1 2:1.03 4:1.47"; SystemExit with one line for anything else."""
     try:
         pairs = [pair.split(":") for pair in text.replace(",", " ").split()]
         found = {int(rows): float(cost) for rows, cost in pairs}
@@ -121,10 +123,10 @@ def predict(tokens: dict[int, float], costs: dict[int, float], draft: float) -> 
 def table(acceptance: dict, machines: list[Machine], draft: float) -> str:
     """Markdown: best budget and speedup by machine, with trees and with a single beam."""
     temp, found = next(iter(acceptance["temps"].items()))
-    lines = [
-        f"Predicted from acceptance at temperature {temp} and a draft of {draft:g} plain rounds:",
-        "", "| machine | best tree | best chain | curve |", "|---|---|---|---|",
-    ]  # fmt: skip
+    title = (
+        f"Predicted from acceptance at temperature {temp} and a draft of {draft:g} plain rounds:"
+    )
+    rows = []
     for machine in machines:
         cells = []
         for shape in ("best", "chain"):
@@ -133,21 +135,18 @@ def table(acceptance: dict, machines: list[Machine], draft: float) -> str:
             nodes, speedup = predict(tokens, machine.curve, own)
             verdict = f"{speedup:.2f}x at budget {nodes}"
             cells.append(verdict if speedup > 1 else f"do not speculate ({verdict})")
-        lines.append(f"| {machine.name} | {' | '.join(cells)} | {machine.source} |")
-    return "\n".join(lines)
+        rows.append([machine.name, *cells, machine.source])
+    header = ["machine", "best tree", "best chain", "curve"]
+    return "\n".join([title, "", *markdown.table(header, rows)])
 
 
 def heads_table(result: dict, machines: list[Machine]) -> str:
     """Markdown: best budget and speedup of each head of benchmarks.heads on each machine.
 
-    A draft costs as many plain rounds as it took where it was measured; where a pass is relatively
-    cheaper, so is a draft that reads weights.
+    A draft is assumed to cost as many plain rounds as where it was timed.
     """
-    lines = [
-        "Predicted from replayed acceptance, drafts as many plain rounds as where they were timed:",
-        "", "| head | draft | " + " | ".join(machine.name for machine in machines) + " |",
-        "|---" * (2 + len(machines)) + "|",
-    ]  # fmt: skip
+    title = "Predicted from replayed acceptance; drafts cost as many plain rounds as where timed:"
+    rows = []
     for head in sorted(result["heads"], key=lambda head: -head["tree"]["16"]):
         draft = head["draft_ms"] / result["pass_ms"]
         tokens = {int(n): x for n, x in head["tree"].items()}
@@ -155,13 +154,14 @@ def heads_table(result: dict, machines: list[Machine]) -> str:
         for machine in machines:
             nodes, speedup = predict(tokens, machine.curve, draft)
             cells.append(f"{speedup:.2f}x at {nodes}")
-        lines.append(f"| {head['name']} | {draft:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([head["name"], f"{draft:.2f}", *cells])
+    header = ["head", "draft", *(machine.name for machine in machines)]
+    return "\n".join([title, "", *markdown.table(header, rows)])
 
 
 def against(speed: dict) -> str:
-    """How well the same model predicts what was measured: per method, over all prompts."""
-    lines = ["| method | predicted | measured | measured / predicted |", "|---|---|---|---|"]
+    """How well the same formula predicts what was measured, for each method over all prompts."""
+    rows = []
     costs = {cost["prompt"]: cost["seconds"] for cost in speed["costs"]}
     for method in dict.fromkeys(run["method"] for run in speed["runs"]):
         runs = [run for run in speed["runs"] if run["method"] == method and sizes(run)]
@@ -174,31 +174,27 @@ def against(speed: dict) -> str:
         }
         if predicted:
             quotients = [reached[prompt] / value for prompt, value in predicted.items()]
-            lines.append(
-                f"| {method} | {statistics.median(predicted.values()):.3f} "
-                f"| {statistics.median(reached[p] for p in predicted):.3f} "
-                f"| {statistics.median(quotients):.3f} "
-                f"({np.percentile(quotients, 25):.2f}-{np.percentile(quotients, 75):.2f}) |"
-            )
-    return "\n".join(lines)
+            low, middle, high = np.percentile(quotients, [25, 50, 75])
+            rows.append([
+                method, f"{statistics.median(predicted.values()):.3f}",
+                f"{statistics.median(reached[p] for p in predicted):.3f}",
+                f"{middle:.3f} ({low:.2f}-{high:.2f})",
+            ])  # fmt: skip
+    return "\n".join(
+        markdown.table(["method", "predicted", "measured", "measured / predicted"], rows)
+    )
 
 
-def read(path: Path, kind: str) -> dict:
-    """A benchmark's document; SystemExit with one line when it is not of that kind."""
+def read(path: Path, *kinds: str) -> dict:
+    """A benchmark's document; SystemExit with one line when it is of none of these kinds."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result.get("kind", "speed") != kind:
-            raise ValueError(f"it is of benchmarks.{result.get('kind', 'speed')}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SystemExit(f"{path}: {error}; give what benchmarks.{kind} writes") from error
+        if result["kind"] not in kinds:
+            raise ValueError(f"it is of benchmarks.{result['kind']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        wanted = " or ".join(f"benchmarks.{kind}" for kind in kinds)
+        raise SystemExit(f"{path}: {one_line(error)}; give what {wanted} writes") from error
     return result
-
-
-def _kind(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None  # `read` tells what is wrong
 
 
 def main(args: list[str] | None = None) -> int:
@@ -212,10 +208,11 @@ def main(args: list[str] | None = None) -> int:
     machines = list(PUBLISHED)
     if flags.curve is not None:
         machines = [Machine("yours", parse_curve(flags.curve), "--curve")]
-    if _kind(flags.acceptance) == "heads":
-        print(heads_table(read(flags.acceptance, "heads"), machines))
+    result = read(flags.acceptance, "acceptance", "heads")
+    if result["kind"] == "heads":
+        print(heads_table(result, machines))
         return 0
-    print(table(read(flags.acceptance, "acceptance"), machines, flags.draft))
+    print(table(result, machines, flags.draft))
     if flags.against:
         print(f"\n{against(read(flags.against, 'speed'))}")
     return 0

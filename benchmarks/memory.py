@@ -1,4 +1,4 @@
-"""Peak memory of generation, with and without a drafter, against what must be held.
+"""Peak memory of generation, with and without a drafter, against what it has to hold.
 
 python -m benchmarks.memory --contexts 128 2048 --output result.json
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, budget_size
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions
 from redrafter_mlx.generation import Generation
 
-from .machine import Bench, add_prompt_file, document, machine, parser, size, write
+from .machine import Bench, add_contexts, document, machine, parser, publish, size
 from .tables import memory_tables
 
 
@@ -57,23 +56,9 @@ def _cache_bytes(bench: Bench, tokens: int) -> int:
 
 def main(args: list[str] | None = None) -> int:
     made = parser(__doc__.split("\n")[0])
-    add_prompt_file(made)
-    made.add_argument("--drafter", default="demo", help="as --drafter of generate")
-    made.add_argument(
-        "--contexts", type=int, nargs="+", default=[128, 2048], help="tokens before the answer"
-    )
-    made.add_argument(
-        "--budgets",
-        type=budget_size,
-        nargs="+",
-        default=[16, "auto"],
-        help="as --budget of generate",
-    )
-    made.add_argument("--max-tokens", type=int, default=64, help="of each answer")
+    add_contexts(made, [128, 2048], [16, "auto"])
     flags = made.parse_args(args)
-    result = measure(flags)
-    write(result, flags.output)
-    print(memory_tables(result, Path(flags.output or "NAME.json").name))
+    publish(measure(flags), flags.output, memory_tables)
     return 0
 
 

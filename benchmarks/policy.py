@@ -4,9 +4,9 @@
     python -m benchmarks.policy --prompts question.jsonl --recording drafts.json
 
 Plain decoding answers the prompts once while the head and Max-Gram draft at each position. What any
-setting would have yielded is read off that, and a policy plays on it in seconds, so that what
-is compared does not drown in the noise of a machine. What is added is noise of a known size. Costs
-are those of the latest tune, so that one recording serves under many.
+setting would have yielded is read off this recording, and a policy is replayed on it in seconds, so
+that differences do not drown in the noise of a machine; noise of a known size is added instead.
+Costs are those of the latest tune, so one recording can be replayed under many costs.
 
 Shape letters: P positions of a text, N nodes.
 """
@@ -42,7 +42,7 @@ from redrafter_mlx.rounds.tree import Candidates, TokenTree
 from redrafter_mlx.target.adapter import adapt
 
 from . import prompts as prompt_files
-from .machine import Bench, add_prompts, document, machine, parser, write
+from .machine import Bench, add_prompts, document, machine, parser, publish
 from .tables import policy_tables
 
 HEAD, MAX_GRAM, UNION = "head", "max_gram", "union"
@@ -118,7 +118,7 @@ def narrowed(c: Candidates, setting: Setting) -> Candidates:
 
 
 class Kept:
-    """A drafter whose candidates are kept, and the seconds that they took."""
+    """A drafter whose candidates are kept, with the seconds that they took."""
 
     def __init__(self, drafter: Drafter):
         self.drafter, self.found, self.seconds = drafter, [], []
@@ -136,7 +136,7 @@ class Kept:
 class Costs:
     """Seconds of passes, and of drafts of the head and of Max-Gram.
 
-    vain  what a round that drafts and verifies nothing costs beyond a plain one, as a share: the
+    vain  extra cost of a round that drafts but verifies nothing, as a share of a plain round: the
           host does not prepare the next pass while the device is at work
     """
 
@@ -152,21 +152,14 @@ class Costs:
 def record_texts(
     bench: Bench, union: UnionDrafter, flags: argparse.Namespace
 ) -> tuple[list[Text], float]:
-    """Decode plainly, drafting at each token; and the seconds of one of Max-Gram's drafts."""
+    """Texts of plain decoding, with drafts at each token; and the seconds of a Max-Gram draft."""
     target, texts, lookups = adapt(bench.model), [], []
     chosen = prompt_files.read(flags.prompts, flags.per_category)
     for i, prompt in enumerate(chosen, start=1):
         print(f"{i}/{len(chosen)} {prompt.id}", file=sys.stderr)
         ids, parts = bench.encode(prompt.text), [Kept(m) for m in union.members]
-        record(
-            target,
-            UnionDrafter(parts),
-            ids,
-            flags.max_tokens,
-            FULL,
-            SamplingOptions(),
-            list(bench.tokenizer.eos_token_ids),
-        )
+        kept, ends = UnionDrafter(parts), bench.tokenizer.eos_token_ids
+        record(target, kept, ids, flags.max_tokens, FULL, SamplingOptions(), ends)
         texts.append(Text(prompt.category, len(ids), parts[0].found, parts[1].found))
         lookups += parts[1].seconds
     return texts, statistics.median(lookups)
@@ -174,7 +167,7 @@ def record_texts(
 
 @dataclass
 class Played:
-    """A text on paper: seconds of plain decoding and of drafted rounds, and their trees."""
+    """A replayed text: seconds of plain decoding and of drafted rounds, and their trees."""
 
     plain: float
     seconds: float = 0.0
@@ -188,14 +181,14 @@ class Played:
 
 
 class At(NamedTuple):
-    """As much of a Context as budgets read."""
+    """The part of a Context that budgets read."""
 
     position: int
 
 
 @dataclass
 class Told:
-    """As much of a Step as budgets read."""
+    """The part of a Step that budgets read."""
 
     nodes: int
     draft_seconds: float
@@ -208,7 +201,7 @@ class Told:
 
 
 class Paper:
-    """A machine that keeps its prices, but for noise.
+    """A simulated machine, whose costs are constant but for noise.
 
     noise  relative spread of the times
     """
@@ -223,7 +216,7 @@ class Paper:
         return spent
 
     def play(self, policy: Policy, text: Text, drafter: str) -> Played:
-        """Rounds over one text; what is drafted beyond its recorded end counts as refused."""
+        """Rounds over one text; tokens drafted beyond its recorded end count as rejected."""
         budget = AutoBudget(policy, clock=lambda: self.now)
         played, position, began = Played(plain_seconds(text, self.costs)), 0, self.now
         while position < len(text.head):
@@ -248,7 +241,7 @@ class Paper:
 
 
 def plain_seconds(text: Text, costs: Costs) -> float:
-    """Of plain decoding."""
+    """Seconds of plain decoding of a text."""
     return sum(costs.curve.at(text.context + p, 1)[1] for p in range(len(text.head)))
 
 
@@ -266,7 +259,7 @@ def fixed_speeds(text: Text, drafter: str, costs: Costs) -> Speeds:
 
 
 def geometric_mean(tables: Sequence[Speeds]) -> Speeds:
-    """Of the speeds of several texts or tasks."""
+    """Geometric mean of the speeds of several texts or tasks."""
     return {s: np.exp(np.mean([np.log(t[s]) for t in tables], axis=0)) for s in tables[0]}
 
 
@@ -278,8 +271,8 @@ def best(speeds: Speeds) -> tuple[float, int, Setting]:
 def beside_fixed(auto: Sequence[float], fixed: Sequence[Speeds]) -> dict[str, float | str]:
     """Speed of auto on some texts, and of the best fixed setting for them.
 
-    Which one that is, is known afterwards only, and among hundreds one is lucky with a few texts.
-    So `unseen` is the speed in each text of the setting that is best in the others.
+    The best setting is known only afterwards, and among hundreds one is lucky with a few texts. So
+    `unseen` is the speed, in each text, of the setting that is best in the others.
     """
     speed, nodes, setting = best(geometric_mean(fixed))
     shape = f"{nodes} of {setting.width}x{setting.length}" if nodes > 1 else "plain"
@@ -292,7 +285,7 @@ def beside_fixed(auto: Sequence[float], fixed: Sequence[Speeds]) -> dict[str, fl
 
 
 CONTEXTS = 128, 512
-"""Tokens of prompts that are compared apart: shorter ones, those between, longer ones."""
+"""Prompt lengths in tokens that separate the groups compared: short, medium and long prompts."""
 
 
 def compare(
@@ -328,7 +321,7 @@ def compare(
 
 
 def new_policy(costs: Costs, known: Experience | None, drafter: str) -> Policy:
-    """As a process begins with it: a look at costs, and what is known of the drafts."""
+    """A policy as a process begins with it: measured costs, and what is known of the drafts."""
     drafts = {Setting(0, FULL.length): costs.max_gram, **costs.head.measured}
     return Policy(
         FULL,
@@ -373,9 +366,7 @@ def main(args: list[str] | None = None) -> int:
     costs = Costs(known.curve, searches, lookup, flags.vain)
     brought = None if flags.nothing_known else experience_of(union).get(0.0)
     results = {d: compare(texts, costs, brought, flags, d) for d in (HEAD, MAX_GRAM, UNION)}
-    result = document("policy", flags, where, speeds=results)
-    write(result, flags.output)
-    print(policy_tables(result, Path(flags.output or "NAME.json").name))
+    publish(document("policy", flags, where, speeds=results), flags.output, policy_tables)
     return 0
 
 

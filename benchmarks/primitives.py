@@ -1,9 +1,9 @@
-"""Which of MLX's operations a round is made of, and how many: what a launch-bound device waits for.
+"""Which of MLX's operations a round consists of, and how many: the cost on a launch-bound device.
 
     python -m benchmarks.primitives
 
-Graphs are built and not evaluated, so this says the same on any machine, but for one thing: on a
-CPU mlx writes rope, norms and attention out as several operations where a GPU has a kernel for
+Graphs are built but not evaluated, so the result is the same on any machine, with one exception: on
+a CPU mlx expands rope, norms and attention into several operations where a GPU has a kernel for
 each. An operation that only renames its input (a slice, a reshape) launches nothing.
 """
 
@@ -25,25 +25,26 @@ from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.rounds.sampling import Noise
 from redrafter_mlx.target.adapter import Target, adapt
 
+from . import markdown
 from .machine import Bench, parser
 
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "Contiguous", "Depends", "ExpandDims", "Flatten",
     "Reshape", "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
-"""Operations that launch no kernel, or none as a rule."""
+"""Operations that launch no kernel, or only rarely."""
 ROWS = 16
 
 
 def operations(*outputs: mx.array) -> Counter[str]:
-    """How often each operation occurs in the graph of arrays that are not evaluated yet."""
+    """How often each operation occurs in the graph of arrays not evaluated yet."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *outputs)
     return Counter(re.findall(r'label ="(\w+)"', dot.getvalue()))
 
 
 def launches(found: Counter[str]) -> int:
-    """Of them those that launch a kernel."""
+    """How many of the operations launch a kernel."""
     return sum(count for name, count in found.items() if name not in VIEWS)
 
 
@@ -71,7 +72,7 @@ def of_target(target: Target, prompt: list[int]) -> dict[str, Counter[str]]:
 def of_drafts(
     drafter: RecurrentDrafter, context: Context, width: int, length: int
 ) -> dict[str, Counter[str]]:
-    """Operations of a search, greedy and coupled to sampling's noise, plain and compiled."""
+    """Operations of a search, greedy and coupled to the sampling noise, plain and compiled."""
     found = {}
     for coupled in (False, True):
         for is_compiled in (False, True):
@@ -98,15 +99,16 @@ def _arrays(state) -> list[mx.array]:
 
 def table(found: dict[str, Counter[str]]) -> str:
     """Markdown: operations of each stage, and which of them launch kernels."""
-    lines = ["| stage | operations | launch a kernel | which |", "|---|---|---|---|"]
+    rows = []
     for stage, counts in found.items():
         shown = Counter()
         for name, count in counts.items():
             if name not in VIEWS:
                 shown[re.sub(r"^Compiled\w+$", "Compiled", name)] += count
         which = ", ".join(f"{name} {count}" for name, count in shown.most_common())
-        lines.append(f"| {stage} | {counts.total()} | {launches(counts)} | {which} |")
-    return "\n".join(lines)
+        rows.append([stage, counts.total(), launches(counts), which])
+    header = ["stage", "operations", "launch a kernel", "which"]
+    return "\n".join(markdown.table(header, rows))
 
 
 def main(args: list[str] | None = None) -> int:

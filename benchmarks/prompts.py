@@ -21,12 +21,12 @@ class Prompt:
 
 
 def read(path: Path, per_category: int) -> list[Prompt]:
-    """Prompts spread evenly over each category of the file, the first turn of each.
+    """Prompts spread evenly over each category of the file; only the first turn of each is used.
 
     path  JSONL with `category` and `turns` (github.com/hemingkx/Spec-Bench: question.jsonl), and
           an id as `id` or `question_id`
 
-    Exits with one line when there are no prompts in it.
+    Exits with one line when there are none.
     """
     categories = defaultdict(list)
     try:

@@ -1,4 +1,4 @@
-"""What follows from the runs of a speed benchmark: ratios to mlx-lm, means, bounds."""
+"""Ratios to mlx-lm, means and bounds, from the runs of a speed benchmark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 BASE, PLAIN = "mlx-lm", "plain"
-"""What all is measured against, and our own loop without a drafter."""
+"""The baseline of all ratios, and our own loop without a drafter."""
 
 
 def at_temperature(result: dict, temp: float) -> dict:
@@ -48,7 +48,7 @@ def category_ratios(result: dict, method: str) -> dict[str, float]:
 
 
 def efficiency(result: dict, method: str) -> float | None:
-    """Median over prompts of the measured speed ratio over its bound; None without a drafter."""
+    """Measured speed ratio over its bound, the median over prompts; None without a drafter."""
     shares, reached = [], ratios(result, method)
     for cost in result["costs"]:
         runs = [
@@ -63,7 +63,7 @@ def efficiency(result: dict, method: str) -> float | None:
 
 
 def bound(run: dict, seconds: dict[str, float] | dict[int, float]) -> float:
-    """The highest speed ratio that the run's rounds allow: nothing but passes and drafts."""
+    """The highest speed ratio that the run's rounds allow, if only passes and drafts took time."""
     measured = {int(n): s for n, s in seconds.items()}  # JSON makes strings of numbers
     rows = sorted(measured)
     costs = [measured[n] for n in rows]

@@ -1,9 +1,9 @@
-"""A picture of the same answer with and without drafts, as both came: an animated SVG.
+"""An animated SVG of the same answer with and without drafts, at the speed of each.
 
 python -m benchmarks.recording --prompt "Why is the sky blue?" --output docs/same-answer.svg
 
-Both run in one process, in turn, `--repeats` times; the picture has the run of the middle time of
-each. It moves in every browser, and shows both texts whole where nothing moves.
+Both run in one process, in turn, `--repeats` times; the picture shows the run with the median time
+of each. It is animated in every browser, and shows both whole texts where animation is off.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from redrafter_mlx.machine.storage import write_whole
 from .machine import Bench, machine, parser
 
 COLUMNS, CHARACTER, LINE = 54, 7.83, 20.0
-"""Characters in a line, and the size of one in pixels, of a 13 pixel fixed-width face."""
+"""Characters per line, and a character's width and line height in pixels, at 13 pixels."""
 MARGIN, HEAD, FOOT, GAP = 16, 44, 40, 20
 PAUSE = 2.5
-"""Seconds between the end and the beginning."""
+"""Seconds between the end and the next start."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Take:
-    """One answer as it came. `told` is what stands below it."""
+    """One answer as it came. `told` is the caption below it."""
 
     title: str
     words: Sequence[Word]
@@ -50,7 +50,7 @@ class Take:
 
 
 def record(bench: Bench, prompt: Sequence[int], drafter, title: str, tokens: int) -> Take:
-    """Generate, and note when each token came; time begins when the prompt is processed."""
+    """Generate, and note when each token came, counted from the first."""
     words, began = [], None
     events = stream_generate(
         bench.model, bench.tokenizer, prompt, drafter=drafter, max_tokens=tokens
@@ -69,7 +69,7 @@ def placed(words: Sequence[Word]) -> Iterator[tuple[Word, str, int, int]]:
     line = column = 0
     for index, word in enumerate(words):
         ahead = word.text
-        for later in words[index + 1 :]:  # the rest of a word that tokens divide
+        for later in words[index + 1 :]:  # the rest of a word of several tokens
             if later.text[:1].isspace():
                 break
             ahead += later.text
@@ -86,7 +86,7 @@ def placed(words: Sequence[Word]) -> Iterator[tuple[Word, str, int, int]]:
 
 
 def svg(takes: Sequence[Take], note: str) -> str:
-    """The picture of takes side by side, which begin together and again after the last ends."""
+    """The picture: takes side by side that start together, and again after the last one ends."""
     whole = max(take.seconds for take in takes) + PAUSE
     pieces = [list(placed(take.words)) for take in takes]
     lines = 1 + max(line for piece in pieces for _, _, line, _ in piece)

@@ -18,6 +18,7 @@ from redrafter_mlx.measuring.picture import new_figure
 
 from . import drafters_table
 from .headline import command
+from .markdown import table
 from .ratios import (
     BASE,
     PLAIN,
@@ -79,10 +80,8 @@ def speed_tables(result: dict, name: str) -> str:
 
 
 def _method_table(result: dict) -> list[str]:
-    lines = [
-        "| method | speed ratio | tokens per round | of the bound | draft | verify | rest |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = "method", "speed ratio", "tokens per round", "of the bound", "draft", "verify", "rest"
+    rows = []
     for method, runs in by(result["runs"], "method").items():
         if method == BASE:
             continue
@@ -91,30 +90,29 @@ def _method_table(result: dict) -> list[str]:
             sum(run[f"{k}_seconds"] for run in runs) / total for k in ("draft", "verify")
         )
         reached = efficiency(result, method)
-        lines.append(
-            f"| {method} | {_middle(ratios(result, method).values())} "
-            f"| {tokens_per_round(runs):.2f} "
-            f"| {'' if reached is None else f'{reached:.1%}'} "
-            f"| {draft:.1%} | {verify:.1%} | {1 - draft - verify:.1%} |"
-        )
-    return lines
+        rows.append([
+            method, _middle(ratios(result, method).values()), f"{tokens_per_round(runs):.2f}",
+            "" if reached is None else f"{reached:.1%}",
+            f"{draft:.1%}", f"{verify:.1%}", f"{1 - draft - verify:.1%}",
+        ])  # fmt: skip
+    return list(table(header, rows))
 
 
 def _category_table(result: dict) -> list[str]:
     methods = [m for m in by(result["runs"], "method") if m != BASE]
-    lines = [f"| category | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
+    rows = []
     means = {method: category_ratios(result, method) for method in methods}
     for category, runs in by(result["runs"], "category").items():
-        cells = []
+        cells = [category]
         for method in methods:
             own = [run for run in runs if run["method"] == method]
             ratio = means[method].get(category)  # none where every text ended at once
             cells.append("" if ratio is None else f"{ratio:.2f} ({tokens_per_round(own):.2f})")
-        lines.append(f"| {category} | {' | '.join(cells)} |")
-    cells = [
+        rows.append(cells)
+    overall = (
         f"{statistics.geometric_mean(means[m].values()):.2f}" if means[m] else "" for m in methods
-    ]
-    lines.append(f"| geometric mean | {' | '.join(cells)} |")
+    )
+    lines = list(table(["category", *methods], [*rows, ["geometric mean", *overall]]))
     lines += ["", "Cells: speed ratio, geometric mean over prompts (tokens per round)."]
     for auto in (method for method in methods if method.endswith(AUTO)):
         fixed = [m for m in methods if m != auto and m.startswith(auto.removesuffix(AUTO) + "b")]
@@ -169,9 +167,9 @@ def draw_speed(result: dict, path: Path) -> bool:
 
 
 def summary(results: list[tuple[str, dict]]) -> str:
-    """Markdown: for each machine a table with a row for each method, and what made it.
+    """Markdown: for each machine a table with a row for each method, and the commands.
 
-    results  (name of the JSON file, document); what stands before the first dot is the machine's
+    results  (name of the JSON file, document); the name up to its first dot is the machine's
     """
     shown = [(name, result) for name, result in results if result["kind"] in _SUMMARIES]
     machines: dict[str, list[tuple[int, str, dict]]] = {}
@@ -182,26 +180,25 @@ def summary(results: list[tuple[str, dict]]) -> str:
 
 def _summary(machine: str, results: list[tuple[int, str, dict]]) -> str:
     chips = dict.fromkeys(result["machine"]["chip"] for _, _, result in results)
-    lines = [
-        f"{machine}: {', '.join(chips)}",
-        "",
-        "| | `--drafter` | prompts | speed | lowest to highest task | tokens per round |",
-        "|---|---|---|---|---|---|",
-    ]
-    commands = []
+    header = ["", "`--drafter`", "prompts", "speed", "lowest to highest task", "tokens per round"]
+    rows, commands = [], []
     for number, name, result in results:
         commands.append(f"{number}. `{command(result, name)}` ({result['machine']['commit']})")
         settings = result["settings"]
         prompts = len({run["prompt"] for run in result["runs"]})
         where = f"{prompts} of {Path(settings['prompts']).stem}, {settings['max_tokens']} tokens"
         for method, speeds, tokens in _SUMMARIES[result["kind"]](result):
-            low, high = min(speeds.values()), max(speeds.values())
-            lines.append(
-                f"| {number} | {method} | {where} "
-                f"| **{statistics.geometric_mean(speeds.values()):.2f}** "
-                f"| {f'{low:.2f} to {high:.2f}' if len(speeds) > 1 else ''} | {tokens:.2f} |"
-            )
-    return "\n".join([*lines, "", *commands])
+            mean, spread = _mean_and_spread(speeds)
+            spread = spread if len(speeds) > 1 else ""
+            rows.append([number, method, where, mean, spread, f"{tokens:.2f}"])
+    lines = [f"{machine}: {', '.join(chips)}", "", *table(header, rows), "", *commands]
+    return "\n".join(lines)
+
+
+def _mean_and_spread(speeds: dict[str, float]) -> tuple[str, str]:
+    """Cells: the geometric mean over categories, and the lowest to the highest one."""
+    mean = statistics.geometric_mean(speeds.values())
+    return f"**{mean:.2f}**", f"{min(speeds.values()):.2f} to {max(speeds.values()):.2f}"
 
 
 def _speeds(result: dict):
@@ -264,8 +261,8 @@ def details(results: list[tuple[str, dict]]) -> str:
 
 
 def short(results: list[tuple[str, dict]]) -> str:
-    """Markdown: what the default drafter gives: of each machine and model the largest run."""
-    largest: dict[tuple[str, str], tuple[int, str]] = {}
+    """Markdown: speeds of the default drafter, from the largest run of each machine and model."""
+    largest: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for name, result in results:
         if result["kind"] != "speed":
             continue
@@ -273,32 +270,24 @@ def short(results: list[tuple[str, dict]]) -> str:
         prompts = len({run["prompt"] for run in result["runs"]})
         for method, speeds, tokens in _speeds(result):
             if method == "auto" and prompts > largest.get((prefix, settings["model"]), (0,))[0]:
-                mean = statistics.geometric_mean(speeds.values())
-                low, high = min(speeds.values()), max(speeds.values())
                 where = f"{result['machine']['chip']}, {prefix.split('-')[2]}"
-                row = (
-                    f"| {where} | {settings['model']} | {prompts} of "
-                    f"{Path(settings['prompts']).stem}, {settings['max_tokens']} tokens | "
-                    f"**{mean:.2f}** | {low:.2f} to {high:.2f} | {tokens:.2f} |"
-                )
+                asked = f"{prompts} of {Path(settings['prompts']).stem}"
+                asked += f", {settings['max_tokens']} tokens"
+                row = [where, settings["model"], asked, *_mean_and_spread(speeds), f"{tokens:.2f}"]
                 largest[prefix, settings["model"]] = prompts, row
-    lines = [
-        "| machine | model | prompts | speed | by task | tokens per round |",
-        "|---|---|---|---|---|---|",
-        *(row for _, row in largest.values()),
-    ]
-    return "\n".join(lines)
+    header = ["machine", "model", "prompts", "speed", "by task", "tokens per round"]
+    return "\n".join(table(header, (row for _, row in largest.values())))
 
 
 def with_tables(page: str, tables: str, what: str = "results") -> str:
-    """The page with what stands between its marks replaced."""
+    """The page, with the text between its marks replaced."""
     begin, end = (f"<!-- {what}: {which} -->" for which in ("begin", "end"))
     before, rest = page.split(begin)
     return f"{before}{begin}\n{tables}\n{end}{rest.split(end)[1]}"
 
 
 def pages() -> dict[Path, str]:
-    """The pages with tables, as the results say."""
+    """The pages that have tables, made from the results."""
     results = read(RESULTS)
     text = lambda page: page.read_text(encoding="utf-8")
     return {

@@ -1,10 +1,10 @@
-"""The server under load, beside mlx_lm.server with the same model: speed, first words, same text.
+"""The server under load, beside mlx_lm.server with the same model: speed, latency, same text.
 
 python -m benchmarks.serving --output serving.json
 
-Both servers run at once and are asked in turn, so that each meets the same machine: first with 1,
-2, 4 and 8 clients at a time, then with a follow-up after a long history, cold and warm. Every
-answer of ours is compared with that of a request alone on a server that keeps nothing.
+Both servers run at once and are asked in turn, so that the machine is the same for both: first with
+1, 2, 4 and 8 clients at a time, then with a follow-up after a long history, cold and warm. Each of
+our answers is compared with that of a lone request to a server that keeps nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import redrafter_mlx
 from redrafter_mlx.loading import hub
 
 from . import prompts as prompt_files
-from .machine import add_prompts, document, machine, parser, write
+from .machine import add_prompts, document, machine, parser, publish
 from .tables import serving_tables
 
 OURS, THEIRS, ALONE = "redrafter_mlx.server", "mlx_lm.server", "one by one"
@@ -40,7 +40,7 @@ READY_SECONDS = 180
 
 @dataclass(frozen=True)
 class Answered:
-    """One request: seconds to its first word and to its last, tokens, and what was said."""
+    """One request: seconds to the first and to the last word, number of tokens, and the text."""
 
     first: float
     last: float
@@ -68,14 +68,12 @@ def main(args: list[str] | None = None) -> int:
     found["other texts"] = sum(
         texts[text] != said for text, said in found.pop("said") if text in texts
     )
-    result = document("serving", flags, machine(), **found)
-    write(result, flags.output)
-    print(serving_tables(result, Path(flags.output or "NAME.json").name))
+    publish(document("serving", flags, machine(), **found), flags.output, serving_tables)
     return int(found["other texts"] > 0)
 
 
 def _computed_alike(model: str, path: Path) -> Path:
-    """The model as we compute it (on a CPU in float32), in a directory that mlx-lm loads."""
+    """The model as we compute it (on a CPU in float32), in a directory that mlx-lm can load."""
     loaded, _ = redrafter_mlx.load(model)
     shutil.copytree(hub.resolve_target(model), path)
     for file in path.glob("*.safetensors*"):
@@ -93,7 +91,7 @@ def _computed_alike(model: str, path: Path) -> Path:
 
 @contextmanager
 def _serving(module: str, model: str | Path, *flags: str):
-    """A server in a process of its own, with our BLAS whosesoever it is; the address."""
+    """A server in its own process, with our BLAS even if it is mlx-lm's; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -119,7 +117,7 @@ def _serving(module: str, model: str | Path, *flags: str):
 async def _measure(flags: argparse.Namespace, texts: list[str], servers: dict) -> dict:
     rows, said = [], []
     async with httpx.AsyncClient(timeout=None) as client:
-        for address, model in servers.values():  # both have met the machine
+        for address, model in servers.values():  # warm-up
             await _ask(client, address, model, [_user(texts[0])], 8)
         for clients in flags.clients:
             for name, (address, model) in servers.items():
@@ -140,7 +138,7 @@ async def _measure(flags: argparse.Namespace, texts: list[str], servers: dict) -
 
 
 async def _one(client, address, model, flags, texts, number) -> list[tuple[str, Answered]]:
-    """What one client gets for its requests, one after the other."""
+    """The answers to one client's requests, made one after the other."""
     found = []
     for turn in range(flags.requests):
         text = texts[(number * 7 + turn) % len(texts)]
@@ -162,7 +160,7 @@ def _row(name: str, clients: int, answers: list[Answered], seconds: float) -> di
 
 
 async def _follow_up(client, address, model, flags, texts) -> dict:
-    """Seconds to the first word after a long history: the first time, and with another question."""
+    """A question after a long history, and then another one: answers cold and warm."""
     filler = " ".join(texts)
     while len(filler) < 4 * flags.history:
         filler += " " + filler

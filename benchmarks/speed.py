@@ -8,9 +8,9 @@
 Methods: mlx-lm's stream_generate, without and with a draft model; our loop without a drafter; our
 loop with each drafter at each budget, where budget 0 is the paper's: all beams, nothing else. For
 each prompt and temperature they run in the order A B C ... and back, and texts that must be equal
-are compared. Beside them, after the same prompt and half of its answer, bare forward passes of
-1 ... N causal rows with mlx-lm's own cache give cost(N), so that a measured speed can be held
-against what is possible:
+are compared. In addition, after the same prompt and half of its answer, bare forward passes of
+1 ... N causal rows with mlx-lm's own cache give cost(N), so that a measured speed can be compared
+with what is possible:
 
     bound = tokens x cost(1) / (sum of cost(N) over the rounds + draft seconds)
 """
@@ -24,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -39,19 +38,19 @@ from redrafter_mlx.pricing.budget import Budget, FixedBudget
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 from . import prompts as prompt_files
-from .machine import Bench, add_prompts, document, machine, parser, size, write
+from .machine import Bench, add_prompts, document, machine, parser, publish, size
 from .prompts import Prompt
 from .ratios import BASE, PLAIN
 from .report import draw_speed, speed_tables
 
 MLX_LM_DRAFT = f"{BASE} with a draft model"
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Rows of the bare passes, as far as trees are that large; between them lines are drawn."""
+"""Rows of the bare passes, up to the largest tree; costs between them are interpolated."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to generate: its name, and for ours with a drafter which one and how."""
+    """One way to generate: its name and, with a drafter of ours, which one and its options."""
 
     name: str
     drafter: str | None = None
@@ -60,10 +59,10 @@ class Method:
 
 
 class UnsharedBeams(FixedBudget):
-    """The reference algorithm's passes: a row for each token of each beam, shared prefixes or not.
+    """The reference algorithm's passes: a row for each token of each beam, without shared prefixes.
 
-    What is verified is the beams' prefix tree, and beside it as many rows of no use as sharing has
-    saved: the same tokens at the same cost.
+    What is verified is the beams' prefix tree with as many useless rows added as sharing saves: the
+    same tokens at the reference's cost.
     """
 
     def tree(self, candidates: Candidates) -> TokenTree:
@@ -81,8 +80,8 @@ class UnsharedBeams(FixedBudget):
 class Run:
     """One method on one prompt.
 
-    rate           tokens per second after the first round, whose tokens came `first_seconds` after
-                   the start: prompt and warm-up are no part of it
+    rate           tokens per second after the first round, which ended `first_seconds` after the
+                   start; so prompt and warm-up are not part of it
     sizes          rounds by nodes of their tree
     """
 
@@ -196,7 +195,7 @@ class SpeedBench(Bench):
     def costs(self, ids: list[int], most: int) -> dict[int, float]:
         """Median seconds of bare forward passes of N causal rows after `ids`, interleaved.
 
-        Each pass takes its tokens from the last one's argmax, so none can start early.
+        Each pass takes its tokens from the argmax of the one before, so none can start early.
         """
         rows = [n for n in SIZES if n <= most or n == 1]
         if most > rows[-1]:
@@ -307,11 +306,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
 def main(args: list[str] | None = None) -> int:
     flags = parse(args)
     prompt_files.read(flags.prompts, flags.per_category)  # before minutes of loading
-    result = measure(SpeedBench(flags), flags)
-    write(result, flags.output)
-    print(speed_tables(result, Path(flags.output or "NAME.json").name))
-    if flags.output:
-        draw_speed(result, flags.output.with_suffix(".png"))
+    publish(measure(SpeedBench(flags), flags), flags.output, speed_tables, draw_speed)
     return 0
 
 

@@ -1,14 +1,14 @@
-"""A model taught by the target: a draft model to compare with, or a hybrid to draft for.
+"""A model distilled from the target: a draft model to compare with, or a hybrid to draft for.
 
     python -m benchmarks.student --output student --layers 4 --data-minutes 10 --minutes 15
     python -m benchmarks.speed --draft-model student --drafters "model:student" auto
     python -m benchmarks.student --output hybrid --hybrid --data-minutes 10 --minutes 45
     python -m benchmarks.speed --model hybrid --drafters max_gram
 
-The target writes conversations as for training a head. The student keeps its embeddings, its head
-and its first and last layers; the layers are trained to give the distribution that the target had
-after each token of its own. A hybrid keeps all layers, with gated delta rules for most attentions,
-see `benchmarks.hybrid_student`. What comes out is a model directory that mlx-lm loads.
+The target writes conversations as for training a head. The student keeps the target's embeddings,
+head and first and last layers; the layers are trained to give the target's distribution after each
+token that it wrote. A hybrid keeps all layers, with gated delta rules for most attentions, see
+`benchmarks.hybrid_student`. The result is a model directory that mlx-lm loads.
 
 Shape letters: B rows, T tokens of a row, K likeliest tokens, V vocabulary.
 """
@@ -55,13 +55,13 @@ from redrafter_mlx.training.shards import (
 from .hybrid_student import hybrid_config, imitation, lessons, make_hybrid, quick
 
 COLUMNS = 256
-"""T: longer conversations are cut into pieces of it."""
+"""T: longer conversations are cut into pieces of this length."""
 STEP = 64
-"""Pieces are padded to multiples of it."""
+"""Pieces are padded to multiples of this length."""
 EVERY = 25
 """Steps between two lines of progress."""
 WARM_UP = 50
-"""Steps in which the learning rate rises."""
+"""Steps during which the learning rate rises."""
 IMITATION = 0.35
 """Share of the time in which a hybrid's new layers learn what the attentions in their place do."""
 
@@ -84,20 +84,20 @@ def layers_of(count: int, total: int) -> list[int]:
 
 
 def of_fewer_layers(config: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
-    """The configuration of a model of the chosen layers; what is listed by layer is cut, too."""
+    """The configuration of a model of the chosen layers; lists with an entry per layer are cut."""
     total = config["num_hidden_layers"]
     cut = lambda v: [v[i] for i in chosen] if isinstance(v, list) and len(v) == total else v
     return {k: cut(v) for k, v in config.items()} | {"num_hidden_layers": len(chosen)}
 
 
 def make_student(model: nn.Module, layers: int) -> nn.Module:
-    """A model of some of the target's layers; of its weights only theirs are to be trained.
+    """A model of some of the target's layers, which alone are to be trained.
 
     Raises ValueError for a model that is not built of `model.layers`, or has too few.
     """
     chosen = layers_of(layers, len(model.layers))
     if not 0 < layers < len(model.layers) or len(set(chosen)) != layers:
-        raise ValueError(f"a student of {layers} of {len(model.layers)} layers is none")
+        raise ValueError(f"a student cannot have {layers} of {len(model.layers)} layers")
     student = type(model)(type(model.args)(**of_fewer_layers(vars(model.args), chosen)))
     for name, part in model.model.items():
         if name != "layers" and isinstance(part, nn.Module):
@@ -135,9 +135,9 @@ def _piece(file: dict[str, np.ndarray], first: int, last: int) -> Rows:
 
 
 def batches(found: list[Rows], rows: int, seed: int) -> Iterator[list[mx.array]]:
-    """Batches without end, shuffled anew in each round; padded with zeros, to one of few lengths.
+    """Endless batches, shuffled anew in each epoch; padded with zeros to one of few lengths.
 
-    rows  of COLUMNS tokens; of shorter pieces there are as many more in a batch
+    rows  of COLUMNS tokens; a batch has proportionally more of shorter pieces
     """
     shuffle, alike = np.random.default_rng(seed), defaultdict(list)
     for piece in found:
@@ -155,7 +155,7 @@ def batches(found: list[Rows], rows: int, seed: int) -> Iterator[list[mx.array]]
 
 
 def loss(student: nn.Module, tokens, top_ids, probs, weights) -> mx.array:
-    """Cross-entropy of the target's distributions, as far as its likeliest tokens tell them."""
+    """Cross-entropy to the target's distributions over its likeliest tokens."""
     logits = student(tokens).astype(mx.float32)
     rows = logits.reshape(-1, logits.shape[-1])
     normaliser = log_normaliser(rows).reshape(weights.shape)
@@ -175,9 +175,9 @@ def agreement(student: nn.Module, found: list[Rows]) -> float:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to become small.
+    """What training minimises.
 
-    view  what of a batch the target must be asked, without a gradient
+    view  batch -> what `of` needs of it, such as the target's outputs; without a gradient
     of    (student, *view) -> ()
     """
 
@@ -193,7 +193,7 @@ def train(
     done: Callable[[int], float],
     objective: Objective = Objective(),
 ) -> None:
-    """Train until done(steps so far) is 1; with its share done the learning rate falls."""
+    """Train until done(steps so far) reaches 1; the learning rate falls as it grows."""
     optimizer = optim.AdamW(learning_rate=rate, weight_decay=0.01)
     gradients_of = Gradients(student, objective)
     sofar = []
@@ -216,7 +216,7 @@ def train(
 class Gradients:
     """Losses and gradients of batches; on a CPU each core computes those of some rows.
 
-    There MLX runs all but matrix products of a stream in one thread.
+    There MLX runs all of a stream but matrix products in one thread.
     """
 
     def __init__(self, student: nn.Module, objective: Objective):
@@ -236,7 +236,7 @@ class Gradients:
                     found.append(self._compiled(parameters, *view))
                     mx.async_eval(found[-1])
             mx.eval(found)
-        self._student.update(parameters)  # tracing has left others
+        self._student.update(parameters)  # compiling has left traced ones in their place
         return tree_map(lambda *each: sum(each) / len(each), found[0], *found[1:])
 
     def _loss(self, parameters: Any, *view: mx.array) -> mx.array:
@@ -247,7 +247,7 @@ class Gradients:
 def distil(
     student: nn.Module, found: list[Rows], flags: argparse.Namespace, first: Objective | None
 ) -> None:
-    """Train for the time of the flags; with another objective `first` for a share of it."""
+    """Train for --minutes; for the first part of it with the objective `first`, if given."""
     stages = [(first, IMITATION), (Objective(), 1 - IMITATION)] if first else [(Objective(), 1.0)]
     for objective, share in stages:
         began, seconds = time.monotonic(), 60 * flags.minutes * share
@@ -256,14 +256,15 @@ def distil(
 
 
 def write_texts(name: str, model: nn.Module, directory: Path, minutes: float) -> None:
-    """Let the target write for so long, beside what it has written there before.
+    """Let the target write for so many minutes, in addition to what it wrote there before.
 
     name  by which each process loads the model
     """
     options = DataOptions(data_minutes=minutes, data_tokens=10**9)
     directory.mkdir(parents=True, exist_ok=True)
     jobs = len(parts(directory)) or choose_jobs(adapt(model), options)
-    written = side_by_side(jobs, partial(_write_part, name, directory, options, jobs), _ignore)
+    write = partial(_write_part, name, directory, options, jobs)
+    written = side_by_side(jobs, write, lambda job, told: None)
     print(f"{sum(written):,} tokens of answers", file=sys.stderr)
 
 
@@ -273,12 +274,8 @@ def _write_part(name: str, directory: Path, options: DataOptions, jobs: int, job
     return write_data(adapt(model), tokenizer, part, options, job=job, jobs=jobs).counts.tokens
 
 
-def _ignore(job: int, told: Any) -> None:
-    pass
-
-
 def make(model: nn.Module, config: dict[str, Any], flags: argparse.Namespace) -> Made:
-    """The student that the flags ask for, untrained or as it was left."""
+    """The student that the flags ask for, untrained or as --start-from has it."""
     total = len(model.layers)
     chosen = layers_of(flags.layers or (total if flags.hybrid else 4), total)
     first = None

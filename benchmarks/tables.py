@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+from . import heads_table
 from .headline import headline
-from .heads_table import table
-from .ratios import (
-    BASE,
-    PLAIN,
-    at_temperature,
-    by,
-    ratios,
-    tokens_per_round,
-)
+from .markdown import table
+from .ratios import BASE, PLAIN, at_temperature, by, ratios, tokens_per_round
 
 
 def acceptance_tables(result: dict, name: str) -> str:
@@ -22,14 +16,12 @@ def acceptance_tables(result: dict, name: str) -> str:
     for temp, found in result["temps"].items():
         yields = found["all"]
         budgets = [n for n in ("2", "4", "6", "8", "12", "16", "24", "32") if n in yields["best"]]
-        lines += [
-            "", "Greedy:" if float(temp) == 0 else f"Temperature {temp}:", "",
-            f"| tokens per round at N rows | {' | '.join(budgets)} |",
-            f"|---|{'---|' * len(budgets)}",
-        ]  # fmt: skip
-        for shape, title in (("chain", "one beam"), ("best", "the likeliest nodes")):
-            cells = (f"{yields[shape][n]:.2f}" if n in yields[shape] else "" for n in budgets)
-            lines.append(f"| {title} | {' | '.join(cells)} |")
+        rows = [
+            [title, *(f"{yields[shape][n]:.2f}" if n in yields[shape] else "" for n in budgets)]
+            for shape, title in (("chain", "one beam"), ("best", "the likeliest nodes"))
+        ]
+        lines += ["", "Greedy:" if float(temp) == 0 else f"Temperature {temp}:", ""]
+        lines += table(["tokens per round at N rows", *budgets], rows)
         beams = ", ".join(
             f"{setting} {entry['tokens_per_round']:.2f} at {entry['rows']:.1f} rows "
             f"(-{1 - entry['rows'] / entry['rows_unshared']:.0%} by shared prefixes)"
@@ -43,65 +35,53 @@ def acceptance_tables(result: dict, name: str) -> str:
 def cost_tables(result: dict, name: str) -> str:
     """Markdown of a measured cost curve: passes over that of one row."""
     curve = result["curve"]
-    lines = [
-        headline(result, name), "",
-        f"| context | {' | '.join(map(str, curve['rows']))} rows |",
-        f"|---|{'---|' * len(curve['rows'])}",
-    ]  # fmt: skip
-    for context, seconds in zip(curve["contexts"], curve["seconds"], strict=True):
-        cells = (f"{s / seconds[0]:.2f}" for s in seconds)
-        lines.append(f"| {context} ({1e3 * seconds[0]:.1f} ms) | {' | '.join(cells)} |")
+    rows = [
+        [f"{context} ({1e3 * seconds[0]:.1f} ms)", *(f"{s / seconds[0]:.2f}" for s in seconds)]
+        for context, seconds in zip(curve["contexts"], curve["seconds"], strict=True)
+    ]
+    *sizes, last = curve["rows"]
+    lines = [headline(result, name), "", *table(["context", *sizes, f"{last} rows"], rows)]
     return "\n".join([*lines, *(f"\n{line}" for line in result["complaints"])])
 
 
 def memory_tables(result: dict, name: str) -> str:
     """Markdown of a memory benchmark."""
-    lines = [
-        headline(result, name), "",
-        "| context | method | peak | target + head + KV cache | more |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+    rows = []
     for run in result["runs"]:
-        held = result["target"] + result["head"] + run["kv_cache"]
-        lines.append(
-            f"| {run['context']} | {run['method']} | {run['peak'] / 1e6:.0f} MB "
-            f"| {held / 1e6:.0f} MB | {run['peak'] / held - 1:+.1%} |"
-        )
-    return "\n".join(lines)
+        peak, held = run["peak"], result["target"] + result["head"] + run["kv_cache"]
+        sizes = f"{peak / 1e6:.0f} MB", f"{held / 1e6:.0f} MB", f"{peak / held - 1:+.1%}"
+        rows.append([run["context"], run["method"], *sizes])
+    header = ["context", "method", "peak", "target + head + KV cache", "more"]
+    return "\n".join([headline(result, name), "", *table(header, rows)])
 
 
 def context_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark over context lengths: speed over plain decoding."""
     methods = [m for m in result["methods"] if m != PLAIN]
-    lines = [
-        headline(result, name), "",
-        f"| context | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}",
-    ]  # fmt: skip
+    rows = []
     for context, rates in result["rates"].items():
         plain = statistics.median(rates[PLAIN])
-        cells = (f"{statistics.median(rates[m]) / plain:.2f}" for m in methods)
-        lines.append(f"| {context} | {' | '.join(cells)} |")
+        rows.append([context, *(f"{statistics.median(rates[m]) / plain:.2f}" for m in methods)])
+    lines = [headline(result, name), "", *table(["context", *methods], rows)]
     return "\n".join([*lines, "", "Cells: speed over our own plain decoding."])
 
 
 def policy_tables(result: dict, name: str) -> str:
     """Markdown of the replay of recorded drafts: auto beside the best fixed setting."""
     drafters = result["speeds"]
-    lines = [
-        headline(result, name), "",
-        "| | " + " | ".join(f"{d}: auto | best fixed | unseen" for d in drafters) + " |",
-        "|---" * (1 + 3 * len(drafters)) + "|",
-    ]  # fmt: skip
+    header, rows = [""], []
+    for drafter in drafters:
+        header += [f"{drafter}: auto", "best fixed", "unseen"]
     for group in next(iter(drafters.values())):
-        found = [speeds[group] for speeds in drafters.values()]
-        cells = [
-            f"{f['auto']:.3f} | {f['best']:.3f} ({f['setting']}) | "
-            + (f"{f['unseen']:.3f}" if "unseen" in f else "")  # of one text there are no others
-            for f in found
-        ]
-        lines.append(f"| {group} | {' | '.join(cells)} |")
+        cells = [group]
+        for f in (speeds[group] for speeds in drafters.values()):
+            cells += [f"{f['auto']:.3f}", f"{f['best']:.3f} ({f['setting']})"]
+            cells.append(f"{f['unseen']:.3f}" if "unseen" in f else "")  # one text has no others
+        rows.append(cells)
+    lines = [headline(result, name), "", *table(header, rows)]
     notes = (
-        "Cells: speed over plain decoding (nodes of beams). Best fixed: the best of all for these "
-        "texts, known afterwards. Unseen: in each text the one that is best in the others."
+        "Cells: speed over plain decoding (nodes of beams). Best fixed: the best setting for these "
+        "texts, known afterwards. Unseen: in each text the setting that is best in the others."
     )
     return "\n".join([*lines, "", notes])
 
@@ -112,19 +92,16 @@ def first_run_tables(result: dict, name: str) -> str:
     plain, first, *others = runs[0]["speeds"]
     ratio = lambda run, method, base=plain: run["speeds"][method] / run["speeds"][base]
     texts = [run for run in runs if run["category"] != "readme"]
-    mean = lambda values: statistics.geometric_mean(list(values))
+    mean = statistics.geometric_mean
     fixed = [method for method in others if method.startswith("--")]
-    lines = [
-        headline(result, name), "",
-        "| prompt | tokens | " + " | ".join([first, *others]) + " | look |",
-        "|---" * (3 + 1 + len(others)) + "|",
-    ]  # fmt: skip
+    rows = []
     for run in runs:
-        cells = " | ".join(f"{ratio(run, method):.2f}" for method in (first, *others))
-        lines.append(f"| {run['id']} | {run['tokens']} | {cells} | {run['look_seconds']:.1f} s |")
+        cells = (f"{ratio(run, method):.2f}" for method in (first, *others))
+        rows.append([run["id"], run["tokens"], *cells, f"{run['look_seconds']:.1f} s"])
     means = {method: mean(ratio(run, method) for run in texts) for method in (first, *others)}
-    cells = " | ".join(f"**{value:.3f}**" for value in means.values())
-    lines += [f"| geometric mean | | {cells} | |", ""]
+    rows.append(["geometric mean", "", *(f"**{value:.3f}**" for value in means.values()), ""])
+    header = ["prompt", "tokens", first, *others, "look"]
+    lines = [headline(result, name), "", *table(header, rows), ""]
     differ = [run["id"] for run in runs if run["texts"] > 1]
     lines.append(f"Texts that differ between methods: {', '.join(differ) or 'none'}.")
     if fixed:
@@ -149,48 +126,43 @@ def gpu_table(result: dict) -> str:
     """Markdown of the benchmark of a GPU: starts, prices and speeds in one table."""
     where, gpu = result["machine"], result["gpu"]
     passes = {int(rows): seconds for rows, seconds in gpu["passes"].items()}
-    lines = [
+    title = (
         f"{where['chip']}, mlx {where['mlx']} on {where['device']}, commit {where['commit']}, "
-        f"{where['date']}, target {result['settings']['model']}", "",
-        "| what | |",
-        "|---|---|",
-    ]  # fmt: skip
-    lines += [
-        f"| `{words}`: seconds to the second token, first and second start | "
-        f"{' / '.join(f'{seconds:.1f}' for seconds in starts)} |"
+        f"{where['date']}, target {result['settings']['model']}"
+    )
+    rows = [
+        [
+            f"`{words}`: seconds to the second token, first and second start",
+            " / ".join(f"{seconds:.1f}" for seconds in starts),
+        ]
         for words, starts in gpu["starts"].items()
     ]
-    rows = " / ".join(map(str, passes))
+    sizes = " / ".join(map(str, passes))
     costs = " / ".join(f"{seconds / passes[1]:.2f}" for seconds in passes.values())
-    lines.append(f"| a pass over {rows} rows, over a plain round of {passes[1]:.4f} s | {costs} |")
-    share = gpu["draft"] / passes[16]
-    lines.append(f"| a full search, over a pass of 16 rows | {share:.2f} |")
+    rows.append([f"a pass over {sizes} rows, over a plain round of {passes[1]:.4f} s", costs])
+    rows.append(["a full search, over a pass of 16 rows", f"{gpu['draft'] / passes[16]:.2f}"])
     for temp in sorted({run["temp"] for run in result["runs"]}):
         part = at_temperature(result, temp)
         for method in by(part["runs"], "method"):
             if method != BASE:
                 mean = statistics.geometric_mean(ratios(part, method).values())
                 own = [run for run in part["runs"] if run["method"] == method]
-                lines.append(
-                    f"| {method}, temperature {temp:g}: speed over mlx-lm (tokens a round) | "
-                    f"{mean:.2f} ({tokens_per_round(own):.2f}) |"
-                )
+                what = f"{method}, temperature {temp:g}: speed over mlx-lm (tokens a round)"
+                rows.append([what, f"{mean:.2f} ({tokens_per_round(own):.2f})"])
     differ = "; ".join(result["differences"]) or "none"
-    return "\n".join([*lines, f"| texts that differ from plain decoding | {differ} |"])
+    rows.append(["texts that differ from plain decoding", differ])
+    return "\n".join([title, "", *table(["what", ""], rows)])
 
 
 def hybrid_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark of a model with recurrent layers."""
     seconds, memory = result["seconds"], result["memory"]
-    lines = [
-        headline(result, name), "",
-        "| rows | mlx-lm's own | chain | tree | commit of a chain | commit of a tree "
-        "| memory: mlx-lm's own, chain, tree |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    header = ["rows", "mlx-lm's own", "chain", "tree", "commit of a chain", "commit of a tree"]
+    header.append("memory: mlx-lm's own, chain, tree")
+    lines = []
     for rows in sorted(result["settings"]["rows"]):
         stock = seconds[f"mlx-lm {rows}"]
-        cells = [f"{rows}", f"{1000 * stock:.0f} ms"]
+        cells = [rows, f"{1000 * stock:.0f} ms"]
         for kind in ("chain", "tree"):
             own = seconds.get(f"{kind} {rows}")
             cells.append("" if own is None else f"{own / stock:.2f}")
@@ -199,14 +171,14 @@ def hybrid_tables(result: dict, name: str) -> str:
             cells.append("" if own is None else f"{own / seconds[f'{kind} {rows}']:.1%}")
         used = [memory.get(f"{kind} {rows}") for kind in ("mlx-lm", "chain", "tree")]
         cells.append(", ".join(f"{x / 1e6:.0f} MB" for x in used if x is not None))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Chain and tree: over the same rows in mlx-lm's own layers. Commit: of the pass."]
-    return "\n".join(lines)
+        lines.append(cells)
+    note = "Chain and tree: over the same rows in mlx-lm's own layers. Commit: of the pass."
+    return "\n".join([headline(result, name), "", *table(header, lines), "", note])
 
 
 def heads_tables(result: dict, name: str) -> str:
     """Markdown of the comparison of heads."""
-    return f"{headline(result, name)}\n\n{table(result)}"
+    return f"{headline(result, name)}\n\n{heads_table.table(result)}"
 
 
 def decay_tables(result: dict, name: str) -> str:
@@ -225,20 +197,21 @@ def decay_tables(result: dict, name: str) -> str:
 
 def serving_tables(result: dict, name: str) -> str:
     """Markdown of the benchmark of servers."""
+    loads = [
+        [
+            row["clients"], row["server"], f"{row['tokens'] / row['seconds']:.1f}",
+            f"{row['first_word']:.2f} s", f"{row['last_word']:.2f} s",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    follow_ups = [
+        [server, *(f"{each[when]['first']:.2f} s" for when in ("cold", "warm"))]
+        for server, each in result["follow_up"].items()
+    ]
     lines = [
         headline(result, name), "",
-        "| clients | server | tokens/s | first word | whole answer |",
-        "|---|---|---|---|---|",
+        *table(["clients", "server", "tokens/s", "first word", "whole answer"], loads), "",
+        *table(["after a long history", "first word, cold", "warm"], follow_ups), "",
+        f"Answers that differ from those alone: {result['other texts']}.",
     ]  # fmt: skip
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['clients']} | {row['server']} | {row['tokens'] / row['seconds']:.1f} "
-            f"| {row['first_word']:.2f} s | {row['last_word']:.2f} s |"
-        )
-    lines += ["", "| after a long history | first word, cold | warm |", "|---|---|---|"]
-    for server, each in result["follow_up"].items():
-        first = (f"{each[when]['first']:.2f} s" for when in ("cold", "warm"))
-        lines.append(f"| {server} | {' | '.join(first)} |")
-    return "\n".join(
-        [*lines, "", f"Answers that differ from those alone: {result['other texts']}."]
-    )
+    return "\n".join(lines)

@@ -5,19 +5,18 @@
         --variant loss=kl --variant loss=hard --variant "loss=kl lost=0.2"
 
 Every variant starts from the same seed, sees the same batches and takes as many steps. Prints a
-Markdown table: training seconds, the loss of its own kind, tokens per round (beams 4 x 5, budget
-16) and top-1 recall by depth on held-out greedy answers, and on those of --texts.
+Markdown table: training seconds, the loss (of the variant's own kind), tokens per round (beams
+4 x 5, budget 16) and top-1 recall by depth on held-out greedy answers, and tokens per round on
+those of --texts.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 from pathlib import Path
 
-import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
 from redrafter_mlx.loading import hub
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
@@ -25,11 +24,14 @@ from redrafter_mlx.training.replay import Answer, greedy_answers, recall, replay
 from redrafter_mlx.training.report import BEAM_LENGTH, BUDGET, WIDTH, first_tokens
 from redrafter_mlx.training.run import Places, TrainingRun
 
+from .machine import options_of
+from .markdown import table
+
 TOKENS = 10_000
 """Held-out tokens that are replayed."""
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--model", default="demo")
@@ -41,24 +43,23 @@ def main() -> None:
     flag("--seed", type=int, default=0)
     flag("--variant", action="append", required=True, metavar="'NAME=VALUE ...'",
          help="settings of redrafter_mlx.train")  # fmt: skip
-    flags = parser.parse_args()
+    flags = parser.parse_args(args)
     target = adapt(hub.load(flags.model)[0])
     if flags.fused_layers:
         target.tap(flags.fused_layers)
     texts = list(greedy_answers(flags.texts))
     columns = ["variant", "M parameters", "seconds", "loss", "tokens per round", "top-1 by depth"]
     columns += ["on --texts"] * bool(texts)
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|", flush=True)
-    for variant in flags.variant:
-        print(row(target, flags, variant, texts), flush=True)
+    for line in table(columns, (row(target, flags, each, texts) for each in flags.variant)):
+        print(line, flush=True)
+    return 0
 
 
-def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Answer]) -> str:
-    """Train one variant; its line of the table."""
+def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Answer]) -> list[str]:
+    """Train one variant; its row of the table."""
     given = dict(pair.split("=") for pair in variant.split())
-    head = options(HeadOptions, given, fused_layers=tuple(flags.fused_layers))
-    training = options(TrainingOptions, given, steps=flags.steps)
+    head = options_of(HeadOptions, given, fused_layers=tuple(flags.fused_layers))
+    training = options_of(TrainingOptions, given, steps=flags.steps)
     if given:
         sys.exit(f"--variant {variant}: no such setting: {', '.join(given)}")
     with tempfile.TemporaryDirectory() as scratch:
@@ -70,21 +71,13 @@ def row(target: Target, flags: argparse.Namespace, variant: str, texts: list[Ans
     answers = first_tokens(run.answers, TOKENS)
     rate = lambda some: replay(run.drafter, some, WIDTH, BEAM_LENGTH).tokens_per_round[BUDGET]
     depths = recall(run.drafter, answers, BEAM_LENGTH - 1)[:, 0]
-    cells = [
+    return [
         variant, f"{run.parameters / 1e6:.2f}", f"{run.progress.seconds:.0f}",
         f"{run.log[-1]['loss']:.3f}", f"{rate(answers):.3f}",
         " ".join(f"{share:.1%}" for share in depths),
         *([f"{rate(texts):.3f}"] if texts else []),
     ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
-
-
-def options(group: type, given: dict[str, str], **more):
-    """The group's options among `given`, which are taken out of it."""
-    fields = {f.name: f for f in dataclasses.fields(group)}
-    found = {name: given.pop(name) for name in list(given) if name in fields}
-    return group(**more, **{name: fields[name].metadata["type"](x) for name, x in found.items()})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,14 +13,13 @@ import functools
 import math
 import os
 import statistics
+import sys
 import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import redrafter_mlx  # noqa: F401  (loads a fast BLAS before mlx)
-
-import mlx.core as mx  # isort: skip
+import mlx.core as mx
 import numpy as np
 
 from redrafter_mlx.drafters.head import HeadConfig
@@ -38,7 +37,7 @@ Shape = tuple[int, int, int, int]
 """Products side by side, rows, inner, columns."""
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--model", default="demo")
@@ -46,7 +45,7 @@ def main() -> None:
     flag("--fused-layers", type=int, nargs="*", default=[])
     flag("--jobs", type=int, default=os.cpu_count())
     flag("--repeats", type=int, default=9)
-    flags = parser.parse_args()
+    flags = parser.parse_args(args)
     load = partial(target_of, flags.model, tuple(flags.fused_layers))
     target, options = load(), TrainingOptions()
     shards = Shards(training_shards(parts(flags.data)))
@@ -81,6 +80,7 @@ def main() -> None:
         f"its matrix products alone: {1e3 * product:.0f} ms ({flops / product / 1e9:.0f} GFLOP/s)\n"
         f"the step runs at {product / step:.0%} of their speed"
     )
+    return 0
 
 
 @functools.cache
@@ -93,14 +93,14 @@ def target_of(model: str, layers: tuple[int, ...]) -> Target:
 
 
 def places(shards: Shards, options: TrainingOptions) -> int:
-    """How long the pasts of a batch usually are."""
+    """Usual length of the pasts in a batch, rounded up to whole units of PAST."""
     draws = islice(shards.draws("0", options.windows), 50)
     lengths = [max(first - start for _, start, first, _ in windows) for windows in draws]
     return -(-int(statistics.median(lengths) + LENGTH) // PAST) * PAST
 
 
 def products(config: HeadConfig, options: TrainingOptions, places: int) -> list[Shape]:
-    """Every matrix product of a part, forward and backward; pasts of `places` places."""
+    """Every matrix product of a part, forward and backward; pasts are `places` long."""
     h, e, c = config.hidden_size, config.exit_dim, config.context_size
     positions = options.windows * LENGTH
     rows = positions * options.ahead
@@ -132,4 +132,4 @@ def timed(work) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

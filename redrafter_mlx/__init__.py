@@ -10,7 +10,8 @@ from redrafter_mlx.machine import blas
 try:
     blas.preload()  # must come before anything imports mlx
 except KeyboardInterrupt:
-    # It takes seconds when it is done first. A command is begun by `python -m` or by a script.
+    # The first preload on a machine takes seconds. Only our commands (started by `python -m` or by
+    # a script) answer Ctrl-C themselves.
     command = os.path.basename(sys.argv[0]) if sys.argv else ""
     if command != "-m" and not command.startswith(("redrafter_mlx.", "redrafter-mlx")):
         raise

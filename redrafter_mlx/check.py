@@ -22,8 +22,8 @@ class Comparison:
     tokens      of the run
     position    in the generated text, of the first difference; None if there is none
     drafted, plain  the two token ids there; None where one text had ended
-    margin      by how much the plain token leads the other one in the one-row logits; infinite
-                if sampling had filtered the other one out
+    margin      by how much the plain token leads the other in the one-row logits; infinite if
+                the sampling filters had removed the other
     """
 
     tokens: int
@@ -72,7 +72,7 @@ def compare_with_plain(tokens: Sequence[int], plain: Generation) -> Comparison:
 
 
 def _margin(sampler: Sampler, reference: Token, other: int, history: Sequence[int]) -> float:
-    """Lead of the chosen token over `other`, noise included; infinite if that was filtered out."""
+    """Lead of the chosen token over `other`, noise included; infinite if the filters removed it."""
     (logits,) = device.read(reference.logits.astype(mx.float32))
     ids, scores = sampler.scores(logits, len(history), history)
     others = scores[ids == other]

@@ -21,9 +21,9 @@ from redrafter_mlx.machine.storage import NOT_WAITED_FOR, one_line
 USAGE_ERROR = 2
 INTERRUPTED = 130
 called_as = ""
-"""What the user called the command, if that is not the module's own name."""
+"""The name by which the user called the command, if it is not the module's own."""
 ENGINE = "engine"
-"""Name of an engine's thread: alive at the end only if it is still loading, which nothing stops."""
+"""Name of an engine's thread: alive at exit only if it is still loading, which nothing stops."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,8 +57,8 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) -> int:
     """Parse, set up logging, call `main`; the exit code.
 
-    What the user or the machine got wrong is one line on stderr and code 2, Ctrl-C code 130; with
-    --debug both come with a traceback.
+    A mistake of the user's or a failure of the machine is one line on stderr and code 2; Ctrl-C is
+    code 130. With --debug both come with a traceback.
     """
     flags = parser.parse_args(args)
     logging.basicConfig(
@@ -67,7 +67,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
     logging.getLogger("redrafter_mlx").setLevel(logging.DEBUG if flags.debug else logging.INFO)
     logging.getLogger("redrafter_mlx").debug("BLAS: %s", blas.preload())
     try:
-        # MLX takes TMPDIR as it is, for its kernels; Python the first place that can be written to.
+        # MLX takes TMPDIR as it is, for its kernels; Python finds a directory that can be written.
         os.environ["TMPDIR"] = tempfile.gettempdir()
         return main(flags)
     except BrokenPipeError:  # the reader has gone, as with `| head`
@@ -88,7 +88,7 @@ def run(main: Callable[[argparse.Namespace], int], parser: Parser, args=None) ->
 
 
 def _told(error: Exception) -> str:
-    """What was wrong and what next, on one line."""
+    """What was wrong and what to do about it, on one line."""
     if isinstance(error, UserError):
         return str(error)
     reason = one_line(error)
@@ -116,7 +116,7 @@ def _told_of_import(reason: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: Python keeps bytes that were not as lone surrogates."""
+    """Whether it can be written as UTF-8: Python keeps bytes that were not UTF-8 as surrogates."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

@@ -13,7 +13,6 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import NoneType
 from typing import Any, TypeVar
 
 from redrafter_mlx.errors import UserError
@@ -122,8 +121,8 @@ class SamplingOptions(Options):
     )
     rule: str = option(
         "match",
-        "how drafts are verified: match (same text as without), rejection (same distribution) or "
-        "typical (lossy: other texts than the model's)",
+        "how drafts are verified: match (the same text as without drafts), rejection (the same "
+        "distribution) or typical (lossy: not the model's own texts)",
         type=str,
         choices=RULES,
         metavar="RULE",
@@ -151,7 +150,7 @@ MOST_BUDGET = 1024
 
 
 def budget_size(text: str) -> str | int:
-    """The type of --budget: auto, or a number of nodes."""
+    """A flag's type: auto, or a number of nodes."""
     if text == AUTO:
         return AUTO
     try:
@@ -248,18 +247,18 @@ class ChatOptions(GenerationOptions):
 class EngineOptions(Options):
     """How many requests are answered at a time, and what is kept between them."""
 
-    parallel: int = option(8, "most requests that have their turns side by side", low=1)
-    queue: int = option(32, "most requests that wait for that", low=0)
+    parallel: int = option(8, "most requests answered side by side, round by round", low=1)
+    queue: int = option(32, "most requests that wait for their turn", low=0)
     cache_memory: float | None = option(
         None,
-        "most memory for the KV caches of texts, those kept for later prompts included, in GB "
+        "most memory for KV caches, those kept for later prompts included, in GB "
         "(default: a quarter of the machine's)",
         low=0.0,
         type=float,
     )
     prompt_cache_dir: str | None = option(
         None,
-        "directory in which the KV caches of texts are kept from one start to the next",
+        "directory in which KV caches are kept from one start to the next",
         type=str,
         metavar="DIR",
     )
@@ -294,7 +293,7 @@ class TuneOptions(Options):
 
 @dataclass(frozen=True)
 class DrafterOptions(Options):
-    """What drafters are made of; see --drafter."""
+    """Settings of drafters; see --drafter."""
 
     cascade_k: Any = option(
         None,
@@ -304,7 +303,7 @@ class DrafterOptions(Options):
         metavar="JSON",
     )
     lenience: float = option(
-        1.0, "of a cascade's levels with each other; never changes the text", low=1.0
+        1.0, "how leniently a cascade's levels review each other; never changes the text", low=1.0
     )
     max_gram_memory: str | None = option(
         None, "file in which Max-Gram remembers earlier texts", type=str, metavar="FILE"
@@ -312,7 +311,7 @@ class DrafterOptions(Options):
     max_gram_memory_tokens: int = option(65536, "most tokens that are remembered", low=1)
     max_gram_bigrams: str | None = option(
         None,
-        "text file that Max-Gram guesses by where the text itself gives no match",
+        "text file from which Max-Gram guesses where the text itself gives no match",
         type=str,
         metavar="FILE",
     )
@@ -320,7 +319,7 @@ class DrafterOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_gram_memory", "max_gram_bigrams"):
-            if not isinstance(getattr(self, name), (str, NoneType)):
+            if not isinstance(getattr(self, name), str | None):
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} must be the path of a file, not {getattr(self, name)!r}")
 
@@ -376,7 +375,7 @@ def add_flags(parser: ArgumentParser, *groups: type) -> None:
 
 
 def token_biases(text: str) -> dict[int, float]:
-    """The type of --logit-bias: a JSON object of token ids and numbers."""
+    """A flag's type: a JSON object of token ids and numbers."""
     try:
         return {int(token): float(bias) for token, bias in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:

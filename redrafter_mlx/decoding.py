@@ -19,14 +19,14 @@ def decode(
 ) -> Iterator[Step]:
     """Rounds without end; the caller stops asking when the text is finished.
 
-    Plain decoding is the empty draft: a tree of the pending token alone. It is also what a round
-    is that the budget plans no draft for.
+    Plain decoding is the empty draft: a tree of the pending token alone. A round for which the
+    budget plans no draft is the same.
     """
     while True:
         drafts = budget.plan(context)
         began = time.perf_counter()
         if drafts:
-            context.transcript.tokens  # noqa: B018  a plain pass under way is no draft's time
+            context.transcript.tokens  # noqa: B018  waits for the plain pass under way, which is not part of the draft's time
         ready = time.perf_counter()
         tree = drafter.propose(context, budget) if drafts else TokenTree.root()
         if not target.takes(context, tree):
@@ -55,7 +55,8 @@ def overlap(steps: Iterable[Step], alone: Callable[[], bool] = lambda: True) -> 
     A step that the device is still computing is held back until the next round is under way, so
     that the host builds the next pass meanwhile.
 
-    alone  whether the next round is of this text; else the step is handed on, to be waited for
+    alone  whether the next round is this text's too; if not, the step is handed on at once, and
+           whoever reads it waits
     """
     held = None
     for step in steps:

@@ -1,6 +1,6 @@
 """What there is to know about a machine and a model on it: the facts behind the doctor's report.
 
-Everything is a plain value, made to be attached to a bug report: no names of users or hosts, no
+Everything is a plain value, fit to be attached to a bug report: no names of users or hosts, no
 paths, no texts.
 """
 
@@ -14,7 +14,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,8 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.generation import Generation
 from redrafter_mlx.loading import hub
 from redrafter_mlx.machine import blas, device
-from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory, one_line
+from redrafter_mlx.machine.openblas import installed_version
+from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
 from redrafter_mlx.measuring.measure import LOOK_ROWS, measure_drafts, measure_passes
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.target.adapter import Target, adapt
@@ -46,9 +46,9 @@ PROMPTS = (
     "Correct the spelling and repeat the text: The old ferrry croses the lake twise a day, in "
     "winter only when the ise is thin.",
 )
-"""What is answered plainly and with the drafter: talk, code, copying."""
+"""What is answered by plain decoding and with the drafter: talk, code, copying."""
 TIE = 1e-4
-"""Lead of one logit over another, in float32, below which either token is right."""
+"""Lead of one logit over another, in float32, up to which either token is right."""
 BUSY = 0.5
 """Share of the cores that other programs may keep busy without disturbing a measurement."""
 ROOM = 2e9
@@ -75,26 +75,25 @@ class Check:
 
 
 def machine() -> dict[str, Any]:
-    """What computes, and with what."""
-    facts = mx.device_info() if hasattr(mx, "device_info") else {}
-    limit = facts.get("max_recommended_working_set_size")
+    """The hardware, and the software that computes on it."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
     return {
         "chip": device.chip(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": os.cpu_count(),
-        "memory_gb": _gigabytes(_memory()),
+        "memory_gb": _gigabytes(device.machine_memory()),
         "working_set_gb": _gigabytes(limit),  # what Metal lets one program use
         "device": str(mx.default_device()),
         "blas": str(blas.preload()) if mx.default_device() == mx.cpu else "not needed",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
 
 
 def machine_checks() -> Iterator[Check]:
     """Whether the machine is fit to run and to be measured."""
     for name, least in _requirements():
-        found = _version(name)
+        found = installed_version(name)
         old = found is None or _numbers(found) < _numbers(least)
         yield Check(name, not old, str(found), f"pip install -U '{name}>={least}'")
     if sys.platform == "linux" and mx.default_device() == mx.cpu:
@@ -105,13 +104,13 @@ def machine_checks() -> Iterator[Check]:
         advice = "MLX makes some of its CPU kernels with g++: install it (apt install g++)"
         yield Check("compiler", compiler is not None, "g++" if compiler else "no g++", advice)
     yield _cache_check()
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
     advice = "speeds below are not to be trusted: end what else is running and ask again"
     yield Check("quiet", load <= BUSY * cores, f"load {load:.1f} on {cores} cores", advice)
 
 
 def _cache_check() -> Check:
-    """Whether something can be kept; the directory is not named, it may tell who the user is."""
+    """Whether files can be kept; the directory is not named, as it may tell who the user is."""
     directory, advice = cache_directory(), f"set {CACHE_VARIABLE} to a writable directory with room"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,7 +125,7 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
     """What a model is made of, whether it verifies trees, and how exactly."""
     parameters = tree_flatten(model.parameters())
     facts = {
-        "name": name if not _is_path(name) else Path(name).name,
+        "name": Path(name).name if Path(name).expanduser().exists() else name,
         "type": getattr(model, "model_type", None) or type(model).__module__,
         "gigabytes": _gigabytes(sum(x.nbytes for _, x in parameters)),
         "dtypes": dict(Counter(str(x.dtype).removeprefix("mlx.core.") for _, x in parameters)),
@@ -135,7 +134,7 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
     try:
         parity = adapt(model).parity
     except UserError as error:
-        return {**facts, "trees": False, "refused": _private(str(error), name)}
+        return {**facts, "trees": False, "refused": str(error).replace(name, Path(name).name)}
     return {
         **facts,
         "trees": True,
@@ -146,10 +145,10 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def tie(target: Target) -> float:
-    """Lead of one logit over another below which a tree may decide otherwise than one row does.
+    """Lead of one logit over another up to which a tree may choose another token than one row does.
 
-    In float32 that of rounding. In 16 bits and quantised: each of the two logits may be off by what
-    the probe saw, and after a longer text than the probe's by twice that.
+    In float32 it is rounding alone. In 16 bits and quantised, each of the two logits may be off by
+    what the probe saw, and by twice that after a longer text than the probe's.
     """
     return TIE if target.dtype == mx.float32 else max(TIE, 4 * target.parity.logits)
 
@@ -178,11 +177,12 @@ def drafts(
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, answered plainly and with a drafter.
+    """One prompt, answered by plain decoding and with a drafter.
 
     plain, drafted    tokens per second
     tokens_per_round  with the drafter
-    margin  where the texts part: by how much the plain token leads; None where they do not
+    position, margin  of the first token that differs, and by how much plain decoding's own leads
+                      there; None if the texts are the same
     """
 
     tokens: int
@@ -193,7 +193,7 @@ class Answer:
     margin: float | None = None
 
     def is_same(self, tie: float) -> bool:
-        """Whether the texts are one, or part where either token is right."""
+        """Whether the texts are the same, or first differ where either token is right."""
         return self.position is None or (self.margin is not None and self.margin <= tie)
 
 
@@ -205,7 +205,7 @@ def answers(
     ends: Collection[int],
     progress: Callable[[str], None],
 ) -> Iterator[Answer]:
-    """Each prompt without and with the drafter, the one first that was second before."""
+    """Each prompt without and with the drafter; which of them goes first alternates."""
     for number, prompt in enumerate(prompts, start=1):
         progress(f"answer {number} of {len(prompts)}, plain and with the drafter")
         run = lambda with_drafter, prompt=prompt: Generation(
@@ -234,7 +234,7 @@ def answers(
 
 
 def speed(found: Sequence[Answer]) -> float:
-    """Of the drafter over plain decoding: the geometric mean."""
+    """Speed of the drafter over plain decoding: the geometric mean of the answers."""
     return statistics.geometric_mean(answer.drafted / answer.plain for answer in found)
 
 
@@ -245,7 +245,10 @@ def verdict(
     unlike: Sequence[Answer],
     is_quiet: bool = True,
 ) -> str:
-    """The report in a sentence."""
+    """The report in one sentence.
+
+    unlike  the answers whose texts differ by more than a tie
+    """
     guess = "" if is_quiet else "; the machine was busy, so take the speed for a guess"
     if not facts["trees"]:
         rate = statistics.mean(answer.plain for answer in found)
@@ -260,49 +263,23 @@ def verdict(
         return (
             f"{name} is of no use here: {gain:.2f} times plain decoding, with the same text{guess}."
         )
-    same = "with the same text"
-    return f"{name} answers {gain:.2f} times as fast as plain decoding here, {same}{guess}."
+    return (
+        f"{name} answers {gain:.2f} times as fast as plain decoding here, with the same text"
+        f"{guess}."
+    )
 
 
 def peak_memory() -> float:
-    """GB of arrays that this process had at most."""
+    """The most memory that this process's arrays have taken, in GB."""
     return _gigabytes(mx.get_peak_memory())
-
-
-def timed(began: float) -> float:
-    """Seconds since, for the report."""
-    return round(time.perf_counter() - began, 1)
-
-
-def _private(text: str, name: str) -> str:
-    return one_line(Exception(text.replace(name, Path(name).name)))
-
-
-def _is_path(name: str) -> bool:
-    return Path(name).expanduser().exists()
-
-
-def _memory() -> int | None:
-    """Bytes of the machine's memory."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _gigabytes(count: float | None) -> float | None:
     return None if count is None else round(count / 1e9, 2)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _requirements() -> Iterator[tuple[str, str]]:
-    """(name, least version) of MLX's packages, as this package was installed with."""
+    """(name, least version) of each of MLX's packages, by this package's own requirements."""
     found = {}
     for line in importlib.metadata.requires("redrafter-mlx") or ():
         match = re.match(r"(mlx|mlx-lm)(?:\[.*?\])?>=([\d.]+)", line)

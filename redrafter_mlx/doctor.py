@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,13 @@ from redrafter_mlx import cli
 from redrafter_mlx.config import DraftOptions, add_flags, from_flags
 from redrafter_mlx.drafters.spec import AUTO
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.model_flags import add_target_flags, encode_message, loading
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.diagnosis import Answer, Check
 
-DEMO = "demo"
 DIFFERS = 1
-"""Exit code where texts differ by more than a tie."""
+"""Exit code when texts differ by more than a tie."""
 FORMAT = 1
 _log = logging.getLogger("redrafter_mlx")
 
@@ -39,12 +40,9 @@ def make_parser() -> cli.Parser:
         "the same words, and faster?",
     )
     flag = parser.add_argument
-    flag("--model", default=DEMO, help="demo, a model directory, .gguf file or Hugging Face repo")
+    add_target_flags(parser)
     flag("--drafter", default=AUTO, help="any that generate takes (default: auto)")
-    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
-    flag("--adapter-path", help="a LoRA adapter for the target")
-    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
-    flag("--tokens", type=int, default=48, help="of each answer (default: 48)")
+    flag("--tokens", type=int, default=48, help="most tokens of each answer (default: 48)")
     flag(
         "--json", type=Path, metavar="FILE", help="write the report there, to attach it to an issue"
     )
@@ -86,13 +84,7 @@ def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) ->
     _section("Checks", _check_lines(checks))
 
     _log.info("loading %s", flags.model)
-    model, tokenizer = hub.load(
-        flags.model,
-        revision=flags.revision,
-        adapter_path=flags.adapter_path,
-        tokenizer_config={"trust_remote_code": flags.trust_remote_code},
-        trust_remote_code=flags.trust_remote_code,
-    )[:2]
+    model, tokenizer = hub.load(flags.model, **loading(flags))
     facts = report["model"] = diagnosis.describe(model, flags.model)
     drafter = None
     if facts["trees"]:
@@ -100,7 +92,7 @@ def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) ->
         facts["drafters"] = diagnosis.drafters_for(model)
     _section("Model", _model_lines(facts))
 
-    ids = [_encode(tokenizer, prompt) for prompt in diagnosis.PROMPTS]
+    ids = [encode_message(tokenizer, prompt) for prompt in diagnosis.PROMPTS]
     if drafter is not None:
         _log.info("timing passes of 1 to 64 rows, and drafts")
         passes = diagnosis.passes(adapt(model), ids[-1])
@@ -111,30 +103,19 @@ def _examine(flags: Namespace, options: DraftOptions, report: dict[str, Any]) ->
             "drafts": {f"{w}x{length}": round(1e3 * x, 3) for (w, length), x in drafts.items()},
         }
         _section("Costs", _cost_lines(report["milliseconds"]))
-    ends = tokenizer.eos_token_ids
-    found = list(diagnosis.answers(model, drafter, ids, flags.tokens, ends, _progress))
+    progress, ends = partial(_log.info, "%s"), tokenizer.eos_token_ids
+    found = list(diagnosis.answers(model, drafter, ids, flags.tokens, ends, progress))
     tie = diagnosis.tie(adapt(model)) if facts["trees"] else 0.0
     unlike = [answer for answer in found if not answer.is_same(tie)]
     report["answers"] = [vars(answer) for answer in found]
     report["tie"] = tie
     _section("Answers", _answer_lines(found, tie))
     report["peak_memory_gb"] = diagnosis.peak_memory()
-    report["seconds"] = diagnosis.timed(began)
+    report["seconds"] = round(time.perf_counter() - began, 1)
     is_quiet = all(check.is_fine for check in checks if check.name == "quiet")
     report["verdict"] = diagnosis.verdict(flags.drafter, facts, found, unlike, is_quiet)
     print(f"\n{report['verdict']}")
     return DIFFERS if unlike else 0
-
-
-def _encode(tokenizer: Any, prompt: str) -> list[int]:
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    return list(tokenizer.encode(prompt))
-
-
-def _progress(what: str) -> None:
-    _log.info("%s", what)
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from redrafter_mlx.config import (
     from_flags,
 )
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.model_flags import (
     PromptProgress,
     add_end_tokens,
@@ -34,12 +35,11 @@ from redrafter_mlx.model_flags import (
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.check import Comparison
-    from redrafter_mlx.drafters.protocol import Drafter
     from redrafter_mlx.generation import Generation
     from redrafter_mlx.stream import GenerationResponse
 
 QUERY = "<query>"
-"""Stands for the message where it is to be found in a chat template's text."""
+"""Stands in for the message, to find its place in the chat template's text."""
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -57,7 +57,7 @@ def make_parser() -> cli.Parser:
     flag(
         "--prompt-cache-file",
         metavar="FILE",
-        help="what mlx_lm.cache_prompt wrote: the message follows the text in it",
+        help="file written by mlx_lm.cache_prompt: the message follows the text in it",
     )
     flag(
         "--truncate-prompt",
@@ -98,14 +98,20 @@ def command(flags: Namespace) -> int:
     saved = _load_prompt_cache(flags.prompt_cache_file, flags.model)
 
     from redrafter_mlx import check, generation, stream
-    from redrafter_mlx.loading import context, hub
+    from redrafter_mlx.loading import context, drafters, hub
 
     model, tokenizer = hub.load(flags.model, **loading(flags))
     prompt = _encode(tokenizer, message, flags)
-    prompt = _fitting(prompt, context.known_positions(model), flags.truncate_prompt)
-    drafter, asked_for = None, bool(flags.drafter)
+    whole, positions = len(prompt), context.known_positions(model)
+    prompt = context.fitting(prompt, positions, flags.truncate_prompt)
+    if len(prompt) < whole:
+        _log.warning("%d tokens in the middle of the prompt are left out", whole - len(prompt))
+    drafter = None
     if drafter_name:
-        drafter = _load_drafter(drafter_name, model, tokenizer, drafter_options, asked_for)
+        is_wanted = bool(flags.drafter)
+        drafter = drafters.load_if_possible(
+            drafter_name, model, tokenizer, drafter_options, is_wanted
+        )
     options["eos_token_ids"] = tokenizer.eos_token_ids
     run = generation.Generation(
         model, prompt, drafter, progress=PromptProgress(), prompt_cache=saved, **options
@@ -144,16 +150,17 @@ def _read_message(prompt: str) -> str:
 
 
 def _load_prompt_cache(path: str | None, model: str) -> list | None:
-    """The caches in a file of mlx_lm.cache_prompt; UserError if it is none, or another model's."""
+    """The caches in a file of mlx_lm.cache_prompt; UserError if it is not one of this model's."""
     if path is None:
         return None
     from mlx_lm.models.cache import load_prompt_cache
 
     try:
         cache, about = load_prompt_cache(path, return_metadata=True)
-    except Exception as error:  # of what mlx and mlx-lm make of any bytes
-        reason = " ".join(str(error).split())
-        raise UserError(f"--prompt-cache-file {path} is no prompt cache: {reason}") from error
+    except Exception as error:  # whatever mlx and mlx-lm raise on arbitrary bytes
+        raise UserError(
+            f"--prompt-cache-file {path} is not a prompt cache: {one_line(error)}"
+        ) from error
     made_with = about.get("model", model) if isinstance(about, dict) else model
     if made_with != model:
         raise UserError(f"{path} was made with {made_with}: give --model {made_with}")
@@ -185,36 +192,9 @@ def _encode(tokenizer: Any, message: str, flags: Namespace) -> list[int]:
         if flags.prompt_cache_file:  # what stands before the message is in the cache
             messages[-1 - begun]["content"] = QUERY
             text = text[template().index(QUERY) :]
-    except Exception as error:  # a template may raise what it likes
-        reason = " ".join(str(error).split())
-        raise UserError(f"the chat template of {flags.model} failed: {reason}") from error
+    except Exception as error:  # a template may raise anything
+        raise UserError(f"the chat template of {flags.model} failed: {one_line(error)}") from error
     return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _fitting(prompt: list[int], positions: int | None, truncate: bool) -> list[int]:
-    from redrafter_mlx.loading.context import fitting
-
-    fit = fitting(prompt, positions, truncate)
-    if len(fit) < len(prompt):
-        _log.warning("%d tokens in the middle of the prompt are left out", len(prompt) - len(fit))
-    return fit
-
-
-def _load_drafter(
-    name: str, model: Any, tokenizer: Any, options: DrafterOptions, asked_for: bool
-) -> Drafter | None:
-    """The drafter; None, with one line, where nobody asked for it and the model cannot draft."""
-    from redrafter_mlx.loading import drafters
-
-    try:
-        return drafters.load_drafter(
-            name, model, tokenizer=tokenizer, **dataclasses.asdict(options)
-        )
-    except UserError as error:
-        if asked_for or options != DrafterOptions():
-            raise
-        _log.warning("plain decoding, because %s", error)
-        return None
 
 
 class _Printed:
@@ -227,7 +207,7 @@ class _Printed:
         self.finish_reason: str | None = None
 
     def consume(self, events: Iterable[GenerationResponse]) -> bool:
-        """Take all events; whether Ctrl-C ended it early."""
+        """Take all events; whether Ctrl-C ended the text early."""
         try:
             for event in events:
                 self.text += event.text

@@ -1,6 +1,6 @@
 """One run over one prompt: from its ids, by rounds, to the ids of the answer.
 
-`stream` makes text of it.
+`stream` decodes them into text.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ from redrafter_mlx.target.cache import Quantization
 from redrafter_mlx.target.caches import LayerCaches
 
 FIRST_USE = (
-    "the first token takes a while: kernels are being compiled for this GPU, as they are when a "
-    "model is first used on it; the next run has them"
+    "the first token takes a while: kernels are being compiled for this GPU, as always when a "
+    "model is first used on it; later runs have them"
 )
+RULES: dict[str, Callable[[Sampler], Rule]] = {
+    "match": Match,
+    "rejection": Rejection,
+    "typical": Typical,
+}
 _log = logging.getLogger("redrafter_mlx")
 
 
@@ -56,10 +61,10 @@ class Place:
     """Where a run stands among others of its model.
 
     caches     of the first tokens of its prompt, which become its own; its drafter knows them too
-    marks      places of the prompt at which other prompts may part from it
+    marks      positions in the prompt at which other prompts may part from it
     alone      whether no other run waits for its turn
-    clock      seconds, of this run's turns alone
-    knowledge  that its drafter shares with others
+    clock      seconds, counted during this run's turns only
+    knowledge  which its drafter shares with others
     """
 
     caches: LayerCaches | None = None
@@ -70,7 +75,7 @@ class Place:
 
 
 def quantization(options: GenerationOptions) -> Quantization | None:
-    """Of keys and values, as the options ask for it."""
+    """The quantisation of keys and values that the options ask for."""
     if not options.kv_bits:
         return None
     return Quantization(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
@@ -84,9 +89,8 @@ class Generation:
     tree   of the latest round, and its path
     caches, said  what the target holds of the text, and its tokens so far
 
-    budget is for what no option says; without it `draft` decides. prompt_cache is of mlx-lm, for
-    a text that the prompt follows; afterwards it holds prompt and answer too.
-    place is where it stands among other runs.
+    `budget` is for what no option can say; without it `draft` decides. `prompt_cache` is mlx-lm's,
+    of a text that the prompt follows; afterwards it holds prompt and answer too.
 
     Raises UserError for an empty prompt, and for a model that cannot verify trees when there is a
     drafter.
@@ -135,12 +139,12 @@ class Generation:
 
     @property
     def note(self) -> str:
-        """What the user should know about the run so far; mostly nothing."""
+        """What the user should know about the run so far; usually nothing."""
         return self._budget.note if isinstance(self._budget, AutoBudget) else ""
 
     @property
     def plain_tps(self) -> float | None:
-        """Tokens per second that plain decoding would give here; None if nobody knows."""
+        """Tokens per second that plain decoding would give here; None if that is not known."""
         if not isinstance(self._budget, AutoBudget):
             return None
         costs = self._budget.policy.costs
@@ -208,9 +212,8 @@ class Generation:
 
     def _rounds(self, context: Context) -> Iterator[Step]:
         self.stats.end_prompt()
-        rounds = decode(
-            self._target, self._drafter, self._rule(), self._budget_after(context), context
-        )
+        rule, budget = RULES[self.sampler.options.rule](self.sampler), self._budget_after(context)
+        rounds = decode(self._target, self._drafter, rule, budget, context)
         self.stats.start_decoding()
         most = self.options.max_tokens  # each round adds one token at least
         return islice(rounds, None if most < 0 else most)
@@ -225,14 +228,6 @@ class Generation:
             self._budget = AutoBudget(policy, again, self._place.clock)
         assert self._budget is not None, "either it is given or follows from the options"
         return self._budget
-
-    def _rule(self) -> Rule:
-        rules: dict[str, Callable[[Sampler], Rule]] = {
-            "match": Match,
-            "rejection": Rejection,
-            "typical": Typical,
-        }
-        return rules[self.sampler.options.rule](self.sampler)
 
     def _finish_reason(self, token: int) -> str | None:
         if token in self._eos_token_ids:

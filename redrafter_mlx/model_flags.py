@@ -28,14 +28,23 @@ OUR_ARGUMENTS = (
 """Arguments of a chat template that are not the user's to give."""
 
 
-def add_model_flags(parser: ArgumentParser) -> None:
-    """The flags that say what answers."""
+def add_target_flags(parser: ArgumentParser) -> None:
+    """The flags that say which target is loaded; see `loading`."""
     flag = parser.add_argument
     flag(
         "--model",
         default=DEMO,
         help="demo, gemma-demo, a model directory, .gguf file or Hugging Face repo",
     )
+    flag("--adapter-path", help="a LoRA adapter for the target")
+    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
+    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    """The flags that say which target answers, and what drafts for it."""
+    add_target_flags(parser)
+    flag = parser.add_argument
     flag(
         "--drafter",
         help="a trained head (demo, a directory or Hugging Face repo: recurrent, medusa, eagle3, "
@@ -58,9 +67,6 @@ def add_model_flags(parser: ArgumentParser) -> None:
         metavar="TOKEN",
         help="more tokens that end the text",
     )
-    flag("--adapter-path", help="a LoRA adapter for the target")
-    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
-    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
 
 
 def _template_arguments(text: str) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def _template_arguments(text: str) -> dict[str, Any]:
 def drafter_of(flags: Namespace) -> tuple[str | None, DrafterOptions]:
     """The drafter that was asked for, or auto, or None for plain decoding; and its options.
 
-    Raises UserError for wrong ones: before anything is loaded.
+    Raises UserError if they are wrong, before anything is loaded.
     """
     if flags.no_draft and flags.drafter:
         raise UserError(f"--no-draft contradicts --drafter {flags.drafter}: leave one out")
@@ -89,14 +95,22 @@ def drafter_of(flags: Namespace) -> tuple[str | None, DrafterOptions]:
     return name, options
 
 
-def loading(flags: Namespace) -> dict[str, Any]:
-    """What `hub.load` needs to know besides the model's name."""
+def loading(flags: Any) -> dict[str, Any]:
+    """What `hub.load` needs to know besides the model's name, of `add_target_flags`."""
     return {
         "adapter_path": flags.adapter_path,
         "revision": flags.revision,
         "tokenizer_config": {"trust_remote_code": flags.trust_remote_code},
         "trust_remote_code": flags.trust_remote_code,
     }
+
+
+def encode_message(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a user's message, in the tokenizer's chat template if it has one."""
+    if tokenizer.has_chat_template:
+        messages = [{"role": "user", "content": text}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    return list(tokenizer.encode(text))
 
 
 def add_end_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
@@ -125,6 +139,6 @@ class PromptProgress:
             self.close()
 
     def close(self) -> None:
-        """Wipe the bar out."""
+        """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.close()

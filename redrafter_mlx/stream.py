@@ -1,4 +1,4 @@
-"""What mlx_lm.stream_generate and mlx_lm.generate are, with drafts: a run's tokens as text."""
+"""mlx_lm.stream_generate and mlx_lm.generate, with drafts: a run's tokens as text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from mlx_lm.generate import TextStateMachine, wired_limit
 from mlx_lm.sample_utils import LogitsProcessor
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from redrafter_mlx.config import (
-    DraftOptions,
-    GenerationOptions,
-    SamplingOptions,
-    parse_keywords,
-)
+from redrafter_mlx.config import DraftOptions, GenerationOptions, SamplingOptions, parse_keywords
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.generation import Generation, Token
+from redrafter_mlx.generation import Generation
 from redrafter_mlx.rounds.stats import Stats
 
 
@@ -35,8 +30,8 @@ class GenerationResponse:
     prompt_tokens, prompt_tps, generation_tokens, generation_tps, peak_memory (GB)
     finish_reason      None, "stop" (end-of-text token or stop string) or "length"
     end_of_round       no further token of the same round follows: a good moment to flush
-    kept               tokens so far whose text stays; those after them may belong to a stop string
-    stopped_by         the stop string that ended it
+    kept               tokens so far whose text stays; later ones may belong to a stop string
+    stopped_by         the stop string that ended the text
     stats              the run's Stats, still counting
     """
 
@@ -117,7 +112,7 @@ def text_events(run: Generation, tokenizer: TokenizerWrapper) -> Iterator[Genera
 def turns_of_text(
     run: Generation, tokenizer: TokenizerWrapper
 ) -> Iterator[GenerationResponse | None]:
-    """`text_events`, and None where the run's turns have it."""
+    """`text_events`, and None after each chunk of the prompt, as `Generation.turns` has it."""
     detokenizer, text = tokenizer.detokenizer, _Text(run.options.stop)
     for token in run.turns():
         if token is None:
@@ -131,16 +126,32 @@ def turns_of_text(
         new = text.add(detokenizer.last_segment, is_last=reason is not None)
         if text.stopped_by is not None:
             reason = "stop"
-        yield _response(run.stats, token, new, reason, text)
+        stats = run.stats
+        yield GenerationResponse(
+            text=new,
+            token=token.id,
+            from_draft=token.from_draft,
+            prompt_tokens=stats.prompt_tokens,
+            prompt_tps=stats.prompt_tps,
+            generation_tokens=stats.tokens,
+            generation_tps=stats.generation_tps,
+            peak_memory=stats.peak_memory,
+            finish_reason=reason,
+            end_of_round=token.end_of_round or reason is not None,
+            kept=text.kept,
+            stopped_by=text.stopped_by,
+            stats=stats,
+            _logits=token.logits,
+        )
         if reason:
             return
 
 
 class _Text:
-    """The text of tokens up to the first of some strings.
+    """The text of tokens up to the first stop string.
 
-    kept        tokens whose text, or the beginning of it, is told: nothing of the others may be
-    stopped_by  the string that was found
+    kept        tokens whose text has been handed on, at least in part
+    stopped_by  the stop string that was found
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -155,7 +166,7 @@ class _Text:
         self.kept, self.stopped_by = 0, None
 
     def add(self, segment: str, is_last: bool) -> str:
-        """What one more token tells: some of its characters may be held back until the next."""
+        """The text to hand on after one more token; what may begin a stop string is held back."""
         self._begins.append(self._decoded)
         self._decoded += len(segment)
         self._state, pieces = TextStateMachine.split(self._state, segment)
@@ -170,27 +181,6 @@ class _Text:
             self._begins.popleft()
             self.kept += 1
         return new
-
-
-def _response(
-    stats: Stats, token: Token, new: str, reason: str | None, text: _Text
-) -> GenerationResponse:
-    return GenerationResponse(
-        text=new,
-        token=token.id,
-        from_draft=token.from_draft,
-        prompt_tokens=stats.prompt_tokens,
-        prompt_tps=stats.prompt_tps,
-        generation_tokens=stats.tokens,
-        generation_tps=stats.generation_tps,
-        peak_memory=stats.peak_memory,
-        finish_reason=reason,
-        end_of_round=token.end_of_round or reason is not None,
-        kept=text.kept,
-        stopped_by=text.stopped_by,
-        stats=stats,
-        _logits=token.logits,
-    )
 
 
 def generate(

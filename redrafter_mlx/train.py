@@ -1,12 +1,13 @@
 """Train a draft head for a model, on this machine: python -m redrafter_mlx.train --model ... .
 
 The model writes its own training data, or answers the prompts of --data; a small recurrent head
-learns to guess what it says. Stop it with Ctrl-C whenever you like and go on with --resume.
+learns to predict what the model says. Stop it with Ctrl-C at any time and go on with --resume.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import signal
 import sys
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from redrafter_mlx import cli
 from redrafter_mlx.config import add_flags, flag_name, from_flags
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.model_flags import add_target_flags, loading
 from redrafter_mlx.training.deadline import NEVER, SHARES, Budget, Deadline
 from redrafter_mlx.training.options import DataOptions, HeadOptions, TrainingOptions
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before t
     from redrafter_mlx.training.run import TrainingRun
 
 TELL_SECONDS = 0.2
-"""Between two reports of a job that writes data."""
+"""Time between two reports of a job that writes data."""
 
 
 def make_parser() -> cli.Parser:
@@ -48,20 +50,17 @@ def make_parser() -> cli.Parser:
         epilog="Ctrl-C stops with everything saved; --resume goes on from there.",
     )
     flag = parser.add_argument
-    flag("--model", default="demo", help="demo, a model directory, .gguf file or Hugging Face repo")
-    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
-    flag("--adapter-path", help="a LoRA adapter for the target")
-    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
-    flag("--output", required=True, type=Path, metavar="DIR", help="where the drafter is to lie")
+    add_target_flags(parser)
+    flag("--output", required=True, type=Path, metavar="DIR", help="directory of the drafter")
     flag(
         "--minutes",
         type=float,
         metavar="N",
-        help="time for everything, from now on: "
+        help="time for everything, starting now: "
         + ", ".join(f"{share:.0%} for {stage}" for stage, share in SHARES.items()).replace(
             "%", "%%"
         )
-        + " (default: until the data is there and has been gone through ten times)",
+        + " (default: until the data is written and has been read ten times)",
     )
     flag(
         "--start-from",
@@ -74,15 +73,15 @@ def make_parser() -> cli.Parser:
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="the written weights are this share of those that training began with, and the rest "
-        "of the trained ones, which holds better on other texts; of a new head, those of its "
-        "lookback (default: 0.5)",
+        help="the saved weights are a mean of those that training began with (this share) and the "
+        "trained ones, which does better on other texts; of a new head only those of its lookback "
+        "(default: 0.5)",
     )
     flag("--resume", action="store_true", help="go on with what is in --output")
     flag("--evaluate", action="store_true", help="only measure the drafter in --output")
     flag("--dry-run", action="store_true", help="only say what it will take: memory, disk, time")
     flag("--dtype", default="float16", choices=["float16", "bfloat16", "float32"],
-         help="of the weights that are written (default: float16)")  # fmt: skip
+         help="of the saved weights (default: float16)")  # fmt: skip
     add_flags(parser, DataOptions, HeadOptions, TrainingOptions)
     return parser
 
@@ -123,7 +122,7 @@ def _main(flags: Namespace) -> int:
         drafters.load_head_of(target, flags.start_from)
     recipe = recipe_for(target, options[1])
     _refuse_unused(options[1], recipe)
-    recipe.config(options[1].draft_vocab, options[2].ahead)  # refuses what cannot be, before hours
+    recipe.config(options[1].draft_vocab, options[2].ahead)  # refuses bad shapes, before hours
     budget.note("loading")
     if flags.dry_run:
         from redrafter_mlx.training.forecast import forecast
@@ -157,7 +156,7 @@ def _check_output(flags: Namespace) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the target comes from; what the `head` reads of it, and `layers`, is kept as data."""
+    """Where the target comes from; what `head` and `layers` read of it is kept as data."""
 
     name: str
     revision: str | None
@@ -181,12 +180,7 @@ def _loaded(source: Source) -> tuple[Target, TokenizerWrapper]:
     from redrafter_mlx.target.adapter import adapt
     from redrafter_mlx.training.recipes import RECIPES
 
-    model, tokenizer = hub.load(
-        source.name,
-        revision=source.revision,
-        adapter_path=source.adapter_path,
-        tokenizer_config={"trust_remote_code": source.trust_remote_code},
-    )[:2]
+    model, tokenizer = hub.load(source.name, **loading(source))
     target = adapt(model)
     layers = RECIPES[source.head.head].reads(len(model.layers), source.head)
     target.tap((*source.layers, *layers))
@@ -226,7 +220,7 @@ def _train(flags: Namespace, source: Source, options, budget: Budget) -> int:
 def write_data_of(
     output: Path, source: Source, options: DataOptions, until: Deadline = NEVER
 ) -> int:
-    """Write what a head of the target learns from; how many jobs wrote it."""
+    """Write what a head of the target learns from; the number of jobs that wrote it."""
     from redrafter_mlx.training.data import Counts
     from redrafter_mlx.training.estimate import choose_jobs
     from redrafter_mlx.training.jobs import side_by_side
@@ -320,14 +314,14 @@ def _tell(progress: TrainingProgress, entry: dict) -> None:
         parts.append(
             f"held out: {entry['tree']:.2f} tokens per round (tree), {entry['chain']:.2f} (chain)"
         )
-    if left == left:
+    if not math.isnan(left):
         parts.append(f"{left / 60:.1f} minutes left")
     _say(", ".join(parts))
 
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed: the step under way is finished first. Twice stops at once."""
+    """Whether Ctrl-C was pressed: the step under way is finished. A second one stops at once."""
     pressed = []
 
     def note(number, frame):
@@ -360,7 +354,7 @@ def _finish(flags: Namespace, run: TrainingRun, budget: Budget) -> int:
     from redrafter_mlx.training.picture import draw
     from redrafter_mlx.training.report import report, table, write_experience
 
-    # the picture first: after the report, which takes the time that is left, nothing may take long
+    # the picture first: the report uses up the time that is left
     drawn = draw(run.log, flags.output / "training.png", f"drafter for {flags.model}")
     found = report(run.drafter, run.answers, budget.end)
     write_experience(flags.output, found)

@@ -1,7 +1,7 @@
 """What does speculation give on this machine? python -m redrafter_mlx.tune --model M --drafter D
 
-Measures what passes and drafts cost and how much is accepted, says which budget pays, and keeps
-that in the user's cache, where --budget auto finds it.
+Measures what passes and drafts cost and how many drafted tokens are accepted, says which budget
+pays, and keeps the profile in the user's cache, where --budget auto finds it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redrafter_mlx import cli
-from redrafter_mlx.config import DraftOptions, TuneOptions, add_flags, from_flags
-from redrafter_mlx.drafters.spec import AUTO
+from redrafter_mlx.config import AUTO, DraftOptions, TuneOptions, add_flags, from_flags
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.model_flags import add_target_flags, encode_message, loading
 
 if TYPE_CHECKING:  # mlx takes a second to import: wrong flags are told before that
     from redrafter_mlx.measuring.tuning import Tuning
 
-DEMO, NONE = "demo", "none"
+NONE = "none"
 _log = logging.getLogger("redrafter_mlx")
 
 PROMPTS = (
@@ -41,15 +42,12 @@ def make_parser() -> cli.Parser:
         description="Measure what speculation costs and gives on this machine.",
     )
     flag = parser.add_argument
-    flag("--model", default=DEMO, help="demo, a model directory, .gguf file or Hugging Face repo")
+    add_target_flags(parser)
     flag(
         "--drafter",
         default=AUTO,
-        help="any that generate takes, or none: only passes are measured (default: auto)",
+        help="any that generate takes, or none: measure passes only (default: auto)",
     )
-    flag("--revision", help="branch, tag or commit of the model's Hugging Face repo")
-    flag("--adapter-path", help="a LoRA adapter for the target")
-    flag("--trust-remote-code", action="store_true", help="let the tokenizer run its own code")
     flag("--picture", type=Path, metavar="PNG", help="where to draw what was measured")
     flag("--json", action="store_true", help="print the profile as one JSON object")
     add_flags(parser, TuneOptions, DraftOptions)
@@ -63,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _main(flags: Namespace) -> int:
     options, draft = from_flags(TuneOptions, flags), from_flags(DraftOptions, flags)
-    if draft.budget != "auto":
+    if draft.budget != AUTO:
         raise UserError(f"--budget {draft.budget}: finding the budget is what this command does")
     prompts = read_prompts(options.prompts) if options.prompts else PROMPTS
     if flags.picture and not flags.picture.parent.is_dir():
@@ -75,17 +73,12 @@ def _main(flags: Namespace) -> int:
     from redrafter_mlx.measuring.tuning import tune
     from redrafter_mlx.target.adapter import adapt
 
-    model, tokenizer = hub.load(
-        flags.model,
-        revision=flags.revision,
-        adapter_path=flags.adapter_path,
-        tokenizer_config={"trust_remote_code": flags.trust_remote_code},
-        trust_remote_code=flags.trust_remote_code,
-    )[:2]
+    model, tokenizer = hub.load(flags.model, **loading(flags))
     name = flags.drafter
     drafter = None if name == NONE else drafters.load_drafter(name, model, tokenizer=tokenizer)
-    ids = [encode(tokenizer, prompt) for prompt in prompts]
-    found = tune(adapt(model), drafter, ids, options, draft, tokenizer.eos_token_ids, _progress)
+    ids = [encode_message(tokenizer, prompt) for prompt in prompts]
+    progress, ends = partial(_log.info, "%s"), tokenizer.eos_token_ids
+    found = tune(adapt(model), drafter, ids, options, draft, ends, progress)
     if flags.json:
         print(json.dumps(found.profile.as_dict(), ensure_ascii=False))
     else:
@@ -105,10 +98,6 @@ def _main(flags: Namespace) -> int:
     return 0
 
 
-def _progress(what: str) -> None:
-    _log.info("%s", what)
-
-
 def read_prompts(path: str) -> list[str]:
     """The prompts of a text file, one a line; UserError when there are none."""
     try:
@@ -119,14 +108,6 @@ def read_prompts(path: str) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompts; write one on each line")
     return prompts
-
-
-def encode(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a message, in the tokenizer's chat template if it has one."""
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    return list(tokenizer.encode(prompt))
 
 
 def report(found: Tuning) -> str:

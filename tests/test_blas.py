@@ -37,7 +37,7 @@ def machine(monkeypatch):
     """A Linux machine without CUDA where nothing is loaded yet; set(...) installs libraries."""
     monkeypatch.delitem(sys.modules, "mlx.core", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(blas, "_is_installed", lambda name: False)
+    monkeypatch.setattr(openblas, "installed_version", lambda name: None)
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     monkeypatch.setattr(openblas, "version", lambda: None)
     monkeypatch.delenv(blas.VARIABLE, raising=False)
@@ -119,7 +119,8 @@ def test_where_nothing_is_to_be_done_nothing_is(machine, monkeypatch, log, case)
     elif case == "macos":
         monkeypatch.setattr(sys, "platform", "darwin")
     else:
-        monkeypatch.setattr(blas, "_is_installed", lambda name: name == "mlx-cuda-13")
+        found = {"mlx-cuda-13": "0.32.4"}
+        monkeypatch.setattr(openblas, "installed_version", found.get)
     assert blas.preload() is None
     assert linker.asked == []
     assert not log.records
@@ -134,8 +135,8 @@ def test_too_late_is_a_warning(machine, monkeypatch, log):
 
 
 def test_an_installed_distribution_is_seen():
-    assert blas._is_installed("mlx")
-    assert not blas._is_installed("mlx-cuda-nope")
+    assert openblas.installed_version("mlx")
+    assert not openblas.installed_version("mlx-cuda-nope")
 
 
 @pytest.fixture

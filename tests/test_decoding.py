@@ -92,7 +92,8 @@ def rows_of(cache):
 
 @pytest.mark.parametrize("wrong_rule", [accept_everything, stop_one_short])
 def test_a_wrong_rule_is_caught(monkeypatch, model, prompt, plain, wrong_rule):
-    monkeypatch.setattr(generation_module, "Match", lambda sampler: wrong_rule(Match(sampler)))
+    rules = generation_module.RULES
+    monkeypatch.setitem(rules, "match", lambda sampler: wrong_rule(Match(sampler)))
     drafter = ScriptedDrafter(prompt + plain, right=2, wrong=2, decoys=True)
     assert ids(generation(model, prompt, drafter, max_tokens=N)) != plain
 

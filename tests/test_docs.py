@@ -61,10 +61,6 @@ def test_a_command_is_understood(line, monkeypatch, capsys):
         assert words[:2] == ["python", "-m"], line
         module = importlib.import_module(_module(words[2]))
         run = lambda: module.main(words[3:])
-        if words[2].startswith("benchmarks"):
-            takes = module.main.__code__.co_argcount
-            run = lambda: module.main(words[3:]) if takes else module.main()
-            monkeypatch.setattr("sys.argv", words[2:])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", _parse_others)
     with pytest.raises(Parsed):
         run()

@@ -135,7 +135,7 @@ def test_where_a_text_ends_early_is_no_tie():
 def test_each_check_that_fails_says_what_to_do(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REDRAFTER_MLX_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(diagnosis, "_version", lambda name: "0.1")
+    monkeypatch.setattr(diagnosis, "installed_version", lambda name: "0.1")
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0, 0))
     monkeypatch.setattr(diagnosis.blas, "preload", lambda: None)
     checks = {check.name: check for check in diagnosis.machine_checks()}

@@ -17,7 +17,7 @@ from mlx_lm.generate import generate_step
 from families import build, names
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.target.adapter import Target
-from redrafter_mlx.target.probe import tree_difference
+from redrafter_mlx.target.probe import differences
 from support import ScriptedDrafter, generation, ids, tiny_prompt
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -41,7 +41,7 @@ def refusal(name: str) -> str | None:
         target = Target(build(name))
     except UserError as error:
         return str(error)
-    difference = tree_difference(target, prefix=3 * WINDOW)
+    difference, _ = differences(target, prefix=3 * WINDOW)
     assert difference < 1e-3, f"{name} is silently wrong beyond {WINDOW} tokens: {difference}"
     return None
 

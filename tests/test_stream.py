@@ -182,9 +182,8 @@ def test_check_finds_the_first_difference_and_its_margin(monkeypatch):
     assert str(compare_with_plain(right, generation(model, prompt, max_tokens=20))) == (
         "identical (20 tokens)"
     )
-    monkeypatch.setattr(
-        generation_module, "Match", lambda sampler: accept_everything(Match(sampler))
-    )
+    wrong_rule = lambda sampler: accept_everything(Match(sampler))
+    monkeypatch.setitem(generation_module.RULES, "match", wrong_rule)
     wrong = ids(generation(model, prompt, drafter, max_tokens=20))
     monkeypatch.undo()
     comparison = compare_with_plain(wrong, generation(model, prompt, max_tokens=20))

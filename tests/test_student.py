@@ -27,7 +27,7 @@ def test_it_begins_with_the_outer_layers():
 
 @pytest.mark.parametrize("layers", [0, 2, 3])
 def test_a_student_as_large_as_its_teacher_is_refused(layers):
-    with pytest.raises(ValueError, match=f"a student of {layers} of 2 layers"):
+    with pytest.raises(ValueError, match=f"a student cannot have {layers} of 2 layers"):
         bench.make_student(target().model, layers)
 
 

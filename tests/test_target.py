@@ -14,7 +14,7 @@ from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target, adapt
 from redrafter_mlx.target.cache import BLOCK, Branches, TreeCache
 from redrafter_mlx.target.lineage import Lineage
-from redrafter_mlx.target.probe import tree_difference
+from redrafter_mlx.target.probe import differences
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
 TREE = TokenTree.best(5, [1, 2, 3, 4, 6], [-1, -1, 0, 0, 1], [-1, -2, -3, -4, -5], budget=6)
@@ -119,7 +119,7 @@ def test_low_precision_targets_pass_the_probe(dtype, bits):
     if bits:
         fits = lambda name, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0
         nn.quantize(model, group_size=32, bits=bits, class_predicate=fits)
-    difference = tree_difference(Target(model), prefix=20)
+    difference, _ = differences(Target(model), prefix=20)
     print(f"{dtype} {bits}: {difference:.2g} deviations")
     assert difference < 0.1
     run = generation(model, tiny_prompt(10), random_drafter(model), max_tokens=24)

@@ -206,6 +206,14 @@ def test_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_remote_code_is_trusted_of_model_and_tokenizer(tmp_path, monkeypatch, target):
+    given = {}
+    load = lambda *args, **kwargs: given.update(kwargs) or (target, TinyTokenizer())
+    monkeypatch.setattr(hub, "load", load)
+    assert command(tmp_path / "out", "--dry-run", "--trust-remote-code") == 0
+    assert given["trust_remote_code"] is given["tokenizer_config"]["trust_remote_code"] is True
+
+
 def test_output_in_use_is_refused(tmp_path, capsys):
     with in_use(tmp_path / "out" / "training"):
         assert command(tmp_path / "out", "--resume", "--steps", 2) == 2

@@ -54,7 +54,7 @@ class CascadeDrafter:
             parts.append(found)
             begun = _best_beam(found)
         parts.append(self._draft(0, [], begun).candidates(root))
-        return budget.tree(Candidates.merged(parts))
+        return budget.tree(Candidates.united(parts))
 
     def _draft(self, reviewer: int, ahead: list[int], drafted: Written) -> Written:
         """A draft for a reviewer, after the verified text and `ahead`, that has `drafted` already.

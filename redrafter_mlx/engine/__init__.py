@@ -1,6 +1,6 @@
-"""Many requests on one model: a queue, turns, and what earlier texts left of use.
+"""Many requests on one model: a queue, turns, and the reuse of earlier texts.
 
-The commands that answer people (chat, server) speak to an `Engine`; one thread of it owns the
+The commands that answer people (chat, server) talk to an `Engine`, one thread of which owns the
 device. The same request and seed give the same text, warm or cold, alone or among others.
 """
 

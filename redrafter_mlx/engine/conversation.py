@@ -14,7 +14,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine.storage import one_line
 
 ANSWER, REASONING, TOOL = "normal", "reasoning", "tool"
-"""Channels of what a model says, by mlx-lm's names."""
+"""Channels of a model's output, by mlx-lm's names."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Prompt:
     """A conversation as its model reads it.
 
     tokens   ids
-    marks    where the system prompt ends, and where the model's turn begins: other prompts may part
-             from this one there
-    channel  that the answer begins in: a template may have opened the reasoning
+    marks    where the system prompt ends, and where the model's turn begins: other prompts may
+             diverge from this one there
+    channel  in which the answer begins: a template may have opened the reasoning
     """
 
     tokens: list[int]
@@ -45,7 +45,7 @@ def prompt_of(
     continue_last  whether the last message is the beginning of the answer
     template       more arguments of the template
 
-    A tokenizer without a template reads the contents, one after the other, a blank line between.
+    Without a template the contents follow each other, with a blank line between them.
     Raises UserError if the template fails.
     """
     if not tokenizer.has_chat_template:
@@ -66,7 +66,7 @@ def prompt_of(
     try:
         text = rendered(messages, **ends)
         tokens = encoded(text)
-    except Exception as error:  # a template may raise what it likes
+    except Exception as error:  # a template may raise anything
         raise UserError(f"the model's chat template refuses this: {one_line(error)}") from error
     others = _others(rendered, messages, continue_last)
     marks = {_parting(encoded, text, tokens, other) for other in others}
@@ -77,23 +77,23 @@ def prompt_of(
 def _others(
     rendered: Callable[..., str], messages: Sequence[Mapping[str, Any]], continue_last: bool
 ) -> Iterator[str]:
-    """Prompts like those that may follow: without the model's turn, and the same system prompt."""
+    """Prompts that share a beginning with later ones: no turn of the model; the system prompt."""
     system = [message for message in messages if message["role"] == "system"]
     user = {"role": "user", "content": "?"}
     for some in (messages[:-1] if continue_last else messages, [*system, user]):
         try:
             yield rendered(some, add_generation_prompt=False)
-        except Exception:  # not every template takes every conversation: then there is no mark
+        except Exception:  # not every template takes every conversation; then there is no mark
             continue
 
 
 def _parting(
     encoded: Callable[[str], list[int]], text: str, tokens: Sequence[int], other: str
 ) -> int:
-    """How many of a text's tokens another one begins with.
+    """How many tokens a text shares with the beginning of another one.
 
-    What the text adds to the other is short where only the model's turn is added: then the
-    tokens of that are counted, and the whole conversation is not read once more.
+    If the text only adds the model's turn to the other, the tokens of that turn are counted, which
+    saves encoding the whole conversation again.
     """
     if text.startswith(other):
         added = encoded(text[len(other) :])
@@ -111,21 +111,21 @@ def _first_channel(tokenizer: TokenizerWrapper, tokens: Sequence[int], continued
 
 
 class Channels:
-    """Tells text apart as it comes. Marks of channels are not part of any text."""
+    """Splits text into channels as it arrives. The marks of channels are not part of any text."""
 
     def __init__(self, tokenizer: TokenizerWrapper, channel: str = ANSWER):
         self._machine = make_text_state_machine(tokenizer)
         self._state = self._machine.make_state(channel)
 
     def split(self, text: str) -> list[tuple[str, str]]:
-        """(channel, text) of what is certain by now; pieces between channels may be empty.
+        """(channel, text) of all that is certain by now; pieces between channels may be empty.
 
-        A tool call is whole where its channel is followed by another piece.
+        A tool call is complete once its channel is followed by another piece.
         """
         self._state, pieces = self._machine.split(self._state, text)
         return [(channel, piece) for channel, piece in pieces]
 
     def finish(self) -> list[tuple[str, str]]:
-        """What was held back, as it could have begun a mark."""
+        """The text that was held back because it could have begun a mark."""
         self._state, text, channel = self._machine.flush(self._state)
         return [(channel, text)] if text else []

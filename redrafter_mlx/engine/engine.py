@@ -29,7 +29,7 @@ _log = logging.getLogger("redrafter_mlx")
 
 
 class QueueFull(UserError):
-    """There are as many requests as the engine will hold.
+    """The queue holds as many requests as it may.
 
     retry_after  seconds until there may be room
     """
@@ -48,7 +48,7 @@ class Stopping(UserError):
 
 @dataclass
 class Totals:
-    """What an engine has done since it began; numbers that only grow."""
+    """What an engine has done since it started; numbers that only grow."""
 
     requests: int = 0
     finished: dict[str, int] = field(default_factory=dict)
@@ -63,12 +63,12 @@ class Totals:
 
 
 class Engine:
-    """Answers requests of one model.
+    """Answers requests with one model.
 
-    load  makes what is served; called in the engine's thread, to which all its arrays belong
+    load  returns what is served; called in the engine's thread, to which all its arrays belong
 
-    `start` waits until the model is there and raises what loading raised. The requests that run
-    have their turns one after the other: a turn is a chunk of a prompt, or a round.
+    `start` waits until the model is loaded and raises what loading raised. Running requests take
+    turns: a turn is a chunk of a prompt, or a round.
     """
 
     def __init__(self, load: Callable[[], Served], options: EngineOptions | None = None):
@@ -84,7 +84,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closing, self._failure = False, None
         self._cut_at: float | None = None
-        self._token_bytes = 0.0  # of the largest text so far
+        self._token_bytes = 0.0  # most bytes per token of any text so far
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._ready = threading.Event()
 
@@ -97,7 +97,7 @@ class Engine:
         return self
 
     def submit(self, request: Request, deliver: Callable[[Turn], None]) -> Ticket:
-        """Take a request; `deliver` gets each of its turns, in the engine's thread.
+        """Accept a request; `deliver` gets each of its turns, in the engine's thread.
 
         Raises QueueFull, Stopping, and UserError for a request that cannot be honoured.
         """
@@ -118,7 +118,7 @@ class Engine:
         return ticket
 
     def stop(self, grace: float = 0.0) -> None:
-        """Take no more requests; end when those that run are answered, or cut after `grace`."""
+        """Accept no more requests; finish the running ones, cancelling after `grace` seconds."""
         with self._changed:
             self._closing = True
             self._cut_at = time.monotonic() + grace
@@ -131,7 +131,7 @@ class Engine:
         return self._ready.is_set() and self._thread.is_alive() and not self._closing
 
     def status(self) -> dict[str, Any]:
-        """What it is doing: counts for any thread."""
+        """What the engine is doing, in counts; may be called from any thread."""
         return {
             "running": len(self._running) + (self._at_turn is not None),
             "waiting": len(self._waiting),
@@ -179,7 +179,7 @@ class Engine:
         return expanded(self.options.prompt_cache_dir)
 
     def _admit(self) -> bool:
-        """Let waiting requests begin, wait for one if there is nothing to do; False at the end."""
+        """Begin waiting requests, wait for one if there is nothing to do; False at the end."""
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._closing):
@@ -228,7 +228,7 @@ class Engine:
         drafter = like and like.fork(knows)
         caches = donor.caches.fork(known)
         if isinstance(donor, Prefix) and 2 * known > donor.caches.length:
-            self._prefixes.take(donor)  # the longer text will be kept instead
+            self._prefixes.remove(donor)  # the longer text will be kept instead
         return Run(ticket, self.served, caches, drafter, self._is_alone)
 
     def _is_alone(self) -> bool:
@@ -253,7 +253,7 @@ class Engine:
         self._end(ticket, turn, run)
 
     def _keep(self, run: Run, turn: Turn) -> None:
-        """Keep what the text left for later ones; save what its drafter remembers."""
+        """Keep the text's caches and drafter for later ones; save what the drafter remembers."""
         if hasattr(run.drafter, "save"):
             run.drafter.save()
         caches = run.caches
@@ -289,5 +289,5 @@ class Engine:
         try:
             ticket.deliver(turn)
         except Exception:
-            _log.debug("nobody takes a request's turns", exc_info=True)
+            _log.debug("a request's turns are not taken any more", exc_info=True)
             ticket.cancel()

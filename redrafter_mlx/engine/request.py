@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it answers: plain data, for any thread."""
+"""What is asked of an engine, and what it answers: plain data, safe in any thread."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Request:
 
     prompt        token ids, the whole conversation
     drafter       name of one of the engine's drafters
-    top_logprobs  how many of the likeliest tokens are wanted with each token and its own
-                  log-probability; None: neither
-    marks         places of the prompt at which later prompts may part from it: where the last
-                  message ends and the model's turn begins
+    top_logprobs  how many of the likeliest alternatives are wanted with each token, beside its own
+                  log-probability; None: no log-probabilities
+    marks         positions at which later prompts may diverge from this one, such as the end of the
+                  last message
     """
 
     prompt: Sequence[int]
@@ -42,8 +42,8 @@ class Piece:
     """One token of an answer.
 
     text          newly decoded; may be empty
-    from_draft    whether it had been drafted
-    logprob       of the target, before penalties; None if it was not asked for
+    from_draft    whether it was drafted
+    logprob       of the target, before penalties; None if not asked for
     top_logprobs  (id, logprob) of the likeliest tokens, if asked for
     """
 
@@ -56,7 +56,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class DraftedTree:
-    """The tree of a round: N tokens, the row of each one's parent (-1: none), the rows accepted."""
+    """A round's tree: N tokens, the row of each one's parent (-1: none), the accepted rows."""
 
     tokens: Sequence[int]
     parents: Sequence[int]
@@ -65,19 +65,19 @@ class DraftedTree:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn of a request brought: a chunk of its prompt, or a round.
+    """The result of one turn of a request: a chunk of its prompt, or a round.
 
     pieces         tokens of the answer; none while the prompt is read
-    prompt_done    tokens of the prompt that are read
-    stats          counts and speeds so far, as Stats.as_dict has them; plain_tps beside them, if it
-                   is known what plain decoding costs here
+    prompt_done    tokens of the prompt that have been read
+    stats          counts and speeds so far, as in Stats.as_dict; also plain_tps, if the cost of
+                   plain decoding is known here
     tree           of the round
-    finish_reason  of the last turn: "stop", "length", "cancelled" or "error"
-    error          what went wrong, if that is it
-    seed           that the answer is sampled with; None at temperature 0
-    note           what the user should know; mostly nothing
-    kept           tokens of the answer so far whose text stays; what follows them may belong to a
-                   stop string, at the end it does
+    finish_reason  in the last turn: "stop", "length", "cancelled" or "error"
+    error          what went wrong, with "error"
+    seed           with which the answer is sampled; None at temperature 0
+    note           what the user should know; usually nothing
+    kept           tokens of the answer so far whose text stays; later ones may belong to a stop
+                   string, and at the end they do
     stopped_by     the stop string that ended the answer
     """
 
@@ -98,7 +98,7 @@ class Turn:
 
 
 class Ticket:
-    """A request that an engine has taken. `cancel` ends it within one round, from any thread."""
+    """A request that an engine has accepted. `cancel` ends it within a round, from any thread."""
 
     def __init__(self, request: Request, deliver: Callable[[Turn], None]):
         self.request, self.deliver = request, deliver

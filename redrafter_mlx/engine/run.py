@@ -1,4 +1,4 @@
-"""One request while it is answered: its generation, turn by turn."""
+"""One request while it is being answered: its generation, turn by turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from redrafter_mlx.target.caches import LayerCaches
 
 
 class OwnTime:
-    """A clock, in seconds, that runs during one's own turns only."""
+    """A clock, in seconds, that runs only inside its `with` blocks: a run's own turns."""
 
     def __init__(self):
         self._spent, self._since = 0.0, None
@@ -36,10 +36,10 @@ class OwnTime:
 
 
 class Run:
-    """A request that has its turns.
+    """A request that takes turns.
 
-    caches   of the first tokens of its prompt, or empty ones; the run makes them its own
-    drafter  that knows the same tokens; None for plain decoding
+    caches   of the first tokens of its prompt, or empty; from now on the run's own
+    drafter  which knows the same tokens; None for plain decoding
     alone    whether no other run waits
     """
 
@@ -84,7 +84,7 @@ class Run:
         return self._generation.stats
 
     def turn(self) -> Turn:
-        """A chunk of the prompt, or a round. After one with a finish reason there is no other."""
+        """A chunk of the prompt, or a round. A turn with a finish reason is the last."""
         pieces, reason = [], None
         with self._clock:
             for event in self._events:
@@ -99,12 +99,12 @@ class Run:
         if pieces:
             found, path = self._generation.tree
             tokens = found.tokens.tolist()
-            tokens[0] = self.said[-len(pieces) - 1]  # a pass ahead of the host did not know it
+            tokens[0] = self.said[-len(pieces) - 1]  # not known yet when the pass was built
             tree = DraftedTree(tokens, found.parents.tolist(), list(path))
         return self._told(pieces, tree, reason)
 
     def ended(self, reason: str, error: Exception | None = None) -> Turn:
-        """The last turn of a run that ends otherwise than by what it says."""
+        """The last turn of a run that is cancelled or fails."""
         return self._told([], None, reason, error)
 
     def _told(self, pieces, tree, reason: str | None, error: Exception | None = None) -> Turn:

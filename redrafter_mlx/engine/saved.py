@@ -1,7 +1,7 @@
-"""Texts that an engine keeps, in files, so that the next start is warm.
+"""The texts that an engine keeps, saved in files, so that the next start is warm.
 
-One file for each text, named after its model and its tokens. It is written beside its name and
-moved there when it is whole, so a crash leaves what was there before.
+There is one file for each text, named after its model and its tokens. It is written under another
+name and renamed when it is complete, so a crash leaves the older files intact.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _log = logging.getLogger("redrafter_mlx")
 
 
 def save_prefixes(directory: Path, prefixes: Iterable[Prefix], target: Target) -> None:
-    """Leave these texts in the directory, and no others of the same model.
+    """Store these texts in the directory, and delete all others of the same model.
 
     Raises UserError, with the older files in place, if they cannot be written.
     """
@@ -36,7 +36,7 @@ def save_prefixes(directory: Path, prefixes: Iterable[Prefix], target: Target) -
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for unfinished in directory.glob(f".prefix-{_digest(model.encode())}-*"):
-            unfinished.unlink(missing_ok=True)  # of a process that was killed
+            unfinished.unlink(missing_ok=True)  # left by a process that was killed
         for path, prefix in kept.items():
             if not path.exists():
                 _write(path, prefix, model)
@@ -47,12 +47,12 @@ def save_prefixes(directory: Path, prefixes: Iterable[Prefix], target: Target) -
 
 
 def load_prefixes(directory: Path, target: Target) -> Iterator[Prefix]:
-    """The texts in the directory, those of this model; what cannot be read is told and left out."""
+    """The texts of this model in the directory; unreadable files are skipped with a warning."""
     model = identify(target, None)["model"]
     for path in sorted(_files(directory, model), key=lambda path: path.stat().st_mtime):
         try:
             yield _read(path, target, model)
-        except Exception as error:  # of what mlx makes of any bytes
+        except Exception as error:  # whatever mlx raises on arbitrary bytes
             _log.warning("%s is left out: %s", path, one_line(error))
 
 

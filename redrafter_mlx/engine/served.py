@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from redrafter_mlx.engine.request import DEFAULT, PLAIN
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.loading import hub
 from redrafter_mlx.loading.context import known_positions
-from redrafter_mlx.loading.drafters import load_drafter
+from redrafter_mlx.loading.drafters import load_if_possible
 from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
 from redrafter_mlx.target.adapter import Target, adapt
 
@@ -27,11 +26,11 @@ _log = logging.getLogger("redrafter_mlx")
 
 @dataclass
 class Served:
-    """A model that answers, and what drafts for it.
+    """A model that answers, and its drafters.
 
-    name      that requests call it by
-    drafters  by name; those of a model that cannot verify trees are all None
-    context   most tokens of a text that the model knows positions for; None if it does not say
+    name      by which requests call it
+    drafters  by name; all None for a model that cannot verify trees
+    context   longest text that the model has positions for, in tokens; None if it does not say
     """
 
     name: str
@@ -55,7 +54,7 @@ class Served:
             self.context = known_positions(self.model)
 
     def knowledge(self, name: str) -> Knowledge | None:
-        """What is known of a drafter here; shared by all texts it drafts."""
+        """What is known of a drafter here; shared by all texts that it drafts for."""
         drafter = self.drafters[name]
         return None if drafter is None else knowledge_of(self.target, drafter)
 
@@ -70,19 +69,13 @@ def load_served(
 
     drafter  None: plain decoding
 
-    Raises UserError as `hub.load` and `load_drafter` do; where nobody asked for a drafter
-    (auto) and the model cannot draft, it decodes plainly and says so.
+    Raises UserError as `hub.load` and `load_drafter` do; if nobody asked for a drafter (auto) and
+    the model cannot verify trees, it decodes plainly and says so.
     """
     options = drafter_options or DrafterOptions()
     loaded, tokenizer = hub.load(model, **loading)
     drafters: dict[str, Drafter | None] = {}
     if drafter is not None:
-        try:
-            drafters[DEFAULT] = load_drafter(
-                drafter, loaded, tokenizer=tokenizer, **dataclasses.asdict(options)
-            )
-        except UserError as error:
-            if drafter != AUTO or options != DrafterOptions():
-                raise
-            _log.warning("plain decoding, because %s", error)
+        is_wanted = drafter != AUTO
+        drafters[DEFAULT] = load_if_possible(drafter, loaded, tokenizer, options, is_wanted)
     return Served(model, loaded, tokenizer, drafters)

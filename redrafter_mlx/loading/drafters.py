@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.pricing.experience import read as read_experience
 from redrafter_mlx.target.adapter import Target, adapt
 
+_log = logging.getLogger("redrafter_mlx")
+
 DRAFTER_NAMES = f"'demo', a drafter directory or a Hugging Face repo as org/name ({POSSIBLE})"
 
 logger = logging.getLogger("redrafter_mlx")
@@ -87,6 +89,22 @@ def load_drafter(
     if revision is not None and spec.kind not in (HEAD, *HEADS, MODEL):
         raise UserError(f"revision {revision!r} needs a single Hugging Face repo, not {spec}")
     return _Loader(model, tokenizer, chosen, revision).load(spec)
+
+
+def load_if_possible(
+    name: str, model: nn.Module, tokenizer: Any, options: DrafterOptions, is_wanted: bool
+) -> Drafter | None:
+    """`load_drafter`; None, with a warning, if it fails and nobody asked for a drafter.
+
+    is_wanted  whether the user named the drafter; setting an option of drafters asks for it too
+    """
+    try:
+        return load_drafter(name, model, tokenizer=tokenizer, **asdict(options))
+    except UserError as error:
+        if is_wanted or options != DrafterOptions():
+            raise
+        _log.warning("plain decoding, because %s", error)
+        return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import ctypes
 import ctypes.util
 import functools
 import hashlib
-import importlib.metadata
 import logging
 import os
 import re
@@ -36,7 +35,7 @@ def loaded() -> tuple[str, ctypes.CDLL] | None:
     """Name and library of the BLAS that was loaded for MLX's CPU backend; None if none was.
 
     The first call loads it: the OpenBLAS that is installed with this package, or the system's
-    where that is the faster one. Only Linux without MLX's CUDA backend needs it; elsewhere nothing
+    where that is faster. Only Linux without MLX's CUDA backend needs it; elsewhere nothing
     is done. The environment variable REDRAFTER_MLX_BLAS names a library to load instead, or is
     `off`. Never raises: a problem is logged as a warning that says what to do. Must run before
     `mlx.core` is imported.
@@ -67,14 +66,14 @@ def loaded() -> tuple[str, ctypes.CDLL] | None:
 
 
 def preload() -> str | None:
-    """Load an optimised BLAS, see `loaded`; its name, or None."""
+    """Load a fast BLAS, see `loaded`; its name, or None."""
     found = loaded()
     return found[0] if found else None
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """OpenBLAS, if it was loaded, works in so many threads while the block runs."""
+    """OpenBLAS, if it was loaded, uses this many threads while the block runs."""
     found = loaded()
     library = found[1] if found else None
     if not hasattr(library, "openblas_set_num_threads"):
@@ -96,19 +95,11 @@ def _runs_on_cpu() -> bool:
 def cuda_build() -> str | None:
     """The distribution of MLX for NVIDIA GPUs that is installed here; None if none is."""
     names = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
-    return next((name for name in names if _is_installed(name)), None)
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return next((name for name in names if openblas.installed_version(name)), None)
 
 
 def _load_fastest() -> tuple[str, ctypes.CDLL] | None:
-    """The faster of the wheel's library and the first of the system's."""
+    """The faster of the wheel's library and the system's first usable one."""
     if (version := openblas.version()) is None:
         return _load_first(_candidates())
     if (system := _faster_system_library()) and (found := _load(system)):
@@ -121,7 +112,7 @@ def _load_fastest() -> tuple[str, ctypes.CDLL] | None:
 
 
 def _faster_system_library() -> str:
-    """Name of a library of the system that beats the wheel's here, or ""; timed once and kept."""
+    """Name of a system library that is faster here than the wheel's, or ""; timed once and kept."""
     try:
         place = openblas.place()
         verdict = place.with_name(f"{place.name}-system-{_state_of_system()}")
@@ -129,12 +120,12 @@ def _faster_system_library() -> str:
             write_whole(verdict, _race(str(openblas.kept(place))))
         return verdict.read_text(encoding="utf-8")
     except (UserError, OSError, RuntimeError, UnicodeDecodeError) as error:
-        logger.debug("no library of the system was compared: %s", error)
+        logger.debug("no system library was compared: %s", error)
         return ""
 
 
 def _race(ours: str) -> str:
-    """The first library of the system that computes, if it is faster than ours, else ""."""
+    """The first system library that computes correctly, if it is faster than ours, else ""."""
     for name in _candidates():
         try:
             turns = [(openblas.seconds(name), openblas.seconds(ours)) for _ in range(3)]

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 has_failed = False
-"""Whether something that was waited for could not be computed: a peer may have gone."""
+"""Whether a computation that was waited for has failed: another process may have gone."""
 
 
 def read(*arrays: mx.array) -> tuple[np.ndarray, ...]:
@@ -39,16 +39,16 @@ def finish(*arrays) -> None:
 
 
 def leave_thread() -> None:
-    """A thread that computed something ends: wait for its streams and close them.
+    """Wait for the streams of a thread that ends, and close them.
 
-    Those that are left to a process's end may abort it (MLX 0.32.4 on a CPU).
+    Streams left open at exit may abort the process (MLX 0.32.4 on a CPU).
     """
     mx.synchronize()
     mx.clear_streams()
 
 
 def chip() -> str:
-    """Name of what computes; of a processor under Linux with its family and model.
+    """Name of the chip; of a processor under Linux with its family and model.
 
     Virtual machines call theirs just "AMD EPYC", whether it has AVX-512 or not.
     """
@@ -62,7 +62,7 @@ def chip() -> str:
 
 
 def machine_memory() -> int:
-    """Bytes that the machine has."""
+    """Bytes of memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -75,13 +75,13 @@ def by_columns(weight: mx.array) -> mx.array:
 
 
 PATIENCE = 2.0
-"""Seconds that one waits for a first word without being told why."""
+"""Seconds to wait for a first token before the user is told why it takes long."""
 
 
 def patience(say: Callable[[], None]) -> threading.Timer:
-    """Starts waiting for what a GPU may have to compile kernels for; `cancel` it when that is here.
+    """A running timer for work that a GPU may have to compile kernels for; `cancel` it afterwards.
 
-    say  what to do when it takes longer than PATIENCE; never on a CPU, whose kernels are ready
+    say  called when it takes longer than PATIENCE; never on a CPU, whose kernels are ready
     """
     timer = threading.Timer(PATIENCE, say)
     timer.daemon = True
@@ -94,10 +94,10 @@ _fuses = ContextVar("fuses", default=False)
 
 
 def fused(function: Callable) -> Callable:
-    """The function as one compiled graph, on a CPU with element-wise work that fusing makes fast.
+    """The function as one compiled graph; on a CPU with this module's element-wise forms, fused.
 
-    There each fused kernel is made by a C++ compiler when it is first used, which takes half a
-    second: for what runs for minutes.
+    There a C++ compiler makes each fused kernel when it is first used, which takes half a second:
+    for work that runs for minutes.
     """
 
     def traced(*arguments):
@@ -111,9 +111,9 @@ def fused(function: Callable) -> Callable:
 
 
 def ready(function: Callable) -> Callable:
-    """The function as one compiled graph on Metal, as it is elsewhere: for what must begin at once.
+    """The function, compiled to one graph on Metal only: for what must start at once.
 
-    A fused kernel takes a C++ compiler half a second on a CPU and CUDA's 3 to 4 seconds, and a beam
+    Compiling a fused kernel takes half a second on a CPU and 3 to 4 seconds on CUDA, and a beam
     search has one to three dozen of them (benchmarks/LOG.md).
     """
     return mx.compile(function) if mx.metal.is_available() else function
@@ -126,9 +126,9 @@ def _is_fused_on_cpu() -> bool:
 def exp(x: mx.array) -> mx.array:
     """e to the power of `x` <= 0, float32; without a gradient.
 
-    On a CPU mlx's own takes 13 to 19 ns for each element, this, fused, 3 ns. It is right to
-    3e-7, and where `x` itself is rounded more coarsely, to that: 2**n comes from its bits, 2**r
-    with r in [-1/2, 1/2] from a polynomial, Taylor's.
+    On a CPU mlx's own takes 13 to 19 ns for each element, this one 3 ns when fused. The relative
+    error is 3e-7, or that of `x` where that is larger: 2**n is set as bits, 2**r with r in
+    [-1/2, 1/2] is a Taylor polynomial.
     """
     if not _is_fused_on_cpu():
         return mx.exp(x)
@@ -145,7 +145,7 @@ def exp(x: mx.array) -> mx.array:
 def softmax(x: mx.array) -> tuple[mx.array, mx.array]:
     """log(sum(exp(x))) (..., 1) and the soft-max (..., D), its gradient, of (..., D) float32.
 
-    Together, because exponentials are what both cost. Only the former can be differentiated.
+    Together, because the exponentials are what costs. Only the former can be differentiated.
     """
     if not _is_fused_on_cpu():
         return mx.logsumexp(x, axis=-1, keepdims=True), mx.softmax(x, axis=-1)

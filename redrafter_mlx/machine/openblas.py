@@ -52,22 +52,27 @@ _TRIAL = """if True:
         total += statistics.median(times)
     print(total)
 """
-"""Products of the sizes that decoding makes, checked and timed, in a process of their own."""
+"""Products of the sizes that decoding needs, checked and timed in a process of their own."""
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a Python package that is installed here; None if it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def version() -> str | None:
-    """Of the wheel; None if it is not installed."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The wheel's version; None if it is not installed."""
+    return installed_version(DISTRIBUTION)
 
 
 def load() -> ctypes.CDLL:
     """The renamed library, visible to what is loaded after it.
 
-    Raises UserError, in one line, when it cannot be had. A cache that cannot be written to is none:
-    the copy is then made for this process alone.
+    If the cache cannot be written to, the copy is made for this process alone. Raises UserError, in
+    one line, if that fails too.
     """
     try:
         return _opened(kept(place()))
@@ -89,10 +94,7 @@ def place() -> Path:
 
 
 def kept(place: Path) -> Path:
-    """The library in the directory `place`, made there if it is missing or damaged.
-
-    Raises UserError.
-    """
+    """The library in the directory `place`, made there if missing or damaged; UserError if not."""
     library = build_once(place, build, "BLAS") / LIBRARY
     if not _is_whole(place):
         shutil.rmtree(place, ignore_errors=True)
@@ -101,7 +103,7 @@ def kept(place: Path) -> Path:
 
 
 def build(directory: Path) -> None:
-    """Write the renamed library and its digest, after it was tried; UserError if it is no good."""
+    """Write the renamed library, try it, write its digest; UserError if it is no good."""
     original, library = _original(), directory / LIBRARY
     names = re.findall(rb"(?<=\0)" + PREFIX + rb"(\w+)(?=\0)", original.read_bytes())
     renamed = directory / "names"
@@ -115,7 +117,7 @@ def build(directory: Path) -> None:
 
 
 def seconds(library: str) -> float:
-    """Of a few products with the library of this path or name; UserError if they are wrong."""
+    """Time of a few products with the library of this path or name; UserError if they are wrong."""
     return float(_run([sys.executable, "-c", _TRIAL, library], library))
 
 

@@ -1,4 +1,4 @@
-"""Where models made on this machine are kept, and how they get there whole or not at all."""
+"""Where files made on this machine are kept, and how they get there whole or not at all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build_once(destination: Path, build: Callable[[Path], None], what: str = "mo
 
     Other processes wait. The directory appears complete or not at all.
 
-    what  it is, for the error
+    what  is built, for the error
     """
     if destination.is_dir():
         return destination
@@ -59,7 +59,7 @@ def build_once(destination: Path, build: Callable[[Path], None], what: str = "mo
 
 
 def _locked(destination: Path, what: str) -> AbstractContextManager:
-    """Keeps other processes out of a destination; says so where it has to wait for one."""
+    """Keeps other processes out of a destination; logs it if another one must be waited for."""
     lock = FileLock(f"{destination}.lock")
     try:
         return lock.acquire(blocking=False)
@@ -72,8 +72,8 @@ def _fill(destination: Path, build: Callable[[Path], None]) -> None:
     prefix = f"{destination.name}.tmp-"
     for path in destination.parent.iterdir():
         if path.name.startswith(prefix):
-            # Its maker held the lock that we hold now: it was killed. A program that it had started
-            # may still be writing there.
+            # Its maker held the lock that we hold now, so it was killed. A program that it had
+            # started may still be writing there.
             shutil.rmtree(path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=destination.parent) as scratch:
         complete = Path(scratch) / "model"
@@ -121,7 +121,7 @@ def in_use(directory: Path) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The error on one line; of a long one how it begins and, where compilers say why, ends."""
+    """The error on one line; of a long one its beginning and its end, where compilers say why."""
     if isinstance(error, KeyError):
         return f"the key {error} is missing"
     text = " ".join(str(error).split())

@@ -1,14 +1,14 @@
 """How many tokens a round yields, for every search and every budget, from one recorded text.
 
 A drafter is asked at each position of a text that plain decoding writes. The lossless rule accepts
-what the text says, so what any search and budget would have yielded is read off afterwards.
+what the text says, so the yield of any search and budget can be read off afterwards.
 
 Shape letters: P positions, M candidates, N nodes, W beam width, L beam length (root included).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -49,7 +49,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Draft:
-    """All that a search scored at one position, and which of it came true.
+    """All that a search scored at one position, and which of it would have been accepted.
 
     candidates  M nodes
     path        (k,) the candidates that the text then followed, from depth 1 on
@@ -64,9 +64,9 @@ class Draft:
         return cls(candidates, candidates.follow(following))
 
     def ranks(self, setting: Setting, full: Setting) -> np.ndarray:
-        """(k,) place of each node of the path among what the setting would have scored.
+        """(k,) rank of each node of the path among those that the setting would have scored.
 
-        A node that it would not have scored, and what comes after it, is not there.
+        The path ends before the first node that it would not have scored.
         """
         c = self.candidates
         scored = np.ones(len(c.tokens), bool)
@@ -87,7 +87,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Recording:
-    """The drafts at the positions of one text, in order: each P of the tokens written.
+    """The drafts at each of the P positions of one text, in order.
 
     full  the search that was recorded
     """
@@ -96,7 +96,7 @@ class Recording:
     drafts: list[Draft]
 
     def accepted(self, setting: Setting, most: int) -> np.ndarray:
-        """(P, most + 1): tokens that a round at each position accepts, by its budget."""
+        """(P, most + 1): drafted tokens that a round at each position accepts, by its budget."""
         counts = np.zeros((len(self.drafts), most + 1), int)
         for draft, row in zip(self.drafts, counts, strict=True):
             for rank in draft.ranks(setting, self.full):
@@ -111,7 +111,7 @@ def record(
     tokens: int,
     full: Setting,
     sampling: SamplingOptions,
-    ends: Sequence[int] = (),
+    ends: Collection[int] = (),
 ) -> Recording:
     """Decode `tokens` tokens plainly, or until one of `ends`, and draft at each of them."""
     sampler = Sampler(sampling)
@@ -142,7 +142,7 @@ def tokens_per_round(recordings: Sequence[Recording], setting: Setting, most: in
 def rounds_of(accepted: np.ndarray) -> np.ndarray:
     """(K,) rounds over a text of P tokens, where one at position p accepts accepted[p, k] tokens.
 
-    Rounds are walked through as generation would: one that accepts n tokens goes on n + 1 further.
+    As in generation, the round after one that accepts n tokens begins n + 1 positions further on.
     """
     positions, rounds = np.zeros(accepted.shape[1], int), np.zeros(accepted.shape[1], int)
     while (running := np.flatnonzero(positions < len(accepted))).size:
@@ -152,9 +152,9 @@ def rounds_of(accepted: np.ndarray) -> np.ndarray:
 
 
 def experience_from(drafts: Sequence[Draft], full: Setting) -> Experience:
-    """What the drafts of a search at many positions tell of it.
+    """What is learned of a search from its drafts at many positions.
 
-    It weighs no more than as many rounds as are remembered of one's own.
+    It weighs no more than the number of rounds that a process remembers of its own.
     """
     calibration = Calibration(full.length - 1)
     for draft in drafts:

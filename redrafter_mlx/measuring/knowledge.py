@@ -1,4 +1,4 @@
-"""What a process knows of a target and a drafter: loaded, looked up, learned, and kept."""
+"""What a process knows of a target and a drafter: loaded, measured, learned, and kept."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from redrafter_mlx.target.adapter import Target
 _log = logging.getLogger("redrafter_mlx")
 
 LONGER, SHORT = 2, 128
-"""Times the longest measured context, of so many tokens at least, beyond which passes are looked at
-again."""
+"""Passes are measured again beyond LONGER times the longest measured context, which counts as SHORT
+tokens at least."""
 SPOT = 8
-"""Rows of a tree that stands for others in a spot check."""
+"""Rows of the tree that stands for all others in a spot check."""
 DISTURBED = (
     "something else is using this machine: several rows took longer than one after the other "
     "would, so little or nothing is drafted; it will be measured again"
@@ -53,13 +53,13 @@ class Knowledge:
     is measured after the first prompt. Each temperature has a Policy of its own, and begins with
     what is known at the nearest one, of the profile's or the head's own.
 
-    Whatever else a machine does makes things take longer, never shorter. So when passes turn out
-    to take much less than they were measured to, they are measured anew at once; and what is seen
-    while they take much more is not kept.
+    Other work on the machine makes things take longer, never shorter. So if passes turn out to take
+    much less time than was measured, they are measured anew at once; and what is seen while they
+    take much more is not kept.
     """
 
     PAUSE = 8
-    """Times all looks at a machine have taken that pass before it is looked at again."""
+    """Pause between two looks at a machine, in units of the time that all looks have taken."""
 
     def __init__(self, target: Target, drafter: Drafter):
         self.target, self._drafter = target, drafter
@@ -73,13 +73,13 @@ class Knowledge:
         self._experiences = stored.experiences if stored else {}
         self._policies: dict[tuple[Setting, float], Policy] = {}
         self._bases: dict[tuple[Setting, float], tuple[Experience | None, int, int]] = {}
-        self._is_kept = True  # until that fails
-        self._is_new = False  # whether the curve is to take the place of that in the profile
-        self._looked_at = self._spent = 0.0  # when the last look ended, seconds of all of them
+        self._is_kept = True  # False once it could not be written
+        self._is_new = False  # whether the curve replaces the profile's
+        self._looked_at = self._spent = 0.0  # end of the last look, seconds that all have taken
 
     @property
     def is_first(self) -> bool:
-        """Whether nobody has used the two here before."""
+        """Whether this pair has never been used on this machine."""
         return self._costs is None
 
     def policy(
@@ -90,10 +90,10 @@ class Knowledge:
         tokens: int,
         drafter: Drafter | None = None,
     ) -> Policy:
-        """The policy for a text whose prompt was processed; looks at what it costs if need be.
+        """The policy for a text whose prompt is processed; measures first what is not known.
 
-        tokens   that the answer may have
-        drafter  the text's own, if it is not the one that this is about
+        tokens   most tokens of the answer
+        drafter  the text's own fork of the drafter, if it has one
         """
         full, temp = _full_search(options), round(temp, 1)
         self._look(full, context, tokens, drafter or self._drafter)
@@ -102,7 +102,7 @@ class Knowledge:
         return self._policies[full, temp]
 
     def keep(self, context: int) -> None:
-        """Leave what was learned in the profile, beside what other processes have left there.
+        """Store what was learned in the profile, beside what other processes have stored there.
 
         context  tokens of the text so far
         """
@@ -119,7 +119,7 @@ class Knowledge:
             )  # fmt: skip
 
     def look_again(self, options: DraftOptions, context: Context, drafter: Drafter) -> bool:
-        """Measure in the middle of a text what was measured in trouble; False: it is too soon."""
+        """Measure again in the middle of a text what is in doubt; False: it is too soon."""
         if time.perf_counter() - self._looked_at < self.PAUSE * self._spent:
             return False
         full, known = _full_search(options), self._draft_costs.least()
@@ -134,7 +134,7 @@ class Knowledge:
         return True
 
     def _is_dearer(self, full: Setting, context: Context, drafter: Drafter) -> bool:
-        """Whether what was not tried for long is known to cost far more than it does now."""
+        """Whether something untried for long has a known cost far above what it takes now."""
         known = now = 0.0
         if self._costs.untried.is_long:
             rows = min(SPOT, self._costs.curve.rows[-1])
@@ -146,7 +146,7 @@ class Knowledge:
         return known > UNEVEN * now
 
     def _look(self, full: Setting, context: Context, tokens: int, drafter: Drafter) -> None:
-        """Measure what is not known yet, within about a second, and say so."""
+        """Measure what is not known yet, in about a second, and log it."""
         curve = self._costs.curve if self._costs else None
         if curve is not None and curve.is_disturbed:
             curve = None
@@ -163,7 +163,7 @@ class Knowledge:
 
     @contextmanager
     def _looking(self, often: str, at: list[str]) -> Iterator[None]:
-        """Around measuring: the policies take it over, the user is told."""
+        """Around measuring: hands the results to the policies and tells the user."""
         self._began = time.perf_counter()
         yield
         for policy in self._policies.values():
@@ -182,7 +182,7 @@ class Knowledge:
         drafter: Drafter,
         known: Mapping[Setting, float] | None = None,
     ) -> None:
-        """Measure drafts; what is `known` of them to take less stays."""
+        """Measure drafts; `known` times that are lower stay."""
         settings = [full, Setting(1, full.length), Setting(1, 2)]
         if looks(self._drafter):
             settings.insert(1, Setting(0, full.length))
@@ -191,7 +191,7 @@ class Knowledge:
         )
 
     def _look_at_passes(self, curve: CostCurve | None, context: Context, tokens: int = 0) -> None:
-        """Measure passes at this context, beside what a curve says of others."""
+        """Measure passes at this context and add them to a curve of others."""
         spent = time.perf_counter() - self._began
         seconds = look_at_passes(self.target, context, tokens, spent)
         self._costs = LiveCosts(_with_context(curve, context.position, seconds))
@@ -231,7 +231,7 @@ class Knowledge:
         )
 
     def _believable_drafts(self, context: int) -> dict[Setting, float]:
-        """What drafts take at their best; none if so much that nobody would try and find out."""
+        """Least times of drafts; none if they look so dear that no draft would ever be tried."""
         drafts, plain = self._draft_costs.least(), self._costs.at(context, 1)[1]
         searches = [seconds for setting, seconds in drafts.items() if setting.width]
         is_hopeless = self._draft_costs.is_shunned and max(searches, default=0.0) > plain
@@ -257,7 +257,7 @@ def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:
 
 
 def least(*known: Mapping[Setting, float]) -> dict[Setting, float]:
-    """The least seconds that anybody knows of each setting."""
+    """The least known seconds of each setting."""
     settings = {setting for each in known for setting in each}
     return {s: min(each[s] for each in known if s in each) for s in settings}
 
@@ -274,7 +274,7 @@ def _with_context(curve: CostCurve | None, context: int, seconds: dict[int, floa
 
 
 def looks(drafter: Drafter) -> bool:
-    """Whether a drafter, or one of a union, finds something without a search."""
+    """Whether a drafter, or one of a union, finds candidates without a search."""
     return any(map(_needs_no_search, getattr(drafter, "members", [drafter])))
 
 
@@ -288,7 +288,7 @@ def _needs_no_search(drafter: Drafter) -> bool:
 
 
 def experience_of(drafter: Drafter) -> dict[float, Experience]:
-    """What a drafter, or the first of its members that does, brings of its own, by temperature."""
+    """By temperature, what came with a drafter, or with the first of its members that has it."""
     own = getattr(drafter, "experience", None)
     if own:
         return own
@@ -297,7 +297,7 @@ def experience_of(drafter: Drafter) -> dict[float, Experience]:
 
 
 def nearest(known: dict[float, Experience], temp: float) -> Experience | None:
-    """What is known at a temperature, or what the nearest one tells of it."""
+    """What is known at a temperature, or may be concluded from the nearest one."""
     if not known:
         return None
     found = min(known, key=lambda each: abs(each - temp))
@@ -307,10 +307,10 @@ def nearest(known: dict[float, Experience], temp: float) -> Experience | None:
 def merged(
     stored: Experience | None, policy: Policy, base: Experience | None, rounds: int, added: int
 ) -> Experience:
-    """What is stored, and what a policy has learned since it had `base` to go on.
+    """What is stored, and what a policy has learned since it started from `base`.
 
     base           what was stored when this process last read or wrote it
-    rounds, added  that the policy had seen, and samples that it had taken, then
+    rounds, added  rounds that the policy had seen, and samples it had taken, at that time
     """
     mine = Experience.of(policy)
     if stored is None or base is None or stored.predicted.shape != mine.predicted.shape:

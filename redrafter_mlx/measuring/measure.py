@@ -1,8 +1,8 @@
 """Times of real passes and drafts, taken so that the clock is not fooled.
 
 Every pass takes its tokens from the one before, so none can start early or be left out. All sizes
-are visited in turn and back again, over and over: what slows the machine down slows down all of
-them, is recognised by that, taken out and reported.
+are visited in turn and back again, over and over: whatever slows the machine down slows all of them
+down, so it can be recognised, taken out and reported.
 
 Shape letters: N rows, R repeats, K things measured.
 """
@@ -31,21 +31,21 @@ from redrafter_mlx.target.adapter import Target
 
 PLAIN_ROUNDS = 3
 DRIFT = 0.10
-"""Relative change of the machine's speed during a measurement that is worth saying."""
+"""Relative change of the machine's speed during a measurement that is worth reporting."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Times (K, R) of K things, measured in R turns, and what they say.
+    """Times (K, R) of K things, measured in R turns.
 
-    Each turn measured all of them, so a turn's common factor is the machine's, not theirs.
+    Each turn measures all of them, so a factor common to a turn is the machine's, not theirs.
     """
 
     seconds: np.ndarray
 
     @property
     def speeds(self) -> np.ndarray:
-        """(R,) how slow the machine was in each turn, 1 in the typical one."""
+        """(R,) how slow the machine was in each turn, relative to the typical one."""
         typical = np.median(self.seconds, axis=1, keepdims=True)
         return np.median(self.seconds / typical, axis=0)
 
@@ -56,7 +56,7 @@ class Timings:
 
     @property
     def spread(self) -> float:
-        """Half the middle half of a thing's repeats, relative, where it is widest."""
+        """Half the interquartile range over the median, of the thing where that is largest."""
         quarter, middle, rest = np.percentile(self.seconds / self.speeds, [25, 50, 75], axis=1)
         return float(np.max((rest - quarter) / 2 / middle))
 
@@ -67,11 +67,11 @@ class Timings:
         return float(np.median(self.speeds[-third:]) / np.median(self.speeds[:third]) - 1)
 
     def complaint(self) -> str | None:
-        """One line if the machine did not run evenly."""
+        """One line if the machine did not run evenly, else None."""
         if self.drift > DRIFT:
             return (
-                f"the machine slowed down by {self.drift:.0%} while it was measured, as one does "
-                "that gets hot: ratios are corrected for that, but measure again when it is cool"
+                f"the machine slowed down by {self.drift:.0%} while it was measured, as if it got "
+                "hot: ratios are corrected for that, but measure again when it is cool"
             )
         if self.drift < -DRIFT or self.spread > DRIFT:
             return (
@@ -90,8 +90,8 @@ def measure_passes(
 ) -> Timings:
     """Time passes over trees of 1, ... N rows after the tokens `text`, interleaved.
 
-    One row is a round of plain decoding, which the device works on while the host prepares the
-    next; more rows are a pass as the loop makes it, until its tokens are read.
+    One row is a round of plain decoding, during which the host prepares the next one; more rows are
+    a pass as the loop makes it, until its tokens are read.
     """
     context = target.prefill(text, chunk=512)
     seconds = np.zeros((len(rows), turns))
@@ -124,7 +124,7 @@ def _plain_round(target: Target, context: Context, clock) -> tuple[float, Contex
 
 
 def _tree_pass(target: Target, context: Context, rows: int, clock) -> tuple[float, Context]:
-    """Seconds of one pass over a tree, of which nothing is kept; the next one's context."""
+    """Seconds of one pass over a tree, of which nothing is committed; the next one's context."""
     tree = bushy_tree(rows, int(device.read(context.pending)[0][0]), target.vocab_size)
     began = clock()
     outcome = target.verify(context, tree)
@@ -136,7 +136,7 @@ def _tree_pass(target: Target, context: Context, rows: int, clock) -> tuple[floa
 
 
 def bushy_tree(rows: int, root: int, vocab_size: int) -> TokenTree:
-    """A tree as drafts have them: two children of each node, the likelier one further down."""
+    """A tree shaped like drafts: two children of each node, and deeper below the likelier one."""
     nodes = np.arange(rows - 1)
     parents = (nodes - 2) // 2
     tokens = (root + 1 + nodes) % vocab_size
@@ -151,7 +151,7 @@ def measure_drafts(
     turns: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Time drafts after the tokens `text`, interleaved, reading their nodes included."""
+    """Time drafts after the tokens `text`, interleaved, until their nodes are read."""
     drafter.reset()
     context = target.prefill(text, chunk=512)
     seconds = np.zeros((len(settings), turns))
@@ -181,10 +181,10 @@ LOOK = 1.0
 LOOK_SHARE = 0.03
 """or this share of the time that plain decoding takes for the answer, if that is more."""
 LOOK_ROWS, LOOK_AT_LEAST = (1, 2, 4, 8, 16, 32, 64), 5
-"""Sizes, and how many of them whatever it takes: a price that nobody asked for is no price."""
+"""Sizes, and how many of the first are timed however long it takes: a guess is no price."""
 LOOK_TURNS = 3
 LOOK_DRAFTS = 0.1
-"""Seconds for drafts."""
+"""Seconds for timing drafts."""
 
 
 def look_at_passes(
@@ -194,15 +194,15 @@ def look_at_passes(
     spent: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, float]:
-    """Seconds of passes by rows after a prompt, of which nothing is kept.
+    """Seconds of passes by rows after a prompt, of which nothing is committed.
 
-    tokens  that the answer may have
-    spent   seconds of the look that are over
+    tokens  most tokens of the answer
+    spent   seconds that the look has taken already
 
-    Sizes are visited in turn, the smaller ones once at least, and trees again as long as there is
-    time for it; of two times the smaller one counts, and none more than that of a larger tree: what
-    makes a pass look dear for once is something else. The first pass of all is not timed. A size
-    that looks dear as none can be, twice, is the last: something else is using the machine.
+    Sizes are visited in turn, the smaller ones at least once, and trees again while there is time.
+    The least time of a size counts, and no size costs more than a larger one: a single dear pass
+    was disturbed by something else. The very first pass is not timed. If a size looks impossibly
+    dear twice, no larger one is timed: something else is using the machine.
     """
     began = clock()
     timed = lambda rows: _timed_pass(target, context, rows, clock)
@@ -226,9 +226,9 @@ def look_at_drafts(
     settings: Sequence[Setting],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Setting, float]:
-    """Seconds of drafts after a prompt by setting: of the first one, and of others as time allows.
+    """Seconds of drafts after a prompt by setting: the first one, and others as time allows.
 
-    The first draft of all is not timed: it reads the prompt. Of several times the least counts.
+    The very first draft is not timed, as it reads the prompt. The least time of a setting counts.
     """
 
     draft = lambda setting: _timed_draft(drafter, context, setting, clock)
@@ -244,7 +244,7 @@ def time_of_draft(
     setting: Setting,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds of a draft, the less of two after one that may read the text."""
+    """Seconds of a draft, the lesser of two after one that may read the text."""
     return min([_timed_draft(drafter, context, setting, clock) for _ in range(3)][1:])
 
 
@@ -257,14 +257,14 @@ def _timed_draft(drafter: Drafter, context: Context, setting: Setting, clock) ->
 def time_of_pass(
     target: Target, context: Context, rows: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Seconds of a pass over a tree, the less of two; nothing is kept of it."""
+    """Seconds of a pass over a tree, the lesser of two; nothing is committed."""
     return min(_timed_pass(target, context, rows, clock) for _ in range(2))
 
 
 def _in_turn(things: Sequence, measure: Callable, times: dict, end: float, clock) -> None:
-    """Fill `times` with the least of each thing, in a few turns, while one fits in before `end`.
+    """Fill `times` with the least of each thing, in a few turns, if it can be done before `end`.
 
-    What was not measured yet is thought to take twice as long as the one before it.
+    A thing not measured yet is assumed to take twice as long as the one before it.
     """
     for _ in range(LOOK_TURNS):
         last = 0.0
@@ -276,25 +276,19 @@ def _in_turn(things: Sequence, measure: Callable, times: dict, end: float, clock
 
 
 def _timed_pass(target: Target, context: Context, rows: int, clock) -> float:
-    """Seconds of a pass; of one row in plain decoding, where the next one is built meanwhile.
+    """Seconds of a pass; of one row as in plain decoding, where the next is built meanwhile.
 
-    How much of the host's work that hides is the device's affair: on a CPU next to nothing.
+    How much of the host's work that hides depends on the device: on a CPU next to nothing.
     """
-    if rows == 1:
-        return _timed_rows(target, context, clock)
-    tree = bushy_tree(rows, int(device.read(context.pending)[0][0]), target.vocab_size)
-    began = clock()
-    outcome = target.verify(context, tree)
-    device.read(mx.argmax(outcome.logits, axis=-1))
-    spent = clock() - began
-    context.caches.commit([])
-    return spent
+    if rows > 1:
+        return _tree_pass(target, context, rows, clock)[0]
+    return _timed_row(target, context, clock)
 
 
-def _timed_rows(target: Target, context: Context, clock, passes: int = 2) -> float:
-    """Seconds of each of some passes over one row, the one before which is not timed."""
+def _timed_row(target: Target, context: Context, clock) -> float:
+    """Seconds of each of two passes over one row, after one that is not timed."""
     pending, began = context.pending, 0.0
-    for number in range(1 + passes):
+    for number in range(3):
         if number == 1:
             device.read(pending)
             began = clock()
@@ -303,4 +297,4 @@ def _timed_rows(target: Target, context: Context, clock, passes: int = 2) -> flo
         mx.async_eval(pending)
         context.caches.commit([])
     device.read(pending)
-    return (clock() - began) / passes
+    return (clock() - began) / 2

@@ -1,4 +1,4 @@
-"""The picture of a measured profile: what rows cost, and what budgets would give."""
+"""The picture of a measured profile: what rows cost, and the speedup that budgets would give."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Profile:
     curve        seconds of passes
     drafts       seconds of drafts by setting; empty without a drafter
     experiences  what is known of drafts, by search and temperature (`experience_key`)
-    summary      what the measuring command had to say; nobody's input
+    summary      what the measuring command concluded; for people, never read back
     """
 
     identity: dict[str, str]
@@ -79,7 +79,7 @@ class Profile:
 
 
 def experience_key(full: Setting, temp: float) -> str:
-    """Under which name a profile keeps what it knows of a search at a temperature."""
+    """The name under which a profile keeps what it knows of a search at a temperature."""
     return f"{full.width}x{full.length} at {temp:.1f}"
 
 
@@ -88,7 +88,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def identify(target: Target, drafter: Drafter | None) -> dict[str, str]:
-    """What a measurement of this pair depends on, as words that can be compared."""
+    """What a measurement of this pair depends on, as text that can be compared."""
     system = f"{platform.system()} {platform.machine()}"
     return {
         "machine": f"{device.chip()}, {system}, {os.cpu_count()} cores",
@@ -120,7 +120,7 @@ def _modules(thing: Any) -> Iterator[nn.Module]:
 
 
 def _fingerprint(modules: Any) -> str:
-    """12 hex digits of names, shapes, types and a corner of each weight."""
+    """12 hex digits, from the name, shape, type and one corner of each weight."""
     parameters = [entry for module in modules for entry in tree_flatten(module.parameters())]
     corners = [x[(slice(0, 4),) * x.ndim].astype(mx.float32) for _, x in parameters]
     digest = hashlib.sha256()
@@ -144,7 +144,7 @@ def save(profile: Profile) -> Path:
 
 
 def update(identity: dict[str, str], change: Callable[[Profile | None], Profile]) -> Path:
-    """Write what `change` makes of the stored profile, while no other process does the same.
+    """Write what `change` makes of the stored profile; other processes wait meanwhile.
 
     Raises OSError if it cannot.
     """
@@ -160,9 +160,9 @@ _UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Recursion
 
 
 def load(identity: dict[str, str], is_told: bool = True) -> Profile | None:
-    """The stored profile; None without one, and with one line when it cannot be used.
+    """The stored profile; None if there is none, or if it cannot be used.
 
-    is_told  whether to say that line
+    is_told  whether to log why it cannot be used
     """
     path = profile_path(identity)
     try:

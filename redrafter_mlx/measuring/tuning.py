@@ -25,7 +25,7 @@ from redrafter_mlx.pricing.policy import MOST_NODES, settings_within
 from redrafter_mlx.target.adapter import Target
 
 ROWS = (*range(1, 17), 18, 20, 24, 28, 32, 33, 40, 48, 56, 64)
-"""Sizes that are timed: where kernels change, costs jump, mostly below 16."""
+"""Sizes that are timed: costs jump where kernels change, mostly below 16."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Tuning:
     """What was measured and what follows from it.
 
     speedups    context -> (N + 1,) expected speedup by budget, with the best search for each
-    verdicts    a line for each context
-    complaints  what was wrong with the measurement
+    verdicts    one line for each context
+    complaints  what disturbed the measurement
     """
 
     profile: Profile
@@ -80,7 +80,7 @@ def tune(
     for i, prompt in enumerate(prompts, start=1):
         progress(f"answer {i} of {len(prompts)}")
         recordings.append(
-            record(target, drafter, prompt, options.tokens, full, SamplingOptions(), list(ends))
+            record(target, drafter, prompt, options.tokens, full, SamplingOptions(), ends)
         )
     if not any(len(d.candidates.tokens) for r in recordings for d in r.drafts):
         found = _without_drafter(Profile(identity, curve), passes)
@@ -103,7 +103,7 @@ def tune(
 def yields_of(
     recordings: Sequence[Recording], settings: Sequence[Setting]
 ) -> dict[Setting, np.ndarray]:
-    """Tokens per round by setting and budget, as far as there are candidates."""
+    """Tokens per round by setting and budget, up to the most candidates that there were."""
     most = max(len(d.candidates.tokens) for r in recordings for d in r.drafts) + 1
     return {
         setting: tokens_per_round(recordings, setting, min(most, MOST_NODES))
@@ -143,7 +143,7 @@ def verdict(choice: Choice, curve: CostCurve, drafts: dict[Setting, float], cont
 
 
 def _without_drafter(profile: Profile, passes: Sequence[Timings]) -> Tuning:
-    """What a drafter would have to yield."""
+    """The verdict without a drafter: what one would have to yield."""
     verdicts = []
     for context, seconds in zip(profile.curve.contexts, profile.curve.seconds, strict=True):
         needed = ", ".join(

@@ -14,7 +14,7 @@ from redrafter_mlx.rounds.round import Context, Step
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 SEVERAL = 16
-"""Rounds from which on a text without drafts is worth a word, and how rare they are then."""
+"""Rounds after which the user is told that drafting does not pay, if one in as many had a tree."""
 
 
 class Budget(Protocol):
@@ -27,23 +27,23 @@ class Budget(Protocol):
     def length(self) -> int: ...
 
     def plan(self, context: Context) -> bool:
-        """A round begins: whether to draft. Sets `width` and `length` for it."""
+        """Whether to draft in the round that begins. Sets `width` and `length` for it."""
 
     def search(self, found: Candidates) -> bool:
-        """Whether to search beside what was found without. Sets `width` and `length` for it."""
+        """Whether to search for more than `found`, what needed no search. Sets width and length."""
 
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
 
     def observe(self, tree: TokenTree, step: Step) -> None:
-        """Told after each round what was verified and what became of it."""
+        """Called after each round with what was verified and the outcome."""
 
 
 @dataclass(frozen=True)
 class FixedBudget:
     """Always the same size: the `nodes` likeliest of all candidates, or, for 0, just the beams.
 
-    A tree of one node is no draft at all.
+    With one node nothing is drafted.
     """
 
     width: int
@@ -88,14 +88,15 @@ class AutoBudget:
     """One text's use of a Policy: tells it what each round cost.
 
     A round lasts until the next one begins, so that everything is priced: passes, reading, and
-    what the caller does with the tokens. The device works on while the host takes a plain round's
-    token, so a plain round is timed after another one only, and a drafted one only when it did
-    not wait for a round before it. The first draft of a text is not priced: it may read the prompt.
-    A draft of which nothing is verified costs what its round takes longer than a plain one: beside
-    itself the host's work that a plain round hides, which is most of it on a fast device.
+    what the caller does with the tokens. The device goes on working while the host reads a plain
+    round's token, so a plain round is timed only after another plain one, and a drafted one only if
+    it did not wait for the round before it. The first draft of a text is not priced: it may read
+    the prompt. A draft of which nothing is verified costs the time by which its round exceeds a
+    plain one: its own, and the host's work that a plain round hides, which on a fast device is
+    most of it.
 
-    look_again  measures passes and drafts anew when it is doubtful that what is known of them
-                holds; whether it did measure anything
+    look_again  measures passes and drafts anew when their known costs are in doubt; whether it
+                measured anything
     """
 
     policy: Policy
@@ -132,7 +133,8 @@ class AutoBudget:
 
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
-        return self.policy.choose(Setting(self.width, self.length), candidates, self._position)
+        setting, position = Setting(self.width, self.length), self._round.position
+        return self.policy.choose(setting, candidates, position)
 
     def observe(self, tree: TokenTree, step: Step) -> None:
         last = self._round
@@ -147,17 +149,13 @@ class AutoBudget:
 
     @property
     def note(self) -> str:
-        """What the user should know; nothing while speculation pays."""
+        """What the user should know; empty while drafting pays."""
         if self._rounds < SEVERAL or self._trees * SEVERAL > self._rounds:
             return ""
         return (
             f"drafting does not pay here: {self._trees} of {self._rounds} rounds had a draft worth "
-            "a pass; python -m redrafter_mlx.tune measures why"
+            "verifying; python -m redrafter_mlx.tune measures why"
         )
-
-    @property
-    def _position(self) -> int:
-        return self._last.position if self._last else 0
 
     @property
     def _round(self) -> _Round:
@@ -178,5 +176,5 @@ class AutoBudget:
         elif before is not None and before.setting and before.is_known == last.is_known:
             plain, alone = float(costs.at(last.position, 1)[1]), seconds - last.draft_seconds
             drafts.observe(last.setting, max(seconds - plain, last.draft_seconds))
-            if alone < plain:  # a plain round takes no longer than that
+            if alone < plain:  # a plain round cannot take longer than that
                 costs.observe(1, last.position, alone)

@@ -10,35 +10,36 @@ from redrafter_mlx.rounds.tree import Candidates
 
 
 class Calibration:
-    """Accepted against predicted: slowly by depth and by how sure the drafter was, fast by text.
+    """Accepted over predicted: a slow part by depth and drafter's probability, a fast one by text.
 
-    Slowly: a drafter's probability q of a node is scaled by (accepted + K r) / (predicted + K),
-    summed over the nodes of its depth and of its q's size (a factor of two), where r is the same
-    ratio for the whole depth, which starts from 1. So a cell with little evidence follows its
-    depth, a depth with little evidence the drafter.
+    Slow: a drafter's probability q of a node is scaled by (accepted + K r) / (predicted + K),
+    summed over the nodes of its depth whose q is in the same bin (a factor of two wide), where r is
+    the same ratio for the whole depth, with a prior of 1. So a bin with little evidence follows its
+    depth, and a depth with little evidence follows the drafter.
 
-    Fast: texts differ in how predictable they are, and a few rounds show it. The chance of each
-    step from an accepted node to a child is scaled by one more such ratio, of the latest rounds;
-    by one above 1 its odds, or a long chain of likely steps would become a certain one.
+    Fast: texts differ in how predictable they are, and a few rounds show it. The probability of
+    each step from an accepted node to a child is scaled by one more such ratio, of the latest
+    rounds. A ratio above 1 scales its odds instead, or a long chain of likely steps would become
+    certain.
 
-    What was searched for and what was found without a search (`Candidates.always`) count apart:
-    they come from different drafters, and the one may be useless where the other is not.
+    Candidates from a search and those found without one (`Candidates.always`) count apart: they
+    come from different drafters, and one may be useless where the other is not.
 
-    predicted, accepted  (2, depths, BINS) sums of the slow part: searched, found without
-    rounds               that passed since it was made
+    predicted, accepted  (2, depths, BINS) sums of the slow part: with a search, without
+    rounds               since it was made
     """
 
     BINS = 8
     FADE = 0.999
-    """Weight of a round in the next one, in the slow part."""
+    """Factor by which a round's weight falls with each later round, in the slow part."""
     PRIOR = 3.0
     """K: the acceptances that a prior is worth."""
     TEXT_FADE, TEXT_PRIOR = 0.99, 2.0
-    """The same of the fast part."""
+    """FADE and PRIOR of the fast part."""
     TEXT_RANGE = 0.1, 4.0
     """Least and largest ratio of the fast part."""
     SUREST = 0.99
-    """Most that a step is worth."""
+    """Highest probability of a step."""
 
     def __init__(self, depths: int, predicted=None, accepted=None):
         shape = (2, depths, self.BINS)
@@ -52,7 +53,7 @@ class Calibration:
         self._text = np.zeros((2, 2))  # predicted and accepted steps of the latest rounds
 
     def probabilities(self, candidates: Candidates) -> np.ndarray:
-        """(M,) probability of each candidate to be accepted; a child's is at most its parent's."""
+        """(M,) probability that each candidate is accepted; a child's is at most its parent's."""
         c, steps = candidates, self._steps_of(candidates)
         likelier = self.text_ratios[c.always.astype(int)] * steps
         steps = np.minimum(likelier / np.maximum(1.0, 1 - steps + likelier), self.SUREST)
@@ -68,7 +69,7 @@ class Calibration:
         return np.clip(accepted / predicted, *self.TEXT_RANGE)
 
     def observe(self, candidates: Candidates, verified: np.ndarray, path: list[int]) -> None:
-        """Of the candidates some were verified, and a path from the root's child on accepted."""
+        """Learn from a round: the candidates verified, and the accepted path below the root."""
         c, parents = candidates, candidates.parents[verified]
         steps = self._steps_of(c)[verified]
         offered, accepted = np.isin(parents, [-1, *path]), np.isin(verified, path)
@@ -80,7 +81,7 @@ class Calibration:
     def count(
         self, candidates: Candidates, path: list[int], verified: np.ndarray | None = None
     ) -> None:
-        """One round for the slow part: which candidates were accepted, of all or those verified."""
+        """One round for the slow part: which of the verified candidates (or all) were accepted."""
         if verified is None:
             verified = np.arange(len(candidates.tokens))
         cells = tuple(axis[verified] for axis in self._cells(candidates))
@@ -89,18 +90,18 @@ class Calibration:
         self._ratios = self._latest = None
 
     def begin_text(self) -> None:
-        """What is known of the text holds no more."""
+        """Forget what is known of the last text."""
         self._text[:] = 0.0
 
     def doubt(self) -> None:
-        """Let what is known count no more, at each depth, than the prior does."""
+        """Let what is known weigh no more, at each depth, than the prior."""
         weight = self.predicted.sum(axis=-1, keepdims=True)
         shrink = np.minimum(1.0, self.PRIOR / np.maximum(weight, 1e-9))
         self.predicted, self.accepted = shrink * self.predicted, shrink * self.accepted
         self._ratios = self._latest = None
 
     def pass_round(self) -> None:
-        """A round begins: what is known counts a little less, of this text and of all."""
+        """A round begins: what is known of this text and of all texts weighs a little less."""
         self.rounds += 1
         self._text *= self.TEXT_FADE
         self.predicted *= self.FADE
@@ -108,7 +109,7 @@ class Calibration:
         self._ratios = self._latest = None
 
     def _steps_of(self, candidates: Candidates) -> np.ndarray:
-        """(M,) probability of each one's last step, as other texts have it."""
+        """(M,) probability of each one's last step, from the slow part alone."""
         if self._ratios is None:
             self._ratios = self._fit()
         if self._latest is not None and self._latest[0] is candidates:

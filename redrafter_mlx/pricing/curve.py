@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SHORTEST = 1e-7
-"""Seconds that anything takes at least, whatever a coarse clock says."""
+"""Least seconds that anything takes, whatever a coarse clock says."""
 
 UNEVEN = 1.25
-"""How far one measurement may be off another on a machine that does nothing else."""
+"""Largest ratio of two measurements of the same thing on a machine that does nothing else."""
 
 
 def is_impossible(rows: Any, seconds: Any, alone: Any) -> Any:
-    """Whether a pass of so many rows looks dearer than its rows one after the other.
+    """Whether a pass over `rows` rows looks dearer than its rows one after the other.
 
-    None can be; one row more is for what the host does. Numbers, or arrays that broadcast.
+    No pass is; one more row is allowed for the host's work. Numbers, or arrays that broadcast.
     """
     return seconds > UNEVEN * alone * (rows + 1)
 
@@ -45,7 +45,7 @@ class CostCurve:
     rows      (R,) ascending: rows of the pass; the first is 1, a round of plain decoding
     seconds   (C, R)
 
-    Raises ValueError when that is not what it is given.
+    Raises ValueError for anything else.
     """
 
     contexts: Sequence[int]
@@ -73,8 +73,7 @@ class CostCurve:
     def at(self, context: int, most: int) -> np.ndarray:
         """(most + 1,) seconds of a pass over as many rows as the index says; 0 rows cost nothing.
 
-        Between measurements lines are drawn; beyond the last one its slope goes on, or none where
-        that falls.
+        Linear between measurements; beyond the last one the slope continues, if it is not negative.
         """
         here = self._after(context)
         rows = np.arange(most + 1)
@@ -103,9 +102,9 @@ class CostCurve:
         return np.asarray(self.seconds, float)
 
     def with_context(self, context: int, seconds: Mapping[int, float]) -> CostCurve:
-        """The curve with passes of one more context, in place of what it said of that before.
+        """The curve with the times of one context added or replaced.
 
-        seconds  by rows, of one row at least; between and beyond them as `at` does it
+        seconds  by rows, of one row at least; between and beyond them as in `at`
         """
         own = CostCurve([context], sorted(seconds), [[seconds[n] for n in sorted(seconds)]])
         kept = {c: row for c, row in zip(self.contexts, self.seconds, strict=True) if c != context}
@@ -124,8 +123,9 @@ class CostCurve:
 class Recent:
     """The typical value of the latest measurements of one thing.
 
-    One measurement is none: the first pass of a shape compiles kernels. Of two it is the smaller,
-    of more the median of the last five. After a pause of STALE none of the older ones counts.
+    A single measurement does not count: the first pass of a shape compiles kernels. Of two the
+    smaller one counts, of more the median of the last five. After a pause of STALE the older ones
+    are forgotten.
     """
 
     STALE = 128
@@ -150,14 +150,14 @@ class Recent:
 
 
 class Untried:
-    """Rounds since something was last tried: what it costs may have become less meanwhile."""
+    """Rounds since something was last tried: its cost may have fallen meanwhile."""
 
     def __init__(self):
         self._rounds, self._most = 0, Recent.STALE
 
     @property
     def is_long(self) -> bool:
-        """Whether it should be looked at."""
+        """Whether its cost should be measured again."""
         return self._rounds >= self._most
 
     def count(self, is_tried: bool) -> None:
@@ -165,7 +165,7 @@ class Untried:
         self._rounds = 0 if is_tried else self._rounds + 1
 
     def confirm(self) -> None:
-        """It was looked at, and costs what it did: the next time may be later."""
+        """It was measured and costs what it did: the next time may be later."""
         self._rounds, self._most = 0, 4 * self._most
 
 
@@ -173,20 +173,20 @@ class LiveCosts:
     """What passes cost here and now: a measured curve, corrected by the rounds that ran.
 
     Single passes vary by more than a row costs, and the cheapest-looking size is the likeliest to
-    have been measured too low. So all sizes share one correction, and each has a share of its own
-    that grows with its evidence, plain rounds the fastest: they are another kind of thing, and
-    rarely timed. No pass costs less than one over a single row: where it looks so, the machine has
+    have been measured too low. So all sizes share one correction, and each has one of its own whose
+    weight grows with its evidence; that of plain rounds grows fastest, as they are rarely timed and
+    differ in kind. No pass costs less than one over a single row: if it looks so, the machine has
     changed since the single row was timed.
 
     untried  rounds since a tree was verified
     """
 
     FORGET = 256
-    """Passes after which a measurement counts no more: contexts grow and machines get warm."""
+    """Passes after which a measurement no longer counts: contexts grow and machines get warm."""
     DOUBT = 12.0
-    """Measurements of a size that weigh as much as the curve's word on it; of one row, one."""
+    """Measurements of a size that weigh as much as the curve; for one row a single one does."""
     PROOF = 3
-    """Measurements of a size from which on they may say that the curve is wrong altogether."""
+    """Measurements of a size that suffice to show that the curve as a whole is wrong."""
 
     def __init__(self, curve: CostCurve):
         self.curve = curve
@@ -198,8 +198,8 @@ class LiveCosts:
     def is_outdated(self) -> bool:
         """Whether passes take far less time now than the curve says.
 
-        What else runs only ever makes them take more, so the curve is of a time of trouble, or of
-        a slower mode of the machine. What more rows cost then says little about now.
+        Other programs only ever make them take longer, so the curve was measured in a time of
+        trouble, or in a slower mode of the machine. Its cost of more rows says little about now.
         """
         return any(value * UNEVEN < 1 for value in self._proven)
 
@@ -214,7 +214,7 @@ class LiveCosts:
         return [r.value for r in known if r.value is not None and len(r) >= self.PROOF]
 
     def _known(self) -> dict[int, Recent]:
-        """What was measured of late, by rows."""
+        """What was measured recently, by rows."""
         return {
             rows: recent
             for rows, recent in sorted(self._recent.items())
@@ -234,12 +234,12 @@ class LiveCosts:
         return seconds
 
     def corrected(self, context: int) -> dict[int, float]:
-        """Seconds by rows, of the curve's rows, as they look now after `context` tokens."""
+        """Seconds by rows, for the curve's rows, as passes cost now after `context` tokens."""
         seconds = self.at(context, self.curve.rows[-1])
         return {rows: float(seconds[rows]) for rows in self.curve.rows}
 
     def _correction(self, most: int) -> np.ndarray:
-        """(most + 1,) by what the curve is to be multiplied."""
+        """(most + 1,) factors of the curve."""
         known = self._known()
         if not known:
             return np.ones(most + 1)
@@ -258,9 +258,9 @@ class LiveDraftCosts:
     measured  seconds of some settings
     untried   rounds since a search was made
 
-    A search takes something once, something for each step, and something for each beam of a step
-    (steps are what takes time: on a CPU one of four beams 10 to 60 % more than one of one). So what
-    a setting costs that was not measured follows from those that were.
+    The cost of a search is a constant, a part for each step, and a part for each beam of a step
+    (steps take most of it: on a CPU one of four beams costs 10 to 60 % more than one of one beam).
+    So the cost of a setting that was not measured follows from those that were.
     """
 
     def __init__(self, measured: Mapping[Setting, float] | None = None):
@@ -271,7 +271,7 @@ class LiveDraftCosts:
         self.untried = Untried()
 
     def pass_round(self) -> None:
-        """A round begins, drafted or not: what drafts took lately is a round older."""
+        """A round begins, drafted or not: the recent times of drafts are one round older."""
         self._now += 1
 
     def observe(self, setting: Setting, seconds: float) -> None:
@@ -280,7 +280,7 @@ class LiveDraftCosts:
         self._recent.setdefault(setting, Recent()).add(ratio, self._now)
 
     def of(self, setting: Setting) -> float:
-        """Seconds; 0 while nothing at all is known."""
+        """Seconds of a draft; 0 while nothing at all is known."""
         ratios = self._ratios()
         if setting in ratios:
             return ratios[setting] * self._base(setting)
@@ -291,20 +291,20 @@ class LiveDraftCosts:
 
     @property
     def is_shunned(self) -> bool:
-        """Whether rounds have passed and none of them, of late, had a draft that was timed."""
+        """Whether none of the recent rounds had a draft that was timed."""
         return self._now > 0 and not self._ratios()
 
     def least(self) -> dict[Setting, float]:
-        """Seconds of all settings that were measured or drafted, at their best.
+        """Least seconds of all settings that were measured or drafted.
 
-        What else runs only ever makes a draft take longer, and one that looks too dear is not
-        made, so nobody would find out. One that looks too cheap is, and then it is known.
+        Other programs only ever make a draft take longer, and one that looks too dear is not made,
+        so the error would stay. One that looks too cheap is made, and then its time is known.
         """
         tried = {*self.measured, *self._ratios()}
         return {s: min(self.of(s), self.measured.get(s, np.inf)) for s in tried}
 
     def _ratios(self) -> dict[Setting, float]:
-        """How far drafts of late were off what was measured before."""
+        """Recent times of drafts over those measured before."""
         return {
             setting: recent.value
             for setting, recent in self._recent.items()
@@ -312,7 +312,7 @@ class LiveDraftCosts:
         }
 
     def _base(self, setting: Setting) -> float:
-        """Seconds if measured, else what those that were say."""
+        """Seconds as measured, or as concluded from the settings that were."""
         if setting in self.measured:
             return self.measured[setting]
         return (
@@ -320,7 +320,7 @@ class LiveDraftCosts:
         )
 
     def _fit(self) -> np.ndarray:
-        """(3,) seconds of a search, of each of its steps, of each beam of a step."""
+        """(3,) seconds of a search, of each step, of each beam of a step, by least squares."""
         searches = {s: seconds for s, seconds in self.measured.items() if s.width}
         if not searches:
             return np.zeros(3)

@@ -1,6 +1,6 @@
-"""What is known of a drafter's drafts: how often they came true, and some of them as samples.
+"""What is known of a drafter's drafts: how often they were accepted, and some of them as samples.
 
-A head brings it in its directory (`experience.json`), a profile keeps it for one's own machine.
+A head brings it in its directory (`experience.json`); a profile keeps what this machine has seen.
 
 Shape letters: K depths, M candidates.
 """
@@ -34,8 +34,8 @@ class Experience:
 
     full     the widest and longest search
     predicted, accepted  (2, K, BINS) sums, as Calibration holds them
-    samples  drafts of the full search: of each its nodes' parents (M,) and log-probabilities (M,),
-             no tokens: nothing of a text is kept
+    samples  drafts of the full search: parents (M,) and log-probabilities (M,) of their nodes, but
+             no tokens, so that nothing of a text is kept
     """
 
     full: Setting
@@ -55,14 +55,14 @@ class Experience:
         return Calibration(self.full.length - 1, self.predicted, self.accepted)
 
     def within(self, full: Setting) -> Experience:
-        """As a narrower, shorter or longer search may use it."""
+        """As another search, narrower, shorter or longer, can use it."""
         if full == self.full:
             return self
         rows = np.minimum(np.arange(full.length - 1), self.full.length - 2)
         return Experience(full, self.predicted[:, rows], self.accepted[:, rows])
 
     def at_another_temperature(self) -> Experience:
-        """With no more weight than a prior: how often drafts come true depends on temperature."""
+        """With no more weight than a prior: acceptance depends on temperature."""
         known = self.calibration()
         known.doubt()
         return Experience(self.full, known.predicted, known.accepted, self.samples)
@@ -79,7 +79,7 @@ class Experience:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Experience:
-        """Raises ValueError, KeyError, TypeError or IndexError if `as_dict` did not make it."""
+        """What `as_dict` made; ValueError, KeyError, TypeError or IndexError if it did not."""
         width, length = content["full"]
         full = Setting(int(width), int(length))
         tables = Calibration(full.length - 1, content["predicted"], content["accepted"])
@@ -92,16 +92,16 @@ class Experience:
 def _sample(tree: Sequence[int], scores: Sequence[float]) -> Candidates:
     parents, logprobs = np.array(tree, int), np.array(scores, float)
     if parents.shape != logprobs.shape or parents.ndim != 1:
-        raise ValueError("a sample has not as many parents as log-probabilities")
+        raise ValueError("a sample has unequal numbers of parents and log-probabilities")
     if not (np.isfinite(logprobs) & (logprobs <= 0)).all():
-        raise ValueError("a sample has a log-probability that is none")
+        raise ValueError("a sample has a log-probability that is not finite and at most 0")
     if not ((parents >= -1) & (parents < np.arange(len(parents)))).all():
         raise ValueError("a sample has a node before its parent")
     return Candidates(0, np.zeros(len(parents), int), parents, logprobs, np.zeros(0, int))
 
 
 def as_text(experiences: dict[float, Experience]) -> str:
-    """The text of `experience.json`: what is known by temperature."""
+    """The text of `experience.json`: what is known, by temperature."""
     content = {"format": FORMAT, "by_temperature": {
         f"{temp:g}": each.as_dict() for temp, each in sorted(experiences.items())
     }}  # fmt: skip
@@ -109,7 +109,7 @@ def as_text(experiences: dict[float, Experience]) -> str:
 
 
 def read(directory: Path) -> dict[float, Experience]:
-    """By temperature, what a head's directory says; one line if it cannot be used."""
+    """By temperature, what a head's directory says; empty, with a warning, if it cannot be used."""
     path = directory / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
 """Which tree is worth its price, how far to search for it, and whether to draft at all.
 
-Tokens per second over a whole text are maximised by doing, in each round, what promises most
+Tokens per second over a whole text are maximised by choosing, in each round, what promises most
 
     (expected tokens) - rate x (its seconds),
 
 where rate is the tokens per second that this yields (Dinkelbach's rule for a ratio). Taking the
 best ratio of each round alone would verify too little in good rounds and too much in bad ones.
-Plain decoding, looking for what costs no search, a search and its tree are weighed by this alone.
+Plain decoding, a lookup without a search, a search and its tree are weighed by this alone.
 
 Shape letters: I samples, M candidates, N nodes, S settings, W beam width, L beam length.
 """
@@ -37,10 +37,10 @@ def settings_within(full: Setting) -> list[Setting]:
 
 
 class Samples:
-    """Drafts of the full search, and which of their nodes each narrower or shorter one had found.
+    """Drafts of the full search, and which of their nodes a narrower or shorter one would find.
 
-    What a search will find is not known before it was made. What it found elsewhere is, and what
-    that is worth here follows from the calibration, the costs and the rate of the moment.
+    What a search will find is not known before it is made. What it found elsewhere is, and what
+    that would be worth now follows from the calibration, the costs and the rate.
 
     candidates  those that were seen before, oldest first
     """
@@ -57,7 +57,7 @@ class Samples:
         self.added = 0
 
     def add(self, candidates: Candidates) -> None:
-        """What a full search scored."""
+        """Keep what a full search scored."""
         within = {s.width: candidates.within(s.width) for s in self.settings}
         within[self.full.width] = np.ones(len(candidates.tokens), bool)
         deep = {s.length: candidates.depths < s.length for s in self.settings}
@@ -88,22 +88,22 @@ class Policy:
     draft_costs  of drafts
     calibration  of node probabilities
     samples      drafts of the full search
-    looks        whether the drafter finds something without a search: it is asked for that first
+    looks        whether the drafter finds candidates without a search: it is asked for these first
     searches     whether it searches
 
-    Each expectation is made of what was seen and of a prior, and what was seen fades with every
-    round, drafted or not. So a drafter that lost is tried again when so little is left of the
-    evidence against it that the prior outweighs it: the less, the more there was.
+    Each expectation combines what was seen with a prior, and what was seen fades with every round,
+    drafted or not. So a drafter that lost is tried again once so little evidence against it is left
+    that the prior outweighs it; the more evidence there was, the later.
     """
 
     FADE = 0.98
-    """Weight of a look in the next round."""
+    """Factor by which the weight of a lookup's gain falls with each later round."""
     EAGER = 1.0
-    """Tokens that looking for what needs no search is thought to gain before any was made."""
+    """Tokens that looking for candidates without a search is assumed to gain at first."""
     SAMPLES, EVERY = 4, 16
     """Samples that a choice needs, and drafts after which one more is taken."""
     LOOK_AGAIN = 8
-    """Rounds after which it is reckoned anew what searches promise."""
+    """Rounds after which the promise of searches is computed anew."""
     SHARE = 1 / 8
     """Weight of the latest round in the rate."""
 
@@ -127,7 +127,7 @@ class Policy:
         self.begin_text()
 
     def begin_text(self) -> None:
-        """Another text begins: it may be another kind of text."""
+        """Another text begins, which may be of another kind."""
         self.calibration.begin_text()
         self._gained = self.EAGER
         self._tokens = self._seconds = 0.0  # of a round, fading averages
@@ -136,16 +136,16 @@ class Policy:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of this text; that of plain decoding at least."""
+        """Tokens per second of this text; at least that of plain decoding."""
         plain = 1 / self._costs[1]
         return max(plain, self._tokens / self._seconds) if self._rounds else plain
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether what passes cost should be looked at again.
+        """Whether costs should be measured again.
 
-        That is so when they cost much less than was known, and when drafts that might pay are not
-        made or verified for what that is known to cost: nobody would see that it costs less now.
+        That is so if passes take much less time than known, and if drafts that might pay have long
+        not been made or verified because of their known cost: a lower one would go unnoticed.
         """
         is_long_ago = self.costs.untried.is_long or (
             self.searches and self.draft_costs.untried.is_long
@@ -154,23 +154,24 @@ class Policy:
 
     @property
     def _might_pay(self) -> bool:
-        """Whether the drafter would be worth asking if a tree cost no more than a single row."""
+        """Whether drafting would pay if a tree cost no more than a single row."""
         if not len(self.samples):
             return True
         free = np.full(MOST_NODES + 1, 1.0)
         return self.samples.worth(self.calibration, free, 0.0)[:, -1].mean() > UNEVEN
 
     def plan(self, context: int) -> Setting | None:
-        """What to begin a round with, after `context` tokens; None: decode plainly.
+        """How a round begins after `context` tokens; None: plain decoding.
 
-        Of a drafter that finds something without a search it is to look for that.
+        A drafter that finds candidates without a search looks for these first.
         """
         self.calibration.pass_round()
         self.draft_costs.pass_round()
         self._gained = self.EAGER + self.FADE * (self._gained - self.EAGER)
         self._costs = self.costs.at(context, MOST_NODES)
-        if self._rounds % self.LOOK_AGAIN == 0 or self._worth is None:
-            self._worth = self._of_searches()
+        is_due = self._rounds % self.LOOK_AGAIN == 0 or self._worth is None
+        if is_due and len(self.samples):
+            self._worth = self.samples.worth(self.calibration, self._costs, self.rate)
         if self.looks and self._gained > 0:
             return self.no_search
         setting = self.search(None) if self.searches else None
@@ -180,7 +181,7 @@ class Policy:
         return self.no_search if self.looks else setting
 
     def search(self, found: Candidates | None) -> Setting | None:
-        """How far to search for more than what was found without; None: not at all."""
+        """How far to search for more than `found`, what needed no search; None: not at all."""
         nothing = 1 - self.rate * self._costs[1]
         if found is not None and len(found.tokens):
             probs = self.calibration.probabilities(found)
@@ -196,7 +197,7 @@ class Policy:
         return self.full if is_due else self.samples.settings[best]
 
     def choose(self, setting: Setting, candidates: Candidates, context: int) -> TokenTree:
-        """The tree to verify of what was found within a setting."""
+        """The tree to verify, of the candidates found within a setting."""
         c, probs = candidates, self.calibration.probabilities(candidates)
         values = _values(probs, self._costs, self.rate)
         nodes = 1 + int(np.argmax(values))
@@ -221,11 +222,6 @@ class Policy:
             accepted = self._candidates.follow(tree.tokens[path[1:]])
             self.calibration.observe(self._candidates, self._verified, accepted)
 
-    def _of_searches(self) -> np.ndarray | None:
-        if not len(self.samples):
-            return None
-        return self.samples.worth(self.calibration, self._costs, self.rate)
-
     def _count(self, tokens: float, seconds: float) -> None:
         self._rounds += 1
         share = max(self.SHARE, 1 / (1 + self._rounds))
@@ -236,7 +232,7 @@ class Policy:
 
 
 def joined(several: Sequence[Candidates]) -> Candidates:
-    """Candidates of several drafts in one, for asking about all of them at once."""
+    """Candidates of several drafts in one object, for computing on all of them at once."""
     starts = np.cumsum([0, *(len(c.tokens) for c in several)])
     parents = [
         np.where(c.parents < 0, -1, c.parents + start)

@@ -1,6 +1,6 @@
 """What the parts of a round hand to each other: Context -> TokenTree -> Outcome -> Verdict -> Step.
 
-Shape letters: N nodes, V vocabulary, E hidden size, C columns captured of it: E or a multiple.
+Shape letters: N nodes, V vocabulary, E hidden size, C captured columns: E or a multiple of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from redrafter_mlx.rounds.tree import TokenTree
 
 
 class Transcript:
-    """Every token so far. One that only the device knows yet is read when it is asked for."""
+    """Every token so far. Those that only the device knows yet are read when they are asked for."""
 
     def __init__(self, tokens: Sequence[int]):
         self._tokens: list[Any] = [int(token) for token in tokens]  # or arrays, unread yet
@@ -55,7 +55,7 @@ class View:
 
     @property
     def width(self) -> int:
-        """Columns of what is read."""
+        """Columns that are read."""
         return len(self.parts) * self.size
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -68,10 +68,10 @@ class View:
 
 
 class Trail:
-    """Captured hidden states C of all processed tokens, until every drafter that wants has read.
+    """Captured hidden states (C) of the processed tokens, kept until every drafter has read them.
 
-    readers  how many drafters there are that read it
-    start    tokens before the first one of which it knows anything
+    readers  how many drafters read it
+    start    tokens before the first one that it holds
     """
 
     def __init__(self, readers: int = 1, start: int = 0):
@@ -81,17 +81,17 @@ class Trail:
         self.start = self._length = start
 
     def add(self, hidden: mx.array) -> mx.array:
-        """Take in those (T, C) of the tokens processed next; what is kept of them."""
+        """Append the states (T, C) of the tokens processed next; returns the array that is kept."""
         self._pieces.append(mx.contiguous(hidden))
         self._length += len(hidden)
         return self._pieces[-1]
 
     def since(self, first: int, reader: object) -> mx.array | None:
-        """(T, C) from the `first` processed token on, which `reader` will not ask for again."""
+        """(T, C) from the `first` processed token on; `reader` will not ask for them again."""
         start = self._length
         found: list[mx.array] = []
         while start > first:
-            assert len(found) < len(self._pieces), "what all have read is gone"
+            assert len(found) < len(self._pieces), "these states were read by all and forgotten"
             found.append(self._pieces[-1 - len(found)])
             start -= len(found[-1])
         self._read[id(reader)] = self._length
@@ -114,7 +114,7 @@ class Context:
                 the target's own head reads, then the tapped layers'; zeros before the first token
     position    of the pending token
     transcript  every token up to and including the pending one
-    caches      the target's own memory of the text; nobody else's business
+    caches      the target's own memory of the text; only the target uses it
     noise       what sampling will add to the target's logits; None at temperature 0
     trail       of what was captured at all processed tokens; None if no drafter asked for it
     """
@@ -152,8 +152,8 @@ class Verdict:
 class Step:
     """One finished round: the tokens it added to the text, and where its time went.
 
-    accepted  drafted tokens of the path; they come first, the next pending token last
-    verdict   that the round ended with
+    accepted  drafted tokens of the path; the next pending token follows them
+    verdict   of the round
     logits    (len(accepted) + 1, V) the target's, row i for the i-th added token
     tree      that was verified
     draft_seconds, verify_seconds  of the round's wall time
@@ -173,7 +173,7 @@ class Step:
 
     @property
     def is_known(self) -> bool:
-        """Whether reading the tokens waits for nothing."""
+        """Whether the tokens can be read without waiting for the device."""
         return self.verdict.token is not None
 
     @cached_property

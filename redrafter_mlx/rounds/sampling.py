@@ -73,8 +73,9 @@ class Noise:
 
     key      (2,) uint32
     temp     () float32: temperature, which scales the noise
-    coupled  True: it will be added to the target's logits, so reckon with it. False: the target's
-             is another; draw the draft with this one, without replacement
+    coupled  True: the target's logits get the same noise, so the drafter should rank by it.
+             False: the target's noise is independent; draw the draft with this one, without
+             replacement
     """
 
     key: mx.array
@@ -107,12 +108,12 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Whether a choice is the plain argmax of the logits, which the device can take."""
+        """Whether a choice is the plain argmax of the logits, which the device can compute."""
         return self.options.temp == 0 and not self._penalties and not self._processors
 
     @property
     def noise(self) -> Noise | None:
-        """What drafts are made with; None: just the likeliest tokens."""
+        """The noise that drafts are made with; None: drafts are just the likeliest tokens."""
         rule, temp = self.options.rule, mx.array(self.options.temp)
         if self.options.temp == 0 or rule == "typical":
             return None
@@ -134,7 +135,7 @@ class Sampler:
     def scores(
         self, logits: np.ndarray, position: int, history: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Candidates and what they compete by, in units of logits.
+        """Candidates and the scores by which they compete, in units of logits.
 
         logits    (V,) float32 of the one row
         position  of the token to choose
@@ -152,7 +153,7 @@ class Sampler:
     def distribution(self, logits: np.ndarray, position: int, history: Sequence[int]) -> np.ndarray:
         """(V,) float64 probabilities of the token at `position`; arguments as of `scores`.
 
-        `choose` draws from it, to within the probability of tokens that no noise could let win.
+        `choose` draws from it, but for tokens so unlikely that no noise could let them win.
         """
         logits = self._process(logits, history)
         probs = np.zeros(len(logits))
@@ -183,7 +184,7 @@ class Sampler:
         top = logits.max()
         if o.xtc_probability > 0:
             ids = np.arange(len(logits))
-        else:  # what lies lower than this loses to the top token under any noise
+        else:  # below this a token loses to the top one under any noise
             reach = o.temp * (_HIGHEST_NOISE - _LOWEST_NOISE)
             ids = np.flatnonzero(logits >= top - reach)
         if 0 < o.top_p < 1:

@@ -12,14 +12,14 @@ from redrafter_mlx.rounds.round import Step
 
 @dataclass
 class Stats:
-    """Counts and times of one generation; complete at any moment of it.
+    """Counts and times of one generation, up to date at any moment.
 
-    cached_tokens of the prompt were known from earlier texts
-    rule          that drafts were verified by
+    cached_tokens tokens of the prompt that were known from earlier texts
+    rule          by which drafts were verified
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
-    sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth it
-    *_seconds     wall time; `decode_seconds` is that of all rounds, `draft` and `verify` their
-                  shares, `look_seconds` that of measuring what rounds cost, before them
+    sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth a row
+    *_seconds     wall time: `decode` of all rounds, `draft` and `verify` parts of it, `look` of
+                  measuring beforehand what rounds cost
     """
 
     prompt_tokens: int = 0
@@ -43,12 +43,12 @@ class Stats:
         self.prompt_seconds, self._began = now - self._began, now
 
     def start_decoding(self) -> None:
-        """What follows is decoding; what came since the prompt was a look at what it costs."""
+        """Decoding follows; the time since the prompt went into measuring what rounds cost."""
         now = time.perf_counter()
         self.look_seconds, self._began = now - self._began, now
 
     def read(self, step: Step) -> list[int]:
-        """The step's tokens; a wait for them is the verification's."""
+        """The step's tokens; waiting for them counts as verification."""
         began = time.perf_counter()
         tokens = step.tokens
         self.draft_seconds += step.draft_seconds
@@ -83,7 +83,7 @@ class Stats:
 
     @property
     def peak_memory(self) -> float:
-        """GB, of the whole process's arrays so far."""
+        """The most memory that the process's arrays have taken so far, in GB."""
         return mx.get_peak_memory() / 1e9
 
     def as_dict(self) -> dict:

@@ -18,7 +18,7 @@ PENDING = -1
 
 
 def likeliest(scores, budget: int) -> np.ndarray:
-    """Candidates, in their order, that a tree of `budget` nodes holds beside its root."""
+    """Indices, ascending, of the candidates that a tree of `budget` nodes holds beside its root."""
     order = np.argsort(-np.asarray(scores), kind="stable")
     return np.sort(order[: max(budget - 1, 0)])
 
@@ -59,8 +59,8 @@ class TokenTree:
         parents   (M,)   index of the parent among the candidates, -1 for children of the root
         logprobs  (M,)   cumulative log-probabilities; a child's is never above its parent's
         budget           most nodes of the tree, the root included
-        scores    (M,)   what nodes are chosen by instead, under the same rule: probabilities that
-                         were corrected, for example
+        scores    (M,)   what nodes are chosen by instead, such as corrected probabilities; the
+                         same rule holds
 
         Ancestors of a kept node are always kept: scores only fall with depth, and a parent comes
         before its children among the candidates.
@@ -80,8 +80,8 @@ class TokenTree:
     def from_beams(cls, beams, logprobs=None) -> TokenTree:
         """The prefix tree of some beams: the paper's dynamic tree attention (arXiv 2403.09919).
 
-        beams     (W, L)  token ids; every beam starts with the same pending token; a shorter one
-                          is filled up with -1
+        beams     (W, L)  token ids; every beam starts with the same pending token; shorter ones
+                          are padded with -1
         logprobs  (W, L)  cumulative log-probability of each prefix; without it a node scores by
                           the rank of the best beam through it
         """
@@ -110,7 +110,7 @@ class TokenTree:
 
     @classmethod
     def _depth_first(cls, tokens, parents, logprobs) -> TokenTree:
-        """Bring nodes, parents first but else in any order, into the order of rows."""
+        """Put nodes, whose parents come first, into the order of rows."""
         children: list[list[int]] = [[] for _ in tokens]
         for node, parent in enumerate(parents):
             if parent >= 0:
@@ -174,7 +174,7 @@ class DrawnTree(TokenTree):
     probs    (Q, D)  what was drawn from
     sources  (N,)    of each node: the row of `probs` that its children were drawn from, or -1
 
-    Which nodes the tree has must not depend on which tokens were drawn for them.
+    The shape of the tree must not depend on which tokens were drawn.
     """
 
     ids: np.ndarray
@@ -221,7 +221,7 @@ class Candidates:
         return np.split(order, np.cumsum(np.bincount(self.depths)[1:])[:-1]) if len(order) else []
 
     def follow(self, tokens: Iterable[int]) -> list[int]:
-        """The candidates that a text takes which goes on with `tokens`, as far as there are any."""
+        """The candidates along a text that goes on with `tokens`, as far as there are any."""
         places = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         nodes = {place: node for node, place in enumerate(places)}
         path = [-1]
@@ -233,7 +233,7 @@ class Candidates:
         return path[1:]
 
     def within(self, width: int) -> np.ndarray:
-        """(M,) bool: what a search that keeps only `width` beams would have scored of this."""
+        """(M,) bool: which of them a search with only `width` beams would have scored."""
         children, logprobs = defaultdict(list), self.logprobs.tolist()
         for node, parent in enumerate(self.parents.tolist()):
             children[parent].append(node)
@@ -247,21 +247,15 @@ class Candidates:
         return scored
 
     @classmethod
-    def merged(cls, parts: Sequence[Candidates]) -> Candidates:
-        """What several searches scored under the same root; a node of several keeps the best score.
-
-        A parent still scores no lower than its children, and every beam is still one.
-        """
-        return cls.united(parts, lambda trie, places: None)
-
-    @classmethod
     def united(
-        cls, parts: Sequence[Candidates], score: Callable[[Trie, list[list[int]]], None]
+        cls,
+        parts: Sequence[Candidates],
+        score: Callable[[Trie, list[list[int]]], None] = lambda trie, places: None,
     ) -> Candidates:
-        """The nodes of several searches under the same root, each once.
+        """The nodes of several searches under the same root, each once; every beam is still one.
 
-        score  may change the scores of the nodes, which are the best that any part gives; it is
-               told where in the trie the nodes of each part are
+        score  may change the scores of the trie's nodes, at first the best that any part gave;
+               it also gets, for each part, where its nodes are in the trie
         """
         trie = Trie(parts[0].root)
         places: list[list[int]] = []
@@ -292,7 +286,7 @@ class Candidates:
     def beam_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """(W, L) token ids of the beams, the root first, and (W, L) their cumulative logprobs.
 
-        A beam that is shorter than the longest is filled up with -1. Without beams: the root alone.
+        Beams shorter than the longest are padded with -1. Without beams: the root alone.
         """
         rows: list[list[int]] = [[], *([] for _ in self.beams[1:])]
         for row, node in zip(rows, self.beams, strict=False):

@@ -1,4 +1,4 @@
-"""Rules: which path of a verified tree stands, and what comes after it."""
+"""Rules: which path of a verified tree is accepted, and which token follows it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Match:
     """The lossless rule: what the target would say anyway is kept.
 
     At each visited node the sampler chooses the next token from the target's logits, exactly as
-    plain decoding would at that position. If a child carries it the walk descends, else it is the
-    next pending token. The tree decides how many tokens a round yields, never which.
+    plain decoding would at that position. If a child carries it, the walk descends; if not, it is
+    the next pending token. The tree decides how many tokens a round yields, never which.
     """
 
     def __init__(self, sampler: Sampler):
@@ -40,13 +40,13 @@ class Match:
 
 
 class Rejection:
-    """Recursive rejection sampling: another text than without drafts, of the same distribution.
+    """Recursive rejection sampling: not the same text as without drafts, but the same distribution.
 
     At each visited node the children are offered in turn: token x, drawn from q, is accepted with
     probability min(1, p(x)/q(x)); if not, p becomes norm(relu(p - q)), and q loses x. If none is
-    accepted the next token is drawn from what is left of p. (SpecInfer, arXiv 2305.09781; without
-    replacement: arXiv 2402.14160.) A child of a tree that was not drawn is a sure thing to its
-    drafter: q(x) = 1. At temperature 0 the text is the same as without drafts.
+    accepted, the next token is drawn from what is left of p. (SpecInfer, arXiv 2305.09781; without
+    replacement: arXiv 2402.14160.) For a tree whose nodes were not drawn, q(x) = 1. At temperature
+    0 the text is the same as without drafts.
     """
 
     def __init__(self, sampler: Sampler):
@@ -69,7 +69,7 @@ class Rejection:
     def _token(
         self, tree: TokenTree, node: int, p: np.ndarray, uniform: np.random.Generator
     ) -> int:
-        """The token after `node`: a child's, or one from what they leave of p (V,)."""
+        """The token after `node`: a child's, or one drawn from what they leave of p (V,)."""
         source = -1
         if isinstance(tree, DrawnTree) and (source := tree.sources[node]) >= 0:
             q = np.zeros_like(p)
@@ -92,8 +92,8 @@ class Rejection:
 class Typical:
     """Medusa's typical acceptance (arXiv 2401.10774). LOSSY: not the model's distribution.
 
-    A token x passes if p(x) > min(epsilon, delta * exp(-H(p))); the longest path of such tokens
-    stands, and the model's own choice follows it. At temperature 0 it is `Match`.
+    A token x passes if p(x) > min(epsilon, delta * exp(-H(p))); the longest path of such tokens is
+    accepted, and the model's own choice follows it. At temperature 0 it is `Match`.
     """
 
     EPSILON, DELTA = 0.09, 0.3

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import (
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
+from redrafter_mlx.machine.storage import one_line
 from redrafter_mlx.rounds.round import Context, Outcome, Trail, Transcript, Verdict, View
 from redrafter_mlx.rounds.sampling import Noise
 from redrafter_mlx.rounds.tree import TokenTree
@@ -40,10 +41,11 @@ STEPS_BACK = 4
 class Target:
     """An mlx-lm model whose next tokens are verified in trees.
 
-    model      any mlx-lm model whose layers all keep keys and values; its rope modules are
-               changed to accept one position for each row, everything else is left alone
+    model      any mlx-lm model; what computes its positions and recurrences is changed so that it
+               also works along the paths of a tree
     branching  whether trees will be verified; without it any model works, one token at a time
-    parity     how exactly it does; None without branching, and where another process leads
+    parity     how exactly a tree's logits are those of its paths; None without branching, and in
+               processes that follow another one
 
     Raises UserError with the reason when the model cannot verify a tree.
     """
@@ -55,7 +57,7 @@ class Target:
         self.readers = 0  # drafters that read the hidden states of the whole text
         self.parity: Parity | None = None
         self._head: nn.Module | None = None
-        self._last: nn.Module | None = None  # whose output the head reads, if it is no module
+        self._last: nn.Module | None = None  # whose output a head that is no module reads
         self.hidden_size, self.dtype = 0, mx.float32  # hidden states are for drafters only
         if branching:
             self._find_ends()
@@ -67,7 +69,7 @@ class Target:
                 self.parity = probe_parity(self)
 
     def _find_ends(self) -> None:
-        """Trace one token (nothing is evaluated) to learn which modules embed and make logits."""
+        """Trace one token (nothing is evaluated) to find the embedding and the head."""
         try:
             with recording(self.model.modules()) as tape:
                 logits = self.model(mx.array([[0]]), cache=make_prompt_cache(self.model))
@@ -75,7 +77,7 @@ class Target:
         except Exception as error:  # whatever a model file raises
             raise UserError(
                 f"{self.name} cannot be a target: it fails on one token with mlx-lm's own cache: "
-                f"{type(error).__name__}: {error}; update mlx-lm or take another model"
+                f"{type(error).__name__}: {one_line(error)}; update mlx-lm or take another model"
             ) from error
         heads = [call for call in tape.linear if call.width == self.vocab_size]
         read = None
@@ -93,10 +95,10 @@ class Target:
         self.embed: Callable[[mx.array], mx.array] = tape.embedding
 
     def _find_bare_head(self) -> mx.array | None:
-        """What the head reads of one token, where it is a product with a bare matrix (V, E).
+        """What the head reads for one token, if the head is a product with a bare matrix (V, E).
 
-        It is the last output of a module whose product with a matrix of the model is the logits,
-        up to their scale.
+        That is the last output of a module whose product with one of the model's matrices gives the
+        logits, up to their scale.
         """
         inner = [module for module in self.model.modules() if module is not self.model]
         with recording([], [module for module in inner if callable(module)]) as tape:
@@ -124,7 +126,7 @@ class Target:
     ) -> LayerCaches:
         """Caches for a new text; UserError if one of the model's layers cannot branch.
 
-        steps_back  passes after whose commit a recurrent layer can be taken back
+        steps_back  latest passes that recurrent layers can take back after their commit
         """
         caches = make_prompt_cache(self.model)
         if self.branching:
@@ -138,7 +140,7 @@ class Target:
     def caches_after(
         self, prompt_cache: list, quantization: Quantization | None = None
     ) -> LayerCaches:
-        """Caches that go on with what mlx-lm's hold; UserError if they are not of this model."""
+        """Caches that continue mlx-lm's; UserError if these are not of this model."""
         if parallel.leader():
             raise UserError("a prompt cache cannot be shared by several processes: leave it out")
         if not self.branching:
@@ -152,7 +154,7 @@ class Target:
     def hand_back(
         self, caches: LayerCaches, prompt_cache: list, begun: int, tokens: Sequence[int], chunk: int
     ) -> None:
-        """Leave in mlx-lm's caches, in place, what they held and `tokens`, nothing else.
+        """Put into mlx-lm's caches, in place, exactly what they held before and `tokens`.
 
         begun  tokens that they held before
         """
@@ -174,7 +176,7 @@ class Target:
     ) -> Context:
         """Process all prompt tokens but the last, which becomes the pending token.
 
-        caches  that the tokens follow; else empty ones
+        caches  of the text that the tokens follow; empty ones by default
 
         The head's logits are never evaluated here. `progress(done, total)` counts prompt tokens.
         """
@@ -198,13 +200,13 @@ class Target:
     ) -> Generator[int, None, Context]:
         """`prefill`, which yields the number of tokens processed after each chunk, 0 before them.
 
-        begun    tokens, of `tokens`, that the caches hold already
-        marks    places at which the caches are to remember how they were
-        readers  drafters that will read the hidden states of the whole text; by default all that
-                 have asked for them
+        begun    how many of `tokens` the caches hold already
+        marks    positions whose state the caches are to remember
+        readers  how many drafters will read the hidden states of the whole text; by default all
+                 that have asked for them
 
-        Chunks end at multiples of their size, wherever the work begins, and at marks where caches
-        cannot go back to any place by themselves.
+        Chunks end at multiples of their size, wherever the work begins, and at marks if the caches
+        cannot go back to every position by themselves.
         """
         readers = self.readers if readers is None else readers
         trail = Trail(readers, begun) if readers else None
@@ -232,12 +234,12 @@ class Target:
         chunk: int,
         trail: Trail | None = None,
     ) -> mx.array:
-        """Add tokens to what the caches hold; (1, E) the hidden state at the last, or zeros.
+        """Add tokens to the caches; (1, C) the hidden state at the last one, or zeros.
 
-        trail  takes in the hidden states of all
+        trail  gets the hidden states of all
 
-        The hidden state is left to be computed by who needs it: what the last layer makes of its
-        attention is in no cache, so of all chunks but a prompt's last nobody does.
+        The hidden state is not evaluated here: what follows the last layer's attention is in no
+        cache, and only that of a prompt's last chunk is needed.
         """
         hidden = self._nothing()
         for start in range(0, len(tokens), chunk):
@@ -252,7 +254,7 @@ class Target:
         return hidden
 
     def takes(self, context: Context, tree: TokenTree) -> bool:
-        """Whether the tree's rows would find the caches as one row after the other does."""
+        """Whether the tree's rows would find the caches as rows decoded one by one would."""
         return context.caches.takes(context.position, int(tree.depths.max()))
 
     def verify(self, context: Context, tree: TokenTree) -> Outcome:
@@ -283,10 +285,10 @@ class Target:
         )
 
     def tap(self, layers: Sequence[int], final: bool = True, whole_text: bool = False) -> View:
-        """Capture the outputs of these layers, too; what a drafter then reads of all that is.
+        """Capture the outputs of these layers, too; the View with which a drafter reads them.
 
-        final       whether it reads the final hidden state before them
-        whole_text  whether it reads them for every token, of a Trail
+        final       whether the final hidden state is read before them
+        whole_text  whether they are read for every token, from a Trail
 
         Raises UserError if there is no such layer.
         """
@@ -303,7 +305,7 @@ class Target:
     def output_layer(self, ids: mx.array) -> nn.Module:
         """The rows `ids` (D,) of the model's own head, quantised or not, as a linear layer.
 
-        Its logits come without what a model may do to them afterwards, such as a soft cap.
+        Its logits lack what a model may do to them afterwards, such as a soft cap.
         """
         head = self._head
         if "scales" in head:
@@ -360,7 +362,7 @@ def _aligned(a: mx.array, b: mx.array) -> bool:
 
 def adapt(model: nn.Module, branching: bool = True) -> Target:
     """The model's Target, made (and probed) once and kept with the model."""
-    branching = branching or parallel.leader() is not None  # which others can only follow
+    branching = branching or parallel.leader() is not None  # followers have branching caches
     target = getattr(model, "_redrafter_target", None)
     if target is None or (branching and not target.branching):
         target = model._redrafter_target = Target(model, branching)
@@ -368,7 +370,7 @@ def adapt(model: nn.Module, branching: bool = True) -> Target:
 
 
 def _ends(first: int, last: int, chunk: int, marks: Collection[int]) -> Iterator[int]:
-    """Where chunks end between two places."""
+    """Ends of the chunks between two positions."""
     while first < last:
         ahead = [mark for mark in marks if first < mark < last]
         first = min([(first // chunk + 1) * chunk, last, *ahead])
@@ -378,7 +380,7 @@ def _ends(first: int, last: int, chunk: int, marks: Collection[int]) -> Iterator
 def _tree_cache(
     cache: object, refusal: str, quantization: Quantization | None, steps_back: int
 ) -> TreeCache | StateCache | CacheGroup:
-    """One of ours in place of one of mlx-lm's; UserError if it cannot branch."""
+    """Our cache in place of one of mlx-lm's; UserError if that kind cannot branch."""
     if type(cache) is KVCache:
         return TreeCache(quantization=quantization)
     if type(cache) is RotatingKVCache and cache.keep == 0:

@@ -26,9 +26,9 @@ REWIND = 128
 
 @dataclass(frozen=True)
 class Quantization:
-    """Keys and values in `bits` bits, `group_size` of them sharing a scale, once there are `start`.
+    """Keys and values in `bits` bits, `group_size` of them sharing a scale, from `start` tokens on.
 
-    As mlx-lm has it: what a pass finds when it begins is quantised, sliding windows are not.
+    As in mlx-lm, the cache is quantised when a pass begins, and sliding windows never are.
     """
 
     bits: int
@@ -42,7 +42,7 @@ class Branches:
     tree      whose rows follow the committed text
     length    committed tokens before the root
     positions (N,) int32 absolute position of each row: length + depth. mlx-lm's layers read it as
-              `cache.offset` and hand it to their rope.
+              `cache.offset` and pass it to their rope modules.
     lineage   of the rows
     """
 
@@ -56,7 +56,7 @@ class Branches:
     def mask(self, start: int, window: int | None, in_chunks: bool = False) -> mx.array:
         """(N, S + N) bool: what each row sees of the rows from `start` on, and of the tree.
 
-        in_chunks  only what lies in the row's own chunk of `window` tokens, not the latest `window`
+        in_chunks  a row sees only its own chunk of `window` tokens, not the latest `window`
         """
         key = start, window, in_chunks
         if key not in self._masks:
@@ -131,11 +131,11 @@ class TreeCache:
         self._branches, self._written = None, 0
 
     def restore(self, keys: Any, values: Any, start: int, length: int) -> None:
-        """Hold these (B, H, S, D) of the tokens from `start` to `length`, as of another cache."""
+        """Hold these arrays (B, H, S, D) of the tokens from `start` to `length`."""
         self.keys, self.values, self._start, self._length = keys, values, start, length
 
     def frozen(self) -> TreeCache | None:
-        """It as it is now, for `fork`; None: whatever becomes of it, it can be forked here."""
+        """The cache as it is now, for a later `fork`; None if it can always be forked here."""
         if self.window is None:
             return None
         held = self.fork(self._length)
@@ -145,7 +145,7 @@ class TreeCache:
         return held
 
     def fork(self, length: int) -> TreeCache:
-        """Another one of the first `length` tokens; this one must still hold what they left."""
+        """A copy with the first `length` tokens; this one must still hold all they left."""
         other = TreeCache(self.window, self.in_chunks, self._quantization)
         if self.keys is not None:
             other.keys, other.values = self.keys, self.values
@@ -156,12 +156,12 @@ class TreeCache:
         return other
 
     def restorable(self, length: int) -> int:
-        """The most tokens, of the first `length`, that `rewind` could leave; -1: none."""
+        """The longest text of at most `length` tokens that `rewind` could leave; -1: none."""
         gone = self._start > 0 and length - self.window + 1 < self._start
         return -1 if gone else min(length, self._length)
 
     def rewind(self, length: int) -> bool:
-        """Forget all tokens but the first `length`; False, and nothing is done, if it cannot."""
+        """Forget all tokens but the first `length`; if it cannot, False and nothing is changed."""
         if self.restorable(length) < 0:
             return False
         self._length = length
@@ -178,7 +178,7 @@ class TreeCache:
 
     @property
     def _window_start(self) -> int:
-        """Of the rows stored, the first that a later token can see."""
+        """The first stored row that a later token can see."""
         return max(0, self._stored - self.window + 1)
 
     @property
@@ -190,11 +190,11 @@ class TreeCache:
 
     @property
     def start_position(self) -> int:
-        """What mlx-lm's attention in chunks asks for: position of the first stored row."""
+        """Position of the first stored row; mlx-lm's attention in chunks asks for it."""
         return self._start
 
     def maybe_trim_front(self) -> None:
-        """mlx-lm's chunked cache drops rows then; here `begin` does."""
+        """mlx-lm's chunked cache drops rows here; ours does so in `begin`."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write a pass's rows (B, H, N, D) and return all stored ones (B, H, S + N, D)."""
@@ -214,7 +214,7 @@ class TreeCache:
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What is stored, the pass in flight included: two arrays (B, H, S, D).
 
-        Quantised: two tuples of what `mx.quantize` gives.
+        If quantised, two tuples as `mx.quantize` returns them.
         """
         end = self._stored + self._written
         return tree_map(lambda x: x[..., :end, :], (self.keys, self.values))
@@ -224,8 +224,8 @@ class TreeCache:
         window = window_size or self.window
         if self.window is not None and window > self.window:
             raise ValueError(
-                f"a mask for {window} rows over a cache of {self.window}: in mlx-lm a chunk sees "
-                "further than a step, so no tree can equal both"
+                f"a mask for {window} rows over a cache of {self.window}: in mlx-lm a prompt's "
+                "chunk sees further than a single step, so no tree can equal both"
             )
         if self._branches is not None:
             return self._branches.mask(self._start, window, self.in_chunks)

@@ -27,17 +27,13 @@ class CacheGroup:
     def state(self) -> list[Any]:
         return [member.state for member in self.members]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(member.nbytes for member in self.members)
-
 
 class LayerCaches:
     """The caches of all layers of one text.
 
-    branching     ours, those in groups one by one
+    branching     our caches, those in groups one by one
     length        committed tokens
-    layers        ours, or mlx-lm's own caches: those only take one token after the other
+    layers        our caches, or mlx-lm's own, which only take one token after the other
     quantization  of keys and values
     lineage       of the rows of the pass in flight, if some may be rejected
     """
@@ -69,7 +65,7 @@ class LayerCaches:
             self._quantize_stock()
         before, self.length = self.length, self.length + len(path)
         if before // BLOCK < self.length // BLOCK:
-            mx.clear_cache()  # buffers of sizes that will not come again
+            mx.clear_cache()  # buffers of sizes that will not be needed again
 
     def _quantize_stock(self) -> None:
         how = self.quantization
@@ -78,20 +74,20 @@ class LayerCaches:
                 self.layers[place] = cache.to_quantized(how.group_size, how.bits)
 
     def restart(self, rows: Sequence[int]) -> None:
-        """Other texts begin in these rows of a batch: layers without positions forget the old."""
+        """Other texts begin in these rows of a batch: recurrent layers forget the old ones."""
         for cache in self.branching:
             if isinstance(cache, StateCache):
                 cache.restart(rows)
 
     def begin_at(self, length: int) -> None:
-        """So many tokens are held already: all caches were filled from elsewhere."""
+        """All caches were filled from elsewhere and hold `length` tokens."""
         self.length = length
         for cache in self.branching:
             if isinstance(cache, StateCache):
                 cache.begin_at(length)
 
     def restorable(self, length: int) -> int:
-        """The most tokens, of the first `length`, that all layers can go back to; -1: none."""
+        """The longest text of at most `length` tokens that all layers can return to; -1: none."""
         while True:
             found = min((cache.restorable(length) for cache in self.branching), default=length)
             if found in (-1, length):
@@ -110,24 +106,24 @@ class LayerCaches:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether it can go back to any place of the text."""
+        """Whether all layers can return to any position of the text."""
         return all(isinstance(c, TreeCache) and c.window is None for c in self.branching)
 
     def remember(self) -> None:
-        """Keep what it takes to go back to this place."""
+        """Keep what is needed to return to this position."""
         if not self.can_be_cut:
             point = self._points[self.length] = [cache.frozen() for cache in self.branching]
             device.finish([held.state for held in point if held is not None])
 
     def forkable(self, length: int) -> int:
-        """The most tokens, of the first `length`, that `fork` can take; at least 0."""
+        """The longest text of at most `length` tokens that `fork` can take; at least 0."""
         places = (place for place in self._points if place <= length)
         return max(self.restorable(length), *places, 0)
 
     def fork(self, length: int) -> LayerCaches:
         """The caches of another text that begins with the first `length` tokens of this one.
 
-        length  of those that `forkable` names
+        length  as `forkable` returns it
         """
         if self.restorable(length) == length:
             made = iter([cache.fork(length) for cache in self.branching])
@@ -143,21 +139,21 @@ class LayerCaches:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all layers; of what is remembered that of recurrent ones and windows too."""
+        """Memory of all layers, and of the remembered states and windows."""
         points = (held for point in self._points.values() for held in point if held is not None)
         return sum(cache.nbytes for cache in [*self.branching, *points])
 
     def takes(self, length: int, depth: int) -> bool:
-        """Whether quantisation does not begin among the rows of a tree after `length` tokens.
+        """Whether a tree after `length` tokens does not straddle the start of quantisation.
 
-        depth  of the tree; one row after the other would find part of it quantised
+        depth  of the tree; if it does, rows decoded one by one would find part of it quantised
         """
         how = self.quantization
         return how is None or not length < how.start <= length + depth
 
     @property
     def growing(self) -> list[TreeCache]:
-        """Those that hold something of each token."""
+        """The caches that hold something of each token."""
         return [cache for cache in self.branching if isinstance(cache, TreeCache)]
 
     @property
@@ -175,7 +171,7 @@ def _leaves(caches: Sequence[Any]) -> Iterator[TreeCache | StateCache]:
 
 
 def _forked(cache: Any, made: Iterator[TreeCache | StateCache]) -> Any:
-    """The next of those made, or a group of the next ones, in place of a layer's cache."""
+    """The next of the forks `made`, or a group of the next ones, in place of a layer's cache."""
     if isinstance(cache, CacheGroup):
         return CacheGroup([_forked(member, made) for member in cache.members])
     return next(made)

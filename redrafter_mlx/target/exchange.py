@@ -1,4 +1,4 @@
-"""Caches of mlx-lm and ours, turned into each other: what its prompt caches hold is gone on with.
+"""mlx-lm's caches turned into ours and back, so that its prompt caches can be continued.
 
 Shape letters: B batch (1), H heads, S rows stored, D head size.
 """
@@ -26,7 +26,7 @@ from redrafter_mlx.target.state import StateCache
 
 
 def length_of(caches: Sequence[Any]) -> int:
-    """Tokens that mlx-lm's caches hold; 0 for what does not count them (recurrent layers alone)."""
+    """Tokens that mlx-lm's caches hold; 0 if none counts them (recurrent layers alone)."""
     lengths = [length_of(c.caches) if isinstance(c, CacheList) else getattr(c, "offset", 0)
                for c in caches]  # fmt: skip
     return max(lengths, default=0)
@@ -35,7 +35,7 @@ def length_of(caches: Sequence[Any]) -> int:
 def take_over(ours: LayerCaches, theirs: Sequence[Any]) -> None:
     """Fill empty caches with what mlx-lm's hold.
 
-    Raises UserError, naming the layer, if they are not of this model, or of several texts.
+    Raises UserError, naming the layer, if they are of another model or of several texts.
     """
     if len(ours.layers) != len(theirs):
         raise UserError(

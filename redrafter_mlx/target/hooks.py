@@ -1,9 +1,8 @@
 """Lets the convolutions and recurrences of mlx-lm's layers run along the paths of a tree.
 
-They are changed where they are, for all models: functions of mlx-lm's modules, and methods of the
-classes of a loaded model's modules. Outside a pass of ours, and where all rows will be kept (a
-prompt, one row), each does what it always did. What many models share is here; what one family has
-for itself is a file in layers/.
+Functions are replaced in mlx-lm's modules, for all models; methods in the classes of a loaded
+model's modules. Outside our passes, and where all rows will be kept (a prompt, one row), each does
+what it did before. What many models share is here; what one family alone has is a file in layers/.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from redrafter_mlx.target.recurrence import decayed_sum, delta_rule
 from redrafter_mlx.target.state import in_flight, reading
 
 Hook = Callable[..., object]
-"""Called with the stock function and its arguments in place of it, when rows may be rejected."""
+"""Called in place of a stock function, with that and its arguments, when rows may be rejected."""
 
 
 def install(model: nn.Module) -> None:
-    """Change what the model's recurrent layers call.
+    """Hook the functions and methods that the model's recurrent layers call.
 
-    Raises UserError, by name, if mlx-lm has changed what one of these takes.
+    Raises UserError, with the name, if mlx-lm has changed the parameters of one.
     """
     for file, functions in ((gated_delta, _GATED_DELTA), (ssm, _SSM)):
         for name, (hook, takes) in functions.items():
@@ -97,13 +96,13 @@ def _check(name: str, function: Callable | None, takes: Sequence[str]) -> None:
     if found is None or found[: len(takes)] != list(takes):
         now = "is gone" if found is None else f"takes ({', '.join(found)})"
         raise UserError(
-            f"in this version of mlx-lm {name} {now}, where ({', '.join(takes)}) is known, so its "
-            "layers cannot verify a tree; generate with --no-draft"
+            f"in this version of mlx-lm {name} {now}, but ({', '.join(takes)}) was expected, so "
+            "its layers cannot verify a tree; generate with --no-draft"
         )
 
 
 def _depthwise(stock, self, x):
-    """A causal convolution of each channel: of (1, K - 1 + N, C), rows before the pass first."""
+    """A causal convolution per channel over x (1, K - 1 + N, C), rows before the pass first."""
     held, size = reading(), self.weight.shape[1]
     held.keep_window(x, size)
     if held.lineage.is_chain:

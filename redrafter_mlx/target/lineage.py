@@ -14,19 +14,20 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Lineage:
-    """Of N rows of which each continues one before it, or, as the first, the committed text.
+    """The ancestors of N rows: each row continues an earlier one, the first the committed text.
 
     parents  (N,) the row that each continues; -1 for the first
 
-    Layers that keep a state need it: what they read of the rows before them is their ancestors'.
+    Layers that keep a state need it, since a row may only read what its ancestors have left.
     """
 
     parents: np.ndarray
 
     @classmethod
+    @lru_cache(maxsize=64)
     def chain(cls, rows: int) -> Lineage:
         """Consecutive tokens."""
-        return _chain(rows)
+        return cls(np.arange(-1, rows - 1))
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -45,7 +46,7 @@ class Lineage:
 
     @cached_property
     def ancestors(self) -> mx.array:
-        """The mask on the device, as numbers: its product with rows sums them along paths."""
+        """The mask on the device, as float32: its product with rows sums them along paths."""
         return mx.array(self.mask.astype(np.float32))
 
     @cached_property
@@ -66,7 +67,7 @@ class Lineage:
 
     @cached_property
     def order(self) -> mx.array | None:
-        """(N,) rows by depth; None where they are in that order already."""
+        """(N,) rows by depth; None if they are in that order already."""
         order = self._order
         return None if (order == np.arange(len(self))).all() else mx.array(order)
 
@@ -77,7 +78,7 @@ class Lineage:
 
     @cached_property
     def continued(self) -> list[mx.array | None]:
-        """By level: places in the level before that its rows continue; None: each its own."""
+        """By level: the places in the level before that its rows continue; None: 0, 1, 2, ..."""
         found: list[mx.array | None] = [None]
         for level, before in zip(self.levels[1:], self.levels, strict=False):
             places = self._places[self.parents[self._order[level]]] - before.start
@@ -86,12 +87,12 @@ class Lineage:
         return found
 
     def place(self, row: int) -> tuple[int, int]:
-        """Of a row: its level, and its place in that."""
+        """A row's level, and its place in that level."""
         level = int(self._depths[row])
         return level, int(self._places[row]) - self.levels[level].start
 
     def windows(self, size: int) -> mx.array:
-        """(N, K) what each row and those before it are of [K - 1 rows of the text, N rows]."""
+        """(N, K) each row and its ancestors, as indices into [K - 1 rows of the text, N rows]."""
         if size not in self._windows:
             self._windows[size] = mx.array(self._rows_of_windows(size))
         return self._windows[size]
@@ -120,8 +121,3 @@ class Lineage:
         places = np.empty(len(self), int)
         places[self._order] = np.arange(len(self))
         return places
-
-
-@lru_cache(maxsize=64)
-def _chain(rows: int) -> Lineage:
-    return Lineage(np.arange(-1, rows - 1))

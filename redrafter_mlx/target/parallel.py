@@ -2,10 +2,10 @@
 
 mlx.launch starts the processes, mlx-lm splits each layer over them (tensor parallelism). Only the
 leader drafts, prices and judges. Before each forward pass it says in a message of a few hundred
-bytes which rows are read and what of the pass before was kept; the others do the same with their
-parts of the layers and their parts of the caches, and know no more of the text. So trees cannot
-differ between processes, whatever clocks and profiles say, and nothing but the model's own
-reductions and these messages crosses the network.
+bytes which rows are read and what was kept of the pass before; the others do the same with their
+parts of the layers and caches, and know no more of the text. So trees cannot differ between
+processes, whatever clocks and profiles say, and nothing but the model's own reductions and these
+messages crosses the network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @cache
 def group() -> Any:
-    """All processes that were started together; one where nothing was."""
+    """All processes that were started together; this one alone without mlx.launch."""
     return mx.distributed.init()
 
 
@@ -41,7 +41,7 @@ def is_follower() -> bool:
 
 @cache
 def leader() -> Leader | None:
-    """What leads the others; None in them, and where there are none."""
+    """The leader, in its own process; None in followers, and where there are none."""
     return Leader() if group().size() > 1 and not is_follower() else None
 
 
@@ -51,7 +51,7 @@ def _share(x: mx.array) -> mx.array:
 
 
 class Leader:
-    """Tells the other processes what to do; the latest news go with the next forward pass."""
+    """Tells the other processes what to do; news is sent with the next forward pass."""
 
     def __init__(self):
         self._news: list[list] = []
@@ -60,11 +60,11 @@ class Leader:
         atexit.register(self.end)
 
     def tell(self, *what: Any) -> None:
-        """Something that has to be known before the next pass."""
+        """Add news that has to be known before the next pass."""
         self._news.append(list(what))
 
     def new_caches(self, quantization: Quantization | None, steps_back: int) -> int:
-        """A number for caches of a text, which the others make too."""
+        """The number of new caches for a text, which the others make too."""
         self._caches += 1
         how = quantization and [quantization.bits, quantization.group_size, quantization.start]
         self.tell("new", self._caches, how, steps_back)
@@ -77,11 +77,11 @@ class Leader:
         return _share(ids.astype(mx.int32))
 
     def ran(self, hidden: mx.array) -> None:
-        """What the pass gives, before it is computed."""
+        """Note the pass's output, which is not computed yet."""
         self._last = hidden
 
     def end(self) -> None:
-        """No more passes: the others end. Where one has gone, waiting for it would never end."""
+        """No more passes: the others end. If one has gone, waiting for it would never end."""
         if not device.has_failed:
             self.tell("end")
             self._send()

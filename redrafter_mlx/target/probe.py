@@ -1,7 +1,7 @@
 """Is a tree's verification by this model the same as decoding each of its paths alone?
 
-Some models take positions or masks from places no adapter sees and would be silently wrong.
-Only trying tells: a 5-node tree against each of its paths, on the loaded weights.
+Some models take positions or masks from where no adapter sees them, and would be silently wrong.
+Only a trial tells: a 5-node tree against each of its paths, on the loaded weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Parity:
     """How exactly a tree's logits are those of its paths alone.
 
     difference  the largest, in standard deviations of the logits
-    allowed     up to which it counts as rounding
-    logits      the largest difference itself
+    allowed     the largest difference that counts as rounding
+    logits      the largest difference of logits, as it is
     """
 
     difference: float
@@ -44,7 +44,7 @@ class Parity:
 def probe_parity(target: Target) -> Parity:
     """Compare a 5-node tree with its paths.
 
-    Raises UserError when it is more than rounding explains.
+    Raises UserError when they differ by more than rounding.
     """
     try:
         difference, logits = differences(target)
@@ -65,20 +65,13 @@ def probe_parity(target: Target) -> Parity:
     return Parity(difference, allowed, logits)
 
 
-def tree_difference(target: Target, prefix: int = 8) -> float:
-    """Largest |tree logit - path logit| over a 5-node tree after `prefix` tokens.
-
-    Measured in standard deviations of the path logits. NaN when logits are not finite.
-    """
-    return differences(target, prefix)[0]
-
-
 def differences(target: Target, prefix: int = 8) -> tuple[float, float]:
-    """The same, and the largest |tree logit - path logit| itself.
+    """Largest |tree logit - path logit| over a 5-node tree after `prefix` tokens, in two units.
 
-    Paths alone are read as a prompt is, by what mlx-lm does itself. After the first of the longest
-    paths, with rows rejected before and after it, one more token is read from the tree's caches:
-    what they keep must be what the path alone leaves.
+    In standard deviations of the path logits, and as it is. NaN when logits are not finite.
+    A path alone is read as mlx-lm reads a prompt. After the first of the longest paths, which has
+    rejected rows before and after it, one more token is read from the tree's caches: they must hold
+    what the path alone leaves.
     """
     ids = np.random.default_rng(0).permutation(target.vocab_size)[: prefix + 6]
     prompt, (root, *nodes, last) = ids[: prefix + 1].tolist(), ids[prefix:].tolist()
@@ -104,7 +97,7 @@ def differences(target: Target, prefix: int = 8) -> tuple[float, float]:
 
 
 def _alone(target: Target, prompt: list[int], tokens: list[int]) -> np.ndarray:
-    """(T, V) logits of T tokens after a prompt, nothing of which can be rejected."""
+    """(T, V) logits of T consecutive tokens after a prompt, read as a prompt is."""
     caches = target.empty_caches()
     target.read(prompt, caches, chunk=len(prompt))
     caches.begin(len(tokens), certain=True)
@@ -117,12 +110,8 @@ def _read(logits: mx.array) -> tuple[np.ndarray, ...]:
 
 def _refusal(target: Target, reason: str) -> UserError:
     layers = getattr(target.model, "layers", None) or []
-    bare = [i for i, layer in enumerate(layers) if not _rotates(layer)]
+    bare = [i for i, layer in enumerate(layers) if not any(map(takes_offset, layer.modules()))]
     where = f"; layers without a rope module that takes an offset: {bare}" if bare else ""
     return UserError(
         f"{target.name} cannot verify a tree: {reason}{where}; generate with --no-draft"
     )
-
-
-def _rotates(layer) -> bool:
-    return any(takes_offset(module) for module in layer.modules())

@@ -5,7 +5,7 @@ over its ancestors. With S the sums of log-decays along paths, row i sees what i
 decayed by exp(S_i - S_j), and the text's state decayed by exp(S_i). So a whole tree is a few matrix
 products with the ancestors' mask, as the chunks of a prompt are with the causal one (for the delta
 rule: Yang et al., arXiv 2406.06484; for Mamba-2: Dao and Gu, arXiv 2405.21060), and the state after
-a row is one product more. No state is made for each row or path. Others go level by level.
+a row is one more product. No state is stored per row or path. Other recurrences run level by level.
 
 Each function returns what mlx-lm's own gives for the rows, and `after`: row -> state after it.
 
@@ -22,7 +22,7 @@ from redrafter_mlx.target.lineage import Lineage
 
 After = Callable[[int], mx.array]
 LEAST = 1e-37
-"""Below it a decay counts as this: all is forgotten, and its logarithm is finite."""
+"""Smaller decays are raised to this: all is forgotten, and the logarithm is finite."""
 
 
 def delta_rule(
@@ -94,7 +94,7 @@ def decayed_sum(
 def decayed_rows(
     x: mx.array, a: mx.array, state: mx.array, lineage: Lineage
 ) -> tuple[mx.array, After]:
-    """A recurrence of each channel for itself: y = a y + x; x, a (N, D), state (D,); y (N, D)."""
+    """A separate recurrence per channel: y = a y + x; x, a (N, D), state (D,); y (N, D)."""
     start, decay = _decays(mx.log(mx.maximum(a.astype(mx.float32), LEAST))[:, None], lineage)
     y = (decay[0] * x).sum(axis=1) + start[0] * state
     y = y.astype(x.dtype)
@@ -102,11 +102,11 @@ def decayed_rows(
 
 
 def _decays(log_decay: mx.array, lineage: Lineage) -> tuple[mx.array, mx.array]:
-    """Of the text's state at each row, and of what each row added at another.
+    """Decays of the text's state at each row, and of what each row added at each other one.
 
     log_decay  (N, H) or (N, H, D)
 
-    Returns (H, N, 1 or D), and (H, N, N) or (H, N, N, D), 0 where j is no ancestor of i.
+    Returns (H, N, 1 or D), and (H, N, N) or (H, N, N, D), 0 where j is not an ancestor of i.
     """
     log_decay = log_decay.swapaxes(0, 1)
     rows = log_decay if log_decay.ndim == 3 else log_decay[..., None]  # (H, N, D)
@@ -122,13 +122,13 @@ def by_levels(
     state: mx.array | None,
     lineage: Lineage,
 ) -> tuple[mx.array, After]:
-    """Any recurrence, one level of the tree after the other, its rows as a batch.
+    """Any recurrence, level by level through the tree, the rows of a level as a batch.
 
-    step   (one row of a batch (B, 1, ...) each, state (B, ...) or None) -> (y, new state)
-    rows   of what it reads, each (1, N, ...)
+    step   (a row of each input (B, 1, ...), state (B, ...) or None) -> (y, new state)
+    rows   the inputs, each (1, N, ...)
     state  (1, ...) before the pass
 
-    Returns y (1, N, ...). A state for each row is kept until the pass is forgotten.
+    Returns y (1, N, ...). The state of every row is kept until the pass is forgotten.
     """
     if lineage.order is not None:
         rows = [x[:, lineage.order] for x in rows]

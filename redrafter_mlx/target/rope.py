@@ -32,11 +32,11 @@ def _call_takes_offset(cls: type) -> bool:
 def accept_row_offsets(module: nn.Module) -> None:
     """Let one rope module take an offset (T,) for (1, H, T, D): one position for each row.
 
-    Modules that compute with the offset as a Python number also learn to take one for each batch
+    Modules that compute with the offset as a Python number also get to take one for each batch
     entry, (B,) for (B, H, T, D), as the others do.
 
-    Only the module's class changes, to a subclass of its own that passes every other call on, so
-    parameters, names and isinstance stay as they were.
+    Only the module's class changes, to a subclass that passes all other calls on, so parameters,
+    names and isinstance stay as they were.
     """
     module.__class__ = _folding(type(module))
 
@@ -58,7 +58,7 @@ def _folding(cls: type) -> type:
 
 
 def rotate_rows(rotate: Callable, x: mx.array, offset: Any) -> mx.array:
-    """rotate(x, offset), for (1, H, T, D) also with an offset (T,), one for each row."""
+    """rotate(x, offset), where x (1, H, T, D) may also have an offset (T,), one for each row."""
     if _one_per_row(x, offset):
         rows = x.swapaxes(0, -2)  # (T, H, 1, D)
         return _one_by_one(rotate, rows, offset).swapaxes(0, -2)
@@ -68,7 +68,7 @@ def rotate_rows(rotate: Callable, x: mx.array, offset: Any) -> mx.array:
 
 
 def _one_by_one(rotate: Callable, x: mx.array, offset: mx.array) -> mx.array:
-    """Rotate (B, H, T, D) at offsets (B,): at once if the module can."""
+    """Rotate (B, H, T, D) at offsets (B,): all at once if the module can."""
     try:
         return rotate(x, offset)
     except (TypeError, ValueError):  # computes with the offset as a Python number

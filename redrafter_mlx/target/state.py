@@ -1,10 +1,10 @@
-"""The memory of recurrent layers, so that it can branch: it stands in for mlx-lm's ArraysCache.
+"""The memory of recurrent layers, able to branch: it stands in for mlx-lm's ArraysCache.
 
-Such a layer reads its slots, and puts there what they are after all rows of the pass. That is right
-for a prompt and for a single row. Where rows may be rejected, the layer's convolutions and
-recurrences (hooks.py) run along the tree's paths and leave a tape here: how each slot looks after
-any of the rows. Committing a path asks it for the last one. No weight is read again for it, and
-nothing of a rejected row is left.
+Such a layer reads its slots and stores in them their values after all rows of the pass. That is
+right for a prompt and for a single row. Where rows may be rejected, the layer's convolutions and
+recurrences (hooks.py) run along the tree's paths and leave a tape here, from which the value of
+each slot after any row follows. Committing a path takes that of its last row. No weight is read
+again for it, and nothing of a rejected row remains.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _reading: ContextVar[StateCache | None] = ContextVar("reading", default=None)
 
 
 def in_flight() -> Lineage | None:
-    """Of the rows of the pass that is running; None if none is, or all of them will be kept."""
+    """The lineage of the pass that is running; None if none is, or if all its rows will be kept."""
     return _lineage.get()
 
 
@@ -49,13 +49,13 @@ def forward_pass(lineage: Lineage | None) -> Iterator[None]:
 class StateCache(ArraysCache):
     """What one recurrent layer keeps of a text: an array in each slot.
 
-    Slots are of two kinds, told apart by what the layer puts there: the state of a recurrence,
-    which it got from one, and a window of the latest rows. Windows belong to convolutions in
-    the order in which these ran.
+    A slot holds either the state of a recurrence, recognised because a taped recurrence returned
+    it, or a window of the latest rows. Windows belong to convolutions in the order in which these
+    ran.
 
     lineage     of the rows of the pass in flight; None if all of them will be kept
-    steps_back  commits whose states are kept so that later ones can be taken back; arrays are never
-                changed, so it costs their memory alone
+    steps_back  commits that can be taken back, whose states are kept; arrays are never changed, so
+                this costs memory only
     """
 
     def __init__(self, slots: int, steps_back: int = 0):
@@ -100,17 +100,17 @@ class StateCache(ArraysCache):
             raise _unknown(None)
 
     def keep_state(self, new: mx.array, after: Callable[[int], mx.array]) -> mx.array:
-        """Tape a recurrence: its state after all rows, as the layer gets it, and after any row."""
+        """Tape a recurrence: its `new` state, which the layer gets, and the state after any row."""
         self._states.append((new, after))
         return new
 
     def keep_step(
         self, step: Callable[[mx.array | None], tuple[mx.array, mx.array]], state: mx.array | None
     ) -> tuple[mx.array, mx.array]:
-        """Make and tape the next row's step of a recurrence that a layer makes row by row.
+        """Run and tape the next row's step of a recurrence that its layer runs row by row.
 
         step   state before -> (y, state after)
-        state  before the pass, or after the row that the layer made last
+        state  before the pass, or after the row that the layer ran last
         """
         row = len(self._steps)
         parent = int(self.lineage.parents[row])
@@ -126,11 +126,11 @@ class StateCache(ArraysCache):
         self._windows.append((rows, size - 1, axis))
 
     def restore(self, arrays: Sequence[mx.array | None]) -> None:
-        """Hold these, as of another cache."""
+        """Hold these arrays."""
         self._kept = list(arrays)
 
     def restart(self, rows: Sequence[int]) -> None:
-        """Nothing is known in these rows of a batch: all states begin with zeros."""
+        """Other texts begin in these rows of a batch: their states become zeros."""
         if rows and self._kept[0] is not None:
             left = np.ones(len(self._kept[0]), bool)
             left[list(rows)] = False
@@ -138,11 +138,11 @@ class StateCache(ArraysCache):
             self._kept = [mx.where(kept.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in self._kept]
 
     def frozen(self) -> StateCache:
-        """It as it is now, for `fork`."""
+        """The cache as it is now, for a later `fork`."""
         return self._holding(self._length, self._kept)
 
     def fork(self, length: int) -> StateCache:
-        """Another one of the first `length` tokens, whose state must still be kept."""
+        """A copy with the first `length` tokens, whose state must still be kept."""
         return self._holding(length, next(kept for held, kept in self._past if held == length))
 
     def _holding(self, length: int, kept: list) -> StateCache:
@@ -152,17 +152,17 @@ class StateCache(ArraysCache):
         return other
 
     def begin_at(self, length: int) -> None:
-        """What is held is of so many tokens."""
+        """The arrays held are the state after `length` tokens."""
         self._length = length
         self._past.clear()
         self._past.append((length, self._kept))
 
     def restorable(self, length: int) -> int:
-        """The most tokens, of the first `length`, that `rewind` could leave; -1: none."""
+        """The longest text of at most `length` tokens that `rewind` could leave; -1: none."""
         return max((held for held, _ in self._past if held <= length), default=-1)
 
     def rewind(self, length: int) -> bool:
-        """Forget all tokens but the first `length`; False if what they left was not kept."""
+        """Forget all tokens but the first `length`; False if their state was not kept."""
         while self._past and self._past[-1][0] > length:
             self._past.pop()
         if not self._past or self._past[-1][0] != length:

@@ -1,7 +1,7 @@
 """Records what flows through a model's embedding, layers and head in its own forward pass.
 
-The watched modules get a subclass of their own class while a block runs and are put back after
-it, so no model file is copied and nothing of the model is left changed.
+The watched modules get a subclass of their own class while a block runs and their own class back
+afterwards, so no model file is copied and the model is left unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tape:
 def recording(modules: Iterable[nn.Module], layers: Iterable[nn.Module] = ()) -> Iterator[Tape]:
     """Record what is called while the block runs.
 
-    modules  of which the embeddings and linear layers are watched
+    modules  whose embeddings and linear layers are watched
     layers   whose outputs are kept
     """
     tape = Tape()

@@ -1,7 +1,7 @@
-"""What single model families have for themselves, a file each.
+"""What single model families need of their own, a file each.
 
-A file says which functions (FUNCTIONS, by mlx-lm's module) and methods (METHODS, by class) it
-stands in for, what these take, and what to do instead when rows may be rejected.
+A file names the functions (FUNCTIONS, by mlx-lm's module) and methods (METHODS, by class) that it
+replaces when rows may be rejected, with the parameters that these are known to take.
 """
 
 from redrafter_mlx.target.layers import (

@@ -6,7 +6,7 @@ from redrafter_mlx.target.state import in_flight
 
 
 def _reuse(stock, self, x, keys, values, mask=None):
-    """Row i of a tree lies at the root's position and its depth."""
+    """Row i of a tree lies at the root's position plus its depth."""
     rotate, depths = self.rope, in_flight().depths
     self.rope = lambda x, offset: rotate(x, offset=offset + depths)
     try:

@@ -1,4 +1,4 @@
-"""Llama 4: attention in chunks, and a temperature by position, of which the model counts both."""
+"""Llama 4: attention in chunks, and a temperature by position; the model counts both itself."""
 
 from __future__ import annotations
 

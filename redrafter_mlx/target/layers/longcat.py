@@ -14,7 +14,7 @@ def _embed(stock, self, input_ids, cache=None):
     if before is not None:
         ids = mx.concatenate([before, ids], axis=1)
     missing = self.n - 1 + input_ids.shape[1] - ids.shape[1]
-    rows = mx.pad(ids, [(0, 0), (missing, 0)])  # nothing stands for zeros in front
+    rows = mx.pad(ids, [(0, 0), (missing, 0)])  # no ids before the text: zeros
     held = reading()
     held.keep_window(rows, self.n)
     cache[0] = rows[:, -(self.n - 1) :]

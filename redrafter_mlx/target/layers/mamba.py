@@ -1,7 +1,7 @@
-"""Mamba-1 (mamba, falcon_mamba, jamba): its steps go level by level.
+"""Mamba-1 (mamba, falcon_mamba, jamba): its steps run level by level.
 
-A decay for each channel and each part of its state would be N x N x 16 numbers for each channel;
-the states themselves are small.
+Unrolled, a decay for each channel and each part of its state would be N x N x 16 numbers per
+channel; the states themselves are small.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from redrafter_mlx.target.state import reading
 
 
 def _one_step(stock, self, x, A, state=None):
-    """Called by the layer for one row after the other: x (1, D), state (1, D, S)."""
+    """Called by the layer row by row: x (1, D), state (1, D, S)."""
     return reading().keep_step(lambda before: stock(self, x, A, before), state)
 
 

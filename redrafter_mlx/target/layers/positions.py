@@ -8,7 +8,7 @@ from redrafter_mlx.target.rope import rotate_rows
 
 
 class Counting:
-    """A tree's cache for what counts rows from the first one; all else is the cache's own."""
+    """A tree's cache for code that counts rows from the first one; all else is the cache's own."""
 
     def __init__(self, cache):
         self.cache, self.offset = cache, cache.length
@@ -18,7 +18,7 @@ class Counting:
 
 
 def _learned(stock, self, inputs, cache=None):
-    """The model counts positions from the first cache's offset; those of its rows are embedded."""
+    """The model counts positions from the first cache's offset; here the rows' own are embedded."""
     if not isinstance(cache[0].offset, mx.array):
         return stock(self, inputs, cache)
     embed, positions = self.wpe, cache[0].offset

@@ -1,4 +1,4 @@
-"""RWKV-7: a shift by one token, and a generalised delta rule whose steps go level by level."""
+"""RWKV-7: a shift by one token, and a generalised delta rule whose steps run level by level."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from redrafter_mlx.target.state import reading
 
 
 def _shift(stock, self, x, state=None):
-    """Of each row of x (1, N, D) the one before it; state (1, 1, D) before the first."""
+    """For each row of x (1, N, D) the one before it; state (1, 1, D) comes before the first."""
     cache = reading()
     before = mx.zeros((1, 1, x.shape[-1]), x.dtype) if state is None else state
     rows = mx.concatenate([before, x], axis=1)
