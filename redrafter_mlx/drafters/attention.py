@@ -149,16 +149,23 @@ def memory_of(layers: Sequence[TextKeys], visible: mx.array) -> list[mx.array]:
 
 
 class DraftKeys:
-    """Keys and values of one layer for rows of drafts beside those of a text, which they follow."""
+    """Keys and values of one layer for rows of drafts, after those of a text if there are any.
 
-    def __init__(self, keys: mx.array, values: mx.array):
-        self.offset = mx.zeros(1, mx.int32)
+    Unlike in TextKeys nothing is written in place, so that they can be differentiated.
+
+    offset  position of the next rows; whoever uses them sets it
+    """
+
+    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None):
+        self.offset: int | mx.array = 0
         self.keys, self.values = keys, values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys = mx.concatenate([self.keys, keys], axis=2)
-        self.values = mx.concatenate([self.values, values], axis=2)
-        return self.keys, self.values
+        if self.keys is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class TextLayers(ABC):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -26,12 +25,14 @@ from redrafter_mlx.machine.storage import in_use, one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.deadline import NEVER, Deadline
 from redrafter_mlx.training.estimate import share
-from redrafter_mlx.training.filters import Sieve, loop_end
+from redrafter_mlx.training.filters import Sieve, loop_end, stretches
 from redrafter_mlx.training.lockstep import Conversation, Role, can_stagger, play
 from redrafter_mlx.training.manifest import note_counts, settle
 from redrafter_mlx.training.options import DataOptions
 from redrafter_mlx.training.scripts import Template
 from redrafter_mlx.training.shards import (
+    COLUMNS,
+    conversations,
     held_out_path,
     map_shard,
     shard_count,
@@ -256,11 +257,10 @@ class _Stage:
             ) from error
 
     def _remember(self, path: Path) -> None:
-        arrays = map_shard(path)
-        starts = [*arrays["starts"].tolist(), len(arrays["tokens"])]
-        for first, last in itertools.pairwise(starts):
-            span = slice(first, last)
-            self._sieve.remember(_question(arrays["tokens"][span], arrays["roles"][span]))
+        shard = map_shard(path)
+        for first, end in conversations(shard):
+            question = _question(shard["tokens"][first:end], shard["roles"][first:end])
+            self._sieve.remember(question)
 
     def _tell(self, done: int, total: int) -> None:
         seconds = time.monotonic() - self._begun
@@ -277,17 +277,13 @@ def _answered(conversation: Conversation) -> bool:
 
 def _question(tokens: np.ndarray, roles: np.ndarray) -> np.ndarray:
     """What the user first asks, or how a text begins."""
-    role = Role.USER if (roles == Role.USER).any() else Role.ASSISTANT
-    first = int(np.argmax(roles == role))
-    ends = np.flatnonzero(roles[first:] != role)
-    return tokens[first : first + int(ends[0]) if len(ends) else len(tokens)][:256]
+    first, end = stretches(roles == (Role.USER if Role.USER in roles else Role.ASSISTANT))[0]
+    return tokens[first:end][:256]
 
 
 def _loop_end(conversation: Conversation) -> int | None:
     """Where the first answer that goes round in circles is to be cut."""
-    speaks = np.concatenate([[False], conversation.roles == Role.ASSISTANT, [False]])
-    edges = np.flatnonzero(speaks[1:] != speaks[:-1])
-    for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+    for first, last in stretches(conversation.roles == Role.ASSISTANT):
         end = loop_end(conversation.tokens[first:last])
         if end is not None:
             return first + end
@@ -295,6 +291,5 @@ def _loop_end(conversation: Conversation) -> int | None:
 
 
 def _cut(conversation: Conversation, end: int) -> Conversation:
-    names = ("tokens", "roles", "hidden", "top_ids", "top_logits")
-    parts = {name: getattr(conversation, name)[:end] for name in names}
+    parts = {name: getattr(conversation, name)[:end] for name in COLUMNS}
     return dataclasses.replace(conversation, **parts)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from redrafter_mlx.drafters.attention import memory_of
+from redrafter_mlx.drafters.attention import DraftKeys, memory_of
 from redrafter_mlx.drafters.block import BlockHead
 from redrafter_mlx.drafters.eagle3 import Eagle3Head
 from redrafter_mlx.drafters.head import RecurrentHead
@@ -48,7 +48,7 @@ def _looked_at(head: RecurrentHead, embed: Embed, hidden, tokens, visible) -> Me
     return Memory(keys, embedded[:, 1:], visible.flatten())
 
 
-def medusa(embed: Embed, view: View, steps: int) -> Features:
+def medusa(view: View, steps: int) -> Features:
     """Of a MedusaHead: its heads, each for one step (arXiv 2401.10774, Medusa-1)."""
 
     def features(head: MedusaHead, hidden, tokens) -> mx.array:
@@ -71,7 +71,7 @@ def eagle3(embed: Embed, view: View, steps: int) -> Features:
         L = hidden.shape[1]
         embedded = embed(tokens[:, : L + steps - 1]).astype(mx.float32)
         state, found = head.read(view(hidden).astype(mx.float32)), []
-        caches = [_Kept() for _ in range(head.caches)]
+        caches = [DraftKeys() for _ in range(head.caches)]
         places = mx.arange(L)
         mask = places[None] <= places[:, None]
         for i in range(steps):
@@ -95,7 +95,7 @@ def dflash(embed: Embed, view: View, steps: int) -> Features:
         masks = mx.full((L, config.block_size - 1), config.mask_token_id, tokens.dtype)
         found = []
         for text, pending in zip(given, tokens[:, :L], strict=True):
-            kept = [_Kept() for _ in head.layers]
+            kept = [DraftKeys() for _ in head.layers]
             head.take_in(text, kept)
             block = embed(mx.concatenate([pending[:, None], masks], axis=1)).astype(mx.float32)
             blocks = head(block * config.embedding_scale, memory_of(kept, 1 + mx.arange(L)))
@@ -103,18 +103,3 @@ def dflash(embed: Embed, view: View, steps: int) -> Features:
         return mx.stack(found, axis=1).reshape(-1, found[0].shape[-1])
 
     return features
-
-
-class _Kept:
-    """Keys and values of one layer, as mlx-lm's KVCache keeps them, to be differentiated."""
-
-    def __init__(self):
-        self.offset = 0
-        self.keys = self.values = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is not None:
-            keys = mx.concatenate([self.keys, keys], axis=2)
-            values = mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values = keys, values
-        return keys, values

@@ -34,13 +34,16 @@ def loop_end(tokens: Sequence[int]) -> int | None:
     said = np.asarray(tokens)
     ends = []
     for period in range(1, min(PERIODS, len(said) // 2) + 1):
-        same = np.concatenate([[False], said[period:] == said[:-period], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1])
-        first, last = edges[::2], edges[1::2]
-        long = first[last - first >= max(2 * period, LOOP)]
-        if len(long):
-            ends.append(int(long[0]) + 2 * period)
+        least = max(2 * period, LOOP)
+        repeats = stretches(said[period:] == said[:-period])
+        ends += [first + 2 * period for first, end in repeats if end - first >= least][:1]
     return min(ends, default=None)
+
+
+def stretches(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Beginning and end of each unbroken stretch of true values in (T,) bool, in order."""
+    edges = np.flatnonzero(np.diff(np.r_[False, flags, False].astype(np.int8))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 class Sieve:

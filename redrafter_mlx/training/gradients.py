@@ -24,7 +24,7 @@ from redrafter_mlx.machine import blas, device
 from redrafter_mlx.training.jobs import blas_threads
 from redrafter_mlx.training.objective import Objective, candidates
 from redrafter_mlx.training.options import TrainingOptions
-from redrafter_mlx.training.windows import Past, Shards, Window
+from redrafter_mlx.training.windows import Shards, Window
 
 Parameters = Any
 """A tree of arrays, as `nn.Module.trainable_parameters` gives it."""
@@ -74,6 +74,7 @@ class Gradients:
         windows = self._windows(step * o.accumulate + part)
         batch = self.shards.batch(windows, self._objective.steps, self._objective.past)
         chosen = candidates(batch, self._allowed, o.candidates, [self._seed, step, part])
+        past = batch.past
         return (
             batch.hidden,
             mx.array(batch.tokens),
@@ -82,7 +83,7 @@ class Gradients:
             chosen.teacher,
             chosen.columns,
             mx.array(batch.weights),
-            *(_arrays_of(batch.past) if batch.past else ()),
+            *((past.hidden, mx.array(past.tokens), mx.array(past.visible)) if past else ()),
         )
 
     def _windows(self, index: int) -> list[Window]:
@@ -96,10 +97,6 @@ class Gradients:
             windows = next(self._batches)
             self._next += 1
         return windows
-
-
-def _arrays_of(past: Past) -> tuple[mx.array, ...]:
-    return past.hidden, mx.array(past.tokens), mx.array(past.visible)
 
 
 class Crew:

@@ -72,13 +72,20 @@ def initial_head(
         if e == h and inputs <= LARGEST_FIT:
             _fit_projection(head, embed, batches, steps)
     if not config.tied_output:
-        layer = layer_of(d2t)
-        layer.pop("bias", None)
-        output = layer(mx.eye(h)).T.astype(mx.float32)  # also of quantised rows
         padding = max(0, e - h)
-        head.lm_head[-1].weight = mx.pad(output, [(0, 0), (0, padding)])[:, :e]
+        output = mx.pad(output_rows(layer_of, d2t, h), [(0, 0), (0, padding)])
+        head.lm_head[-1].weight = output[:, :e]
     mx.eval(head.parameters())
     return head
+
+
+def output_rows(
+    layer_of: Callable[[mx.array], nn.Module], ids: mx.array, hidden_size: int
+) -> mx.array:
+    """(D, h) float32 rows of the target's own head for token ids (D,), unpacked, without a bias."""
+    layer = layer_of(ids)
+    layer.pop("bias", None)
+    return layer(mx.eye(hidden_size)).T.astype(mx.float32)
 
 
 def with_lookback(
@@ -98,7 +105,7 @@ def start_lookback(head: RecurrentHead, embed, layer_of, batch: Batch, key: mx.a
     out through the target's head: `out` turns the embedding of a token into its row there, as
     nearly as a linear map can, so long that hearing it is worth HEARD.
     """
-    lookback, config = head.lookback, head.config
+    lookback, config, hidden_size = head.lookback, head.config, head.config.hidden_size
     asked = config.lookback_heads * config.lookback_size
     seen = {
         "token": (embed(mx.array(batch.tokens)), TOKEN_LIKENESS),
@@ -112,13 +119,13 @@ def start_lookback(head: RecurrentHead, embed, layer_of, batch: Batch, key: mx.a
         lookback[f"key_{part}"].weight = lookback[f"query_{part}"].weight = weight
     lookback.carry = mx.full(lookback.carry.shape, CARRY)
     lookback.nothing = mx.full(lookback.nothing.shape, NOTHING)
-    lookback.query_state.weight = mx.zeros((asked, config.hidden_size))
+    lookback.query_state.weight = mx.zeros((asked, hidden_size))
     lookback.out.weight = mx.zeros_like(lookback.out.weight)
     if config.tied_output:
         ids = mx.array(np.unique(batch.tokens))
-        rows = layer_of(ids)(mx.eye(config.hidden_size)).T.astype(mx.float32)
+        embedded, rows = embed(ids).astype(mx.float32), output_rows(layer_of, ids, hidden_size)
         length = (rows**2).sum(axis=-1).mean()
-        said = _least_squares(embed(ids).astype(mx.float32), rows) * (HEARD / length)
+        said = _solve(embedded.T @ embedded, embedded.T @ rows) * (HEARD / length)
         lookback.out.weight = mx.tile(said.T / config.lookback_heads, (1, config.lookback_heads))
     mx.eval(lookback.parameters())
 
@@ -173,11 +180,7 @@ def fit_reading(batches: Sequence[Batch], view: View, scale: mx.array) -> mx.arr
     return _solve(gram, moment).T
 
 
-def _least_squares(x: mx.array, y: mx.array) -> mx.array:
-    """(h, k) that maps rows x (R, h) as nearly as it can to y (R, k)."""
-    return _solve(x.T @ x, x.T @ y)
-
-
 def _solve(gram: mx.array, moment: mx.array) -> mx.array:
+    """(h, k) that maps rows x (R, h) as nearly as it can to y (R, k): gram x'x, moment x'y."""
     ridge = _PENALTY * mx.diag(gram).mean() * mx.eye(len(gram))
     return mx.linalg.solve(gram + ridge, moment, stream=mx.cpu)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,8 +21,9 @@ from redrafter_mlx.drafters.beams import BeamDrafter
 from redrafter_mlx.machine import device
 from redrafter_mlx.measuring.acceptance import Draft
 from redrafter_mlx.rounds.round import Transcript
+from redrafter_mlx.training.filters import stretches
 from redrafter_mlx.training.lockstep import Role
-from redrafter_mlx.training.shards import as_mlx, map_shard
+from redrafter_mlx.training.shards import as_mlx, conversations, map_shard
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 RECALL = (1, 2, 4, 8)
@@ -88,10 +88,9 @@ def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
         tokens, roles, hidden = shard["tokens"], shard["roles"], shard["hidden"]
         best = shard["top_logits"].argmax(axis=-1, keepdims=True)
         likeliest = np.take_along_axis(shard["top_ids"], best, axis=-1)[:, 0]
-        for start, end in pairwise([*shard["starts"].tolist(), len(tokens)]):
-            spoken = roles[start:end] == Role.ASSISTANT
-            turns = np.flatnonzero(np.diff(np.r_[False, spoken, False].astype(int)))
-            for first, last in zip(start + turns[::2], start + turns[1::2], strict=True):
+        for start, end in conversations(shard):
+            for turn in stretches(roles[start:end] == Role.ASSISTANT):
+                first, last = start + turn[0], start + turn[1]
                 if last - first < 2 or first - start < 2:
                     continue
                 if (likeliest[first - 1 : last - 1] == tokens[first:last]).all():

@@ -158,16 +158,8 @@ class TrainingRun:
         self.vocabulary = Vocabulary.measured(np.array(d2t), self.answers, target.vocab_size)
         gradients = gradients_of(self.recipe, self.head, d2t, self.shards, training, seed)
         self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
-        make = partial(
-            make_gradients,
-            load,
-            places.data,
-            head,
-            self.config,
-            self.vocabulary.ids,
-            training,
-            seed,
-        )
+        ids = self.vocabulary.ids
+        make = partial(make_gradients, load, places.data, head, self.config, ids, training, seed)
         self._crew = Crew(gradients, make, jobs, training.accumulate)
         depends_on = {**asdict(head), **asdict(training), "seed": seed}
         depends_on["data_tokens"] = self.shards.tokens
@@ -206,11 +198,6 @@ class TrainingRun:
     def seconds_per_step(self) -> float:
         """Of the last ones of a run with a deadline; 0 before the first."""
         return sum(self._recent) / max(1, len(self._recent))
-
-    @property
-    def forecasts(self) -> bool:
-        """Whether the number of steps depends on how fast they turn out to be."""
-        return self._until.bounded
 
     @property
     def positions_per_step(self) -> int:
@@ -283,12 +270,9 @@ class TrainingRun:
             if self._until.bounded:
                 measures = due and not ended and self._seconds_left > QUICK_SECONDS
             if measures or ended or now - last["told"] >= TELL_SECONDS:
-                entry = {
-                    "loss": float(np.mean(losses)),
-                    "speed": len(losses)
-                    * self.positions_per_step
-                    / (progress.seconds - last["seconds"]),
-                }
+                positions = len(losses) * self.positions_per_step
+                speed = positions / (progress.seconds - last["seconds"])
+                entry = {"loss": float(np.mean(losses)), "speed": speed}
                 losses.clear()
                 last["seconds"] = progress.seconds
                 if measures:

@@ -162,7 +162,6 @@ def own_conversations(
     """
     draw = random.Random(seed)
     words = _words(tokenizer)
-    begun = lambda before, text: _after(tokenizer, before, text) if text else ()
 
     def opener() -> tuple[str, int]:
         """First words of a question, and how long it may become."""
@@ -183,16 +182,15 @@ def own_conversations(
         answer = Part(Role.ASSISTANT, (), limit, draw.choice(ANSWER_TEMPS), template.stops)
         script = []
         for turn in range(turns):
-            before, ids = (
-                template.texts[bool(turn)],
-                (template.opening, template.question)[bool(turn)],
-            )
-            first, most = (
-                opener() if turn == 0 else (draw.choice(("", *FOLLOW_UPS)), QUESTION_LIMIT)
-            )
+            if turn == 0:
+                before, ids = template.texts[0], template.opening
+                first, most = opener()
+            else:
+                before, ids = template.texts[1], template.question
+                first, most = draw.choice(("", *FOLLOW_UPS)), QUESTION_LIMIT
             script += [
                 Part(Role.TEMPLATE, ids),
-                Part(Role.USER, begun(before, first)),
+                Part(Role.USER, _after(tokenizer, before, first)),
                 Part(Role.USER, (), most, QUESTION_TEMP, template.asked),
                 Part(Role.TEMPLATE, template.reply),
                 answer,

@@ -15,10 +15,11 @@ file appears complete or not at all, so a killed run loses the batch that was un
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -30,7 +31,7 @@ from redrafter_mlx.training.lockstep import Conversation
 HELD_OUT_EVERY = 16
 """One of so many conversations is held out."""
 _NUMPY = {"I32": np.int32, "U8": np.uint8, "F16": np.float16, "BF16": np.uint16}
-_COLUMNS = ("tokens", "roles", "hidden", "top_ids", "top_logits")
+COLUMNS = ("tokens", "roles", "hidden", "top_ids", "top_logits")
 
 
 def shard_path(directory: Path, number: int) -> Path:
@@ -77,7 +78,7 @@ def write_shard(
     lengths = [len(c.tokens) for c in conversations]
     arrays = {
         name: mx.concatenate([mx.array(getattr(c, name)) for c in conversations])
-        for name in _COLUMNS
+        for name in COLUMNS
     }
     arrays["starts"] = mx.array(np.cumsum([0, *lengths[:-1]]).astype(np.int32))
     partial = path.with_name(f".{path.stem}.partial.safetensors")
@@ -112,7 +113,7 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
             if name != "__metadata__"
         }
         length = len(arrays["tokens"])
-        wrong = [name for name in _COLUMNS if len(arrays[name]) != length]
+        wrong = [name for name in COLUMNS if len(arrays[name]) != length]
         if wrong or not len(arrays["starts"]):
             raise ValueError(f"its {', '.join(wrong) or 'starts'} do not fit its tokens")
         return arrays
@@ -121,6 +122,11 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
             f"{path} is not a complete shard of training data ({type(error).__name__}: {error}); "
             "delete it and all later ones, they will be written again"
         ) from error
+
+
+def conversations(shard: dict[str, np.ndarray]) -> Iterator[tuple[int, int]]:
+    """First token and end of each conversation of a mapped shard."""
+    return itertools.pairwise([*shard["starts"].tolist(), len(shard["tokens"])])
 
 
 def as_mlx(hidden: np.ndarray) -> mx.array:

@@ -10,7 +10,6 @@ Shape letters: B windows, L positions of a window, n steps predicted at each, K 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.lockstep import Role
-from redrafter_mlx.training.shards import as_mlx, map_shard
+from redrafter_mlx.training.shards import as_mlx, conversations, map_shard
 
 LENGTH = 16
 PAST = 128
@@ -88,14 +87,14 @@ class Shards:
         draw = np.random.default_rng(list(seed.encode()))
         found = []
         for f, file in enumerate(self._files):
-            starts = [*file["starts"].tolist(), len(file["tokens"])]
-            for start, end in itertools.pairwise(starts):
+            for start, end in conversations(file):
                 if self._whole:
                     found.append((f, start, start, end))
                     continue
                 phase = int(draw.integers(LENGTH))
                 for first in range(start - phase, end - 2, LENGTH):
-                    if _speaks(file["roles"][max(first + 2, start) : first + 2 + LENGTH]):
+                    predicted = file["roles"][max(first + 2, start) : first + 2 + LENGTH]
+                    if (predicted != Role.TEMPLATE).any():
                         found.append((f, start, max(first, start), end))
         return [found[i] for i in draw.permutation(len(found))]
 
@@ -103,8 +102,8 @@ class Shards:
         """How many windows have about as many positions as so many short ones."""
         if not self._whole:
             return windows
-        conversations = sum(len(file["starts"]) for file in self._files)
-        return max(1, round(windows * LENGTH * conversations / self.tokens))
+        count = sum(len(file["starts"]) for file in self._files)
+        return max(1, round(windows * LENGTH * count / self.tokens))
 
     def batch(self, windows: Sequence[Window], steps: int, past: slice | None = None) -> Batch:
         """Cut the windows out; what lies beyond a conversation's end weighs nothing.
@@ -178,7 +177,3 @@ def frequent_ids(shards: Shards, most: int, vocab_size: int) -> np.ndarray:
     if not most or most >= vocab_size:
         return np.arange(vocab_size)
     return np.argsort(-shards.counts(vocab_size), kind="stable")[:most]
-
-
-def _speaks(roles: np.ndarray) -> bool:
-    return bool(((roles == Role.ASSISTANT) | (roles == Role.USER)).any())

@@ -23,6 +23,7 @@ LAYERS = 2
 class DFlash(LayersRecipe):
     name = "dflash"
     about = "A DFlash head ([arXiv 2602.06036](https://arxiv.org/abs/2602.06036))"
+    empty = BlockHead
     takes = ("draft_vocab", "fused_layers", "layers")
 
     @classmethod
@@ -40,9 +41,6 @@ class DFlash(LayersRecipe):
             block_size=1 + ahead,
             mask_token_id=0,
         )
-
-    def empty(self, config: BlockConfig) -> BlockHead:
-        return BlockHead(config)
 
     def new(self, config, ids, shards, ahead, key):
         head = super().new(config, ids, shards, ahead, key)

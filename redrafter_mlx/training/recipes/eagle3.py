@@ -20,6 +20,7 @@ from redrafter_mlx.training.recipes.layers import LayersRecipe
 class Eagle3(LayersRecipe):
     name = "eagle3"
     about = "An EAGLE-3 head ([arXiv 2503.01840](https://arxiv.org/abs/2503.01840))"
+    empty = Eagle3Head
     takes = ("draft_vocab", "output_layer", "fused_layers")
 
     @classmethod
@@ -46,9 +47,6 @@ class Eagle3(LayersRecipe):
             captured=len(reads),
             own_output=not self.tied,
         )
-
-    def empty(self, config: Eagle3Config) -> Eagle3Head:
-        return Eagle3Head(config)
 
     def new(self, config, ids, shards, ahead, key):
         """A layer that does nothing yet, after the best linear guess from what it reads."""

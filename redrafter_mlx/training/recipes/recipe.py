@@ -6,6 +6,7 @@ Shape letters: D draft vocabulary, h hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.round import View
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.initial import output_rows
 from redrafter_mlx.training.objective import Features, Output, tied_output, trained_output
 from redrafter_mlx.training.options import HeadOptions
 from redrafter_mlx.training.windows import Batch, Shards
@@ -31,22 +33,25 @@ FIT_BATCHES = 24
 class Recipe(ABC):
     """One kind of head for one target.
 
-    name   of the kind; about and source say in a model card what it is
-    whole  whether it is taught whole conversations
-    takes  names of the HeadOptions that mean something to it
+    name         of the kind
+    about        what a model card calls such a head
+    empty        a head of a shape, with parameters still to be set
+    whole        whether it is taught whole conversations
+    reads_final  whether it reads the target's final hidden state
+    takes        names of the HeadOptions that mean something to it
     """
 
     name: str
     about: str
+    empty: Callable[[Any], nn.Module]
     whole = False
-    takes: tuple[str, ...] = ("draft_vocab", "output_layer")
+    reads_final = True
+    takes: tuple[str, ...]
 
     def __init__(self, target: Target, options: HeadOptions):
         self.target, self.options = target, options
         layers = self.reads(len(target.model.layers), options)
         self.view: View = target.tap(layers, final=self.reads_final)
-
-    reads_final = True
 
     @classmethod
     def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
@@ -67,10 +72,6 @@ class Recipe(ABC):
 
         ahead  tokens that a position predicts
         """
-
-    @abstractmethod
-    def empty(self, config: Any) -> nn.Module:
-        """A head of a shape."""
 
     def new(self, config: Any, ids: mx.array, shards: Shards, ahead: int, key: mx.array):
         """An untrained head in float32 that proposes the token ids (D,)."""
@@ -111,6 +112,5 @@ class Recipe(ABC):
         return targets_vocabulary(self.target, np.array(ids))
 
     def _rows(self, ids: mx.array) -> mx.array:
-        """(D, h) of the target's own output layer, unpacked."""
-        layer = self.target.output_layer(ids)
-        return layer(mx.eye(self.target.hidden_size, dtype=mx.float32)).T.astype(mx.float32)
+        """(D, h) of the target's own output layer."""
+        return output_rows(self.target.output_layer, ids, self.target.hidden_size)

@@ -23,6 +23,7 @@ LOOKBACK_HEADS = 2
 class Recurrent(Recipe):
     name = "recurrent"
     about = "A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919))"
+    empty = RecurrentHead
     takes = (
         "draft_vocab", "output_layer", "exit_dim", "blocks", "no_rnn", "fused_layers",
         "lookback_heads",
@@ -48,9 +49,6 @@ class Recurrent(Recipe):
             fused_layers=tuple(options.fused_layers),
             lookback_heads=LOOKBACK_HEADS if lookback is None else lookback,
         )
-
-    def empty(self, config: HeadConfig) -> RecurrentHead:
-        return RecurrentHead(config)
 
     def new(self, config, ids, shards, ahead, key):
         fit = islice(shards.batches("fit", 64, 2 * ahead), FIT_BATCHES)
