@@ -24,7 +24,7 @@ from .sources import Source, open_source
 from .target import Target
 from .torch_heads import formula_of
 from .vocabulary import Choice, choose, count_ids
-from .weights import DTYPES, Job, Recipe, fits, jobs
+from .weights import DTYPES, WORDS, Job, Recipe, fits, jobs
 
 PROGRESS_FROM = 256 * 2**20  # bytes; smaller heads need no bar
 _log = logging.getLogger("redrafter_mlx")
@@ -79,7 +79,9 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
         work = jobs(head, recipe)
         ids = head.draft_ids if recipe.kept is None else head.draft_ids[recipe.kept]
         _write_weights(directory / form.file, form, work, _offsets(ids, head.vocab_size))
-        _write_json(directory / "config.json", _settings(head, form, ids, work, recipe))
+        settings = _settings(head, form, ids, work, recipe)
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
         made = read_head(open_source(str(directory)))  # it has to be a head again
         if check:
             check(head, directory, recipe)
@@ -127,7 +129,11 @@ def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
         order_of_ids = np.argsort(head.draft_ids)
         places = np.searchsorted(head.draft_ids, choice.ids, sorter=order_of_ids)
         kept = order_of_ids[places]
-        notes.append(_vocabulary_note(order, head, choice))
+        missing = f"; {choice.missing} more are not in this head" if choice.missing else ""
+        notes.append(
+            f"draft vocabulary: {len(choice.ids):,} of {head.vocab_size:,} ids, "
+            f"{choice.coverage:.2%} of the tokens in {order.vocabulary[1].name}{missing}"
+        )
     ids = head.draft_ids if kept is None else head.draft_ids[kept]
     if order.keep_d2t and head.kind != "recurrent":
         raise UserError("--keep-d2t is for recurrent heads; others keep it anyway: leave it out")
@@ -188,15 +194,6 @@ def _choose(order: Order, head: Head) -> Choice:
     return choose(counts, size, ends, head.draft_ids)
 
 
-def _vocabulary_note(order: Order, head: Head, choice: Choice) -> str:
-    _, file = order.vocabulary
-    missing = f"; {choice.missing} more are not in this head" if choice.missing else ""
-    return (
-        f"draft vocabulary: {len(choice.ids):,} of {head.vocab_size:,} ids, "
-        f"{choice.coverage:.2%} of the tokens in {file.name}{missing}"
-    )
-
-
 def _write_weights(file: Path, form: Form, work: list[Job], offsets: np.ndarray | None) -> None:
     from tqdm import tqdm
 
@@ -228,10 +225,9 @@ def _settings(
 ) -> dict[str, Any]:
     packing = recipe.packing or (None if recipe.unpack else head.packing)
     settings = form.settings(ids, packing)
-    types = {entry.dtype for job in work for entry in job.entries if entry.dtype in DTYPES.values()}
+    types = {WORDS[entry.dtype] for job in work for entry in job.entries if entry.dtype in WORDS}
     if len(types) == 1:
-        word = {code: word for word, code in DTYPES.items()}[types.pop()]
-        settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = word
+        settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = types.pop()
     return settings
 
 
@@ -267,7 +263,3 @@ def _facts(
         step_bytes=made.step_bytes,
         notes=notes,
     )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

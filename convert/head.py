@@ -74,6 +74,7 @@ class Head(ABC):
     notes       what was left out or is odd, for the user
     parameters  numbers that were trained, packed or not
     outputs     modules whose rows are the draft ids; None: the vocabulary cannot be reduced
+    beside      names of the source's tensors that are the target's, not the head's
     """
 
     source: Source
@@ -85,6 +86,7 @@ class Head(ABC):
     notes: list[str]
     parameters: int
     outputs: tuple[str, ...] | None
+    beside: frozenset[str]
 
     @property
     @abstractmethod
@@ -106,9 +108,12 @@ class Head(ABC):
     def words(self) -> Words: ...
 
     @property
-    @abstractmethod
     def files(self) -> list[Path]:
         """Files of the source, less those that hold nothing but the target."""
+        tensors = self.source.tensors.values()
+        theirs = {t.file for t in tensors if t.name in self.beside}
+        ours = {t.file for t in tensors if t.name not in self.beside}
+        return [file for file in self.source.files if file in ours or file not in theirs]
 
     @property
     def step_bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import zipfile
 from pathlib import Path
@@ -111,6 +110,4 @@ def _tensor(torch: ModuleType, file: Path, name: str, tensor: Any) -> Tensor:
         array = piece.contiguous().numpy()
         return array.view(np.uint16) if kind == "bfloat16" else array
 
-    shape = tuple(tensor.shape)
-    assert math.prod(shape) == tensor.numel()
-    return Tensor(name, shape, _TYPES[kind], file, rows)
+    return Tensor(name, tuple(tensor.shape), _TYPES[kind], file, rows)

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -47,7 +46,7 @@ class Published(Head):
 
     @property
     def vocab_size(self) -> int:
-        return self.about.vocabulary(self.config)[0]
+        return self.config.vocab_size
 
     @property
     def hidden_size(self) -> int:
@@ -68,14 +67,6 @@ class Published(Head):
             shape=", ".join(told),
             tags=(self.kind, "speculative-decoding"),
         )
-
-    @property
-    def files(self) -> list[Path]:
-        left_out = beside(self.about, self.source.tensors)
-        tensors = self.source.tensors.values()
-        theirs = {t.file for t in tensors if t.name in left_out}
-        ours = {t.file for t in tensors if t.name not in left_out}
-        return [file for file in self.source.files if file in ours or file not in theirs]
 
     def form(self, to: str | None) -> Form:
         if to is not None:
@@ -174,7 +165,8 @@ def read_published(source: Source, kind: Kind) -> Published:
     parameters = sum(x.size for _, x in tree_flatten(module.parameters()))
     modules = dict(module.named_modules())
     _check(source, kind, module, tensors, packing)
-    ids = draft_ids(where, *kind.vocabulary(config), offsets_in(where, offsets))
+    sizes = config.vocab_size, config.draft_vocab_size
+    ids = draft_ids(where, *sizes, offsets_in(where, offsets))
     return Published(
         source=source,
         layout=layout_of(kind, source.settings),
@@ -185,6 +177,7 @@ def read_published(source: Source, kind: Kind) -> Published:
         notes=notes,
         parameters=parameters,
         outputs=kind.outputs(config),
+        beside=frozenset(left_out),
         about=kind,
         names={ours: bare(kind, theirs, ours) for theirs, ours in known.items()},
         layers=frozenset(name for name, m in modules.items() if hasattr(m, "to_quantized")),

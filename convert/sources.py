@@ -71,15 +71,14 @@ def open_source(name: str, revision: str | None = None, wanted: str | None = Non
     Raises UserError: nothing there, a damaged file, a link that leads elsewhere.
     """
     path = locate(name, revision, wanted)
+    directory = path.parent if path.is_file() else path
+    settings = _settings_in(directory)
     if path.is_file():
-        config = path.parent / "config.json"
-        settings = _settings(_inside(path.parent, config)) if config.is_file() else {}
-        used = [config] if settings else []
-        return Source(name, path, settings, read_file(path), [path, *used])
-    config = path / "config.json"
-    settings = _settings_in(path)
-    files, tensors = _read_directory(path, settings, wanted)
-    return Source(name, path, settings, tensors, [*files, *([config] if settings else [])])
+        files, tensors = [path], read_file(path)
+    else:
+        files, tensors = _read_directory(path, settings, wanted)
+    used = [directory / "config.json"] if settings else []
+    return Source(name, path, settings, tensors, [*files, *used])
 
 
 def locate(name: str, revision: str | None = None, wanted: str | None = None) -> Path:

@@ -20,7 +20,7 @@ from redrafter_mlx.drafters.dflash import KIND
 from redrafter_mlx.drafters.published import load_published
 
 from .formula import ROWS, SCORES, Formula, Inputs, normal
-from .torch_parts import Attention, Weights, mlp, rms_normed, shape_of
+from .torch_parts import Attention, Weights, mlp, shape_of
 
 
 def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
@@ -37,9 +37,7 @@ def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
 
 def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     torch, config = weights.torch, weights.head.config
-    norm = lambda name, x: (
-        rms_normed(torch, x, config.layer.rms_norm_eps) * weights.vector(f"{name}.weight")
-    )
+    norm = lambda name, x: weights.normed(name, x, config.layer.rms_norm_eps)
     context = norm("hidden_norm", weights.linear("fc", torch.from_numpy(given["captured"])))
     hidden = torch.from_numpy(given["embedded"])
     attention = Attention(weights, shape_of(torch, config.layer, config.interleaved))
@@ -136,8 +134,8 @@ def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
         row = place + config.block_size - config.depths
         each, state = head.link.read(hidden[row : row + 1], before[place : place + 1], state)
         read.append(each)
-    own = mx.zeros((config.depths, config.draft_vocab_size))
-    own = mx.array(given["own"]) if config.candidates else own
+    own = given.get("own", np.zeros((config.depths, config.draft_vocab_size), np.float32))
+    own = mx.array(own)
     scores = head.link.scores(own, mx.arange(config.depths), mx.concatenate(read))
     return {"hidden": hidden, SCORES: mx.where(mx.isfinite(scores), scores - own, 0)}
 

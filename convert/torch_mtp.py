@@ -21,7 +21,7 @@ from redrafter_mlx.drafters.published import load_published
 
 from .formula import ROWS, Formula, Inputs, normal
 from .head import Head
-from .torch_parts import Attention, Shape, Weights, gated, mlp, rms_normed
+from .torch_parts import Attention, Shape, Weights, gated, mlp
 
 ROUTER = "router"
 
@@ -36,7 +36,7 @@ def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     eps, attn = layer.input_layernorm.eps, layer.self_attn
     # MLX checkpoints may have added the one that published weights of norms leave out
     centred = float(weights.vector("layer.input_layernorm.weight").mean() < 0.5)
-    norm = lambda name, x: rms_normed(torch, x, eps) * (centred + weights.vector(f"{name}.weight"))
+    norm = lambda name, x: weights.normed(name, x, eps, centred)
     embedded, hidden = (torch.from_numpy(given[key]) for key in ("embedded", "states"))
     joined = [norm("norm_embedding", embedded), norm("norm_hidden", hidden)]
     hidden = weights.linear("fc", torch.cat(joined, dim=-1))

@@ -45,6 +45,10 @@ class Weights:
         tensor = self.head.tensors[name]
         return self._floats(tensor.whole(), tensor.dtype)
 
+    def normed(self, module: str, x: Any, eps: float, centred: float = 0) -> Any:
+        """x (..., h) through an RMS norm, whose weights are what they differ from `centred` by."""
+        return rms_normed(self.torch, x, eps) * (centred + self.vector(f"{module}.weight"))
+
     def picked(self, module: str, ids: np.ndarray) -> Any:
         """The rows of a module's weight that a few ids name."""
         return self.torch.cat([self.rows(module, i, i + 1) for i in ids.tolist()])
@@ -132,8 +136,8 @@ class Attention:
             q, gate = q.chunk(2, dim=-1)
         k, v = (split(part, both, shape.shared) for part in "kv")
         places = torch.arange(len(both))
-        q = self._turned(f"{name}.q_norm.weight", q, places[before:])
-        k = self._turned(f"{name}.k_norm.weight", k, places)
+        q = self._turned(f"{name}.q_norm", q, places[before:])
+        k = self._turned(f"{name}.k_norm", k, places)
         copies = shape.heads // shape.shared
         k, v = (y.repeat_interleave(copies, dim=1).transpose(0, 1) for y in (k, v))
         scores = q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
@@ -145,9 +149,8 @@ class Attention:
 
     def _turned(self, norm: str, y: Any, places: Any) -> Any:
         """Queries or keys (P, heads, d), normed if their layer does so, turned by their places."""
-        if norm in self.weights:
-            scale = self.shape.centred + self.weights.vector(norm)
-            y = rms_normed(self.weights.torch, y, self.shape.eps) * scale
+        if f"{norm}.weight" in self.weights:
+            y = self.weights.normed(norm, y, self.shape.eps, self.shape.centred)
         angles = (places[:, None] * self.shape.frequencies)[:, None]
         torch, size = self.weights.torch, 2 * angles.shape[-1]
         turned = _rotated(torch, y[..., :size], angles, self.shape.interleaved)

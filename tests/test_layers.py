@@ -101,7 +101,6 @@ LAYERS = [
         "drafters.drawn",
         "drafters.lookback",
         "drafters.protocol",
-        "drafters.shapes",
         "drafters.suffixes",
     ],
     ["pricing.budget", "pricing.experience"],

@@ -35,12 +35,12 @@ from redrafter_mlx.drafters.published import (
     Shapes,
     agree,
     belongs_to,
+    layer_settings,
     matrix,
     setting,
     targets_vocabulary,
     unwrapped,
 )
-from redrafter_mlx.drafters.shapes import rope_of
 from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.rounds.round import Context, View
@@ -57,8 +57,9 @@ class DFlashDrafter(ParallelDrafter):
     readers = 1
 
     def __init__(self, head: BlockHead, vocabulary, embed, view: View, experience: Experiences):
-        super().__init__(vocabulary, head.config.depths, experience)
+        super().__init__(vocabulary, experience)
         self.head, self.embed, self.view = head, embed, view
+        self.depths = head.config.depths
         self._text = BlockText(head, view)
 
     def fork(self, length: int) -> DFlashDrafter:
@@ -171,8 +172,7 @@ def _known(name: str) -> str | None:
 
 
 def _ours(names: Collection[str]) -> dict[str, str]:
-    inner = unwrapped(names, lambda name: _known(name) is not None)
-    return {theirs: ours for theirs, name in inner.items() if (ours := _known(name))}
+    return unwrapped(names, _known)
 
 
 def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -192,33 +192,11 @@ def _settings(where: object, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer(where: object, settings: Mapping[str, Any], shapes: Shapes) -> qwen3.ModelArgs:
-    """mlx-lm's ModelArgs of the layers, whose sizes the tensors tell."""
-    heads = setting(where, settings, "num_attention_heads")
-    queries, hidden_size = matrix(where, shapes, "layers.0.self_attn.q_proj.weight")
-    keys = matrix(where, shapes, "layers.0.self_attn.k_proj.weight")[0]
-    intermediate = matrix(where, shapes, "layers.0.mlp.gate_proj.weight")[0]
-    head_dim = queries // heads
-    if queries % heads or keys % max(head_dim, 1):
-        raise UserError(f"{where}: {queries} and {keys} columns are not those of {heads} heads")
-    agree(where, "head_dim", settings.get("head_dim"), head_dim)
-    agree(where, "hidden_size", settings.get("hidden_size"), hidden_size)
-    agree(where, "intermediate_size", settings.get("intermediate_size"), intermediate)
-    theta, scaling = rope_of(where, settings)
-    return qwen3.ModelArgs(
-        model_type="qwen3",
-        hidden_size=hidden_size,
-        num_hidden_layers=1,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        rms_norm_eps=_number(where, settings, "rms_norm_eps", 1e-6),
-        vocab_size=1,
-        num_key_value_heads=keys // head_dim,
-        max_position_embeddings=setting(where, settings, "max_position_embeddings", 2048),
-        rope_theta=theta,
-        head_dim=head_dim,
-        tie_word_embeddings=False,
-        rope_scaling=scaling,
-    )
+    """mlx-lm's ModelArgs of the layers."""
+    given = layer_settings(where, settings, shapes)
+    agree(where, "head_dim", settings.get("head_dim"), given["head_dim"])
+    eps = _number(where, settings, "rms_norm_eps", 1e-6)
+    return qwen3.ModelArgs(model_type="qwen3", rms_norm_eps=eps, **given)
 
 
 def _number(where: object, settings: Mapping[str, Any], key: str, default: float) -> float:
@@ -322,10 +300,8 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Block
     mask = settings.get("mask_token_id")
     if type(mask) is not int or not 0 <= mask < vocab_size:
         raise UserError(f"{where}: mask_token_id is {mask!r}, not a token id below {vocab_size}")
-    number, block_size = (
-        partial(_number, where, settings),
-        setting(where, settings, "block_size", 16),
-    )
+    block_size = setting(where, settings, "block_size", 16)
+    number = partial(_number, where, settings)
     next_token = _predicts_next(settings, shapes)
     if block_size < 2 - next_token:
         raise UserError(f"{where}: block_size is {block_size}: a block predicts nothing")
@@ -377,7 +353,6 @@ KIND = Kind(
     config=_config,
     head=BlockHead,
     drafter=_drafter,
-    vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
     outputs=_outputs,
     unused=UNUSED,
 )

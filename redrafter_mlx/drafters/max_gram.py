@@ -57,8 +57,7 @@ class MaxGramDrafter:
             else (lambda match: (match.latest, match.first))
         )
         self.rates = HitRates()
-        self._index = SuffixAutomaton()
-        self._extend(memory.tokens() if memory else ())
+        self._new_index()
         self._transcript: Transcript | None = None
         self._seen = 0
 
@@ -72,21 +71,18 @@ class MaxGramDrafter:
     def reset(self) -> None:
         if self._transcript is None:
             return
-        if self.memory is None:
-            self._index = SuffixAutomaton()
-        else:
+        if self.memory is not None:
             tokens = self._transcript.tokens
             self.memory.add(tokens)
             self._extend([*tokens[self._seen :], BREAK])
-            if len(self._index) > 2 * self.memory.capacity:
-                self._index = SuffixAutomaton()
-                self._extend(self.memory.tokens())
+        if self.memory is None or len(self._index) > 2 * self.memory.capacity:
+            self._new_index()
         self._transcript = None
 
     def fork(self, length: int) -> MaxGramDrafter:
         other = copy(self)
-        other._transcript, other._index = None, SuffixAutomaton()
-        other._extend(self.memory.tokens() if self.memory else ())
+        other._transcript = None
+        other._new_index()
         return other
 
     def save(self) -> None:
@@ -107,6 +103,11 @@ class MaxGramDrafter:
                 self._learn(token)
                 self._index.append(token)
         self._seen = len(tokens)
+
+    def _new_index(self) -> None:
+        """An index of earlier texts alone, if any are remembered."""
+        self._index = SuffixAutomaton()
+        self._extend(self.memory.tokens() if self.memory else ())
 
     def _extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:

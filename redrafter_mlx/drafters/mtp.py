@@ -263,7 +263,6 @@ KIND = Kind(
     config=_config,
     head=lambda config: MTPHead(config) if config.depths == 1 else MTPHeads(config),
     drafter=_drafter,
-    vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
     outputs=lambda config: (),
     inside=True,
     ready=_ready,

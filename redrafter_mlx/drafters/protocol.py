@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -57,6 +58,36 @@ class Unheeding:
 def readers_of(drafters: Iterable[Drafter]) -> int:
     """How many of drafters, or of their parts, read the Trail of a text."""
     return sum(getattr(drafter, "readers", 1) for drafter in drafters)
+
+
+class Combined:
+    """A drafter made of others, its members: what it is told, each of them is told."""
+
+    def __init__(self, members: Sequence[Drafter]):
+        self.members = list(members)
+
+    @property
+    def readers(self) -> int:
+        return readers_of(self.members)
+
+    def observe(self, step: Step) -> None:
+        for member in self.members:
+            member.observe(step)
+
+    def reset(self) -> None:
+        for member in self.members:
+            member.reset()
+
+    def fork(self, length: int) -> Self:
+        other = copy(self)
+        other.members = [member.fork(length) for member in self.members]
+        return other
+
+    def save(self) -> None:
+        """Let members that remember earlier texts write them to their files."""
+        for member in self.members:
+            if hasattr(member, "save"):
+                member.save()
 
 
 class NoDrafter(Unheeding):

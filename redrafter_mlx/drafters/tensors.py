@@ -6,6 +6,7 @@ Shape letters: D draft vocabulary, V vocabulary.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 
 CONVERTER = "redrafter_mlx.convert"
 _CONVERT = f"pickles are never read here; '{CONVERTER} --input {{}} --output DIR' converts it"
@@ -62,6 +65,14 @@ def read_tensors(
             raise UserError(f"{file}: holds {', '.join(twice)} again; one file has it already")
         tensors.update(found)
     return tensors
+
+
+def write_head(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
+    """Write model.safetensors, whole or not at all, and then config.json into a directory."""
+    partial = path / ".model.partial.safetensors"
+    mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx"})
+    os.replace(partial, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def tensor_names(path: Path) -> set[str]:
@@ -168,6 +179,26 @@ def _packing(settings: dict) -> dict[str, int]:
     if any(type(value) is not int for value in found.values()) or found["group_size"] < 1:
         raise ValueError("group_size and bits must be positive whole numbers")
     return found
+
+
+def check_weights(
+    where: object, head: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype
+) -> None:
+    """Exactly the head's parameters, each of its shape and kind, and finite as `dtype`."""
+    expected = dict(tree_flatten(head.parameters()))
+    shapes = {name: x.shape for name, x in weights.items()}
+    check_names_and_shapes(where, {n: x.shape for n, x in expected.items()}, shapes)
+    is_packed = lambda x: x.dtype == mx.uint32
+    for name, like in expected.items():
+        found = weights[name]
+        if is_packed(found) != is_packed(like) or (
+            not is_packed(found) and not mx.issubdtype(found.dtype, mx.floating)
+        ):
+            kind = "packed integers" if is_packed(like) else "floating-point numbers"
+            raise UserError(f"{where}: {name} holds {found.dtype}, not {kind}")
+    finite = device.read(*(mx.isfinite(weights[n].astype(dtype)).all() for n in expected))
+    if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
+        raise UserError(f"{where}: {', '.join(bad)} holds NaN or infinite values as {dtype}")
 
 
 def check_names_and_shapes(

@@ -122,16 +122,6 @@ class SharedVocabulary(OwnVocabulary):
         return self._logits(features)
 
 
-class WholeVocabulary(SharedVocabulary):
-    """All ids of the target, scored by the target's own head.
-
-    logits  (R, h) -> (R, V)
-    """
-
-    def __init__(self, vocab_size: int, logits: Callable[[mx.array], mx.array]):
-        super().__init__(mx.arange(vocab_size, dtype=mx.int32), logits)
-
-
 class TextVocabulary:
     """The ids that a tied output proposes in one text: a static set and the ids of the text.
 
