@@ -17,7 +17,7 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
 
     model    the target as the user named it
     command  that made it
-    table    of its report, and what the time went into
+    table    of its report, and how the time was spent
     drawn    whether there is a picture
     """
     c, progress = run.config, run.progress

@@ -1,9 +1,9 @@
 """The first stage of training: the target writes what the head will learn from.
 
-Batches of conversations are played and written one after the other, until there are enough
-tokens, or no time, or no questions left. What a batch holds depends on the target, the options,
-its number and the batches before it and on nothing else, so a run that was killed goes on to the
-same files as one that was not. `data.json` says what a directory was made with.
+Batches of conversations are played and written one after another, until there are enough tokens,
+the time is up or no questions are left. What a batch holds depends only on the target, the options,
+its number and the batches before it, so a run that was killed ends with the same files as one that
+was not. `data.json` says what a directory was made with.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from redrafter_mlx.training.shards import (
 from redrafter_mlx.training.sources import Given, LeftOut, Own
 
 LEAST = 8
-"""Tokens of answers a row, on average, before which the first batch is not cut."""
+"""Tokens of answers that the first batch has per row, on average, before a deadline may cut it."""
 WORTH = 0.5
-"""With a deadline no batch is begun of which there is not time for this share."""
+"""With a deadline, a batch is begun only if there is time for at least this share of it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Counts:
     conversations  kept
     tokens         of the target's answers, kept
     near_repeats   left out because their question was much like an earlier one
-    loops          cut where an answer went round in circles
+    loops          cut where an answer began to repeat itself
     unanswered     left out because the columns ended before an answer began
     """
 
@@ -72,7 +72,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the stage stands: tokens kept of the goal; batches done, and share of the next."""
+    """Where the stage stands: what was kept, and the goal in tokens; batches, share of the next."""
 
     counts: Counts
     goal: int
@@ -131,14 +131,14 @@ def write_data(
 
     target     with the layers to keep in `taps`
     progress   called after every column
-    job, jobs  which of several that share the work this is: its part of the tokens and of the
-               questions, and a seed of its own
-    until      by when to have done: the batch under way is then cut where it is, unless it is the
-               first and there is hardly an answer yet
+    job, jobs  which of several jobs this is: it has its share of the tokens and of the questions,
+               and a seed of its own
+    until      when to stop: the batch under way is cut there, unless it is the first and holds
+               hardly an answer yet
 
-    Batches are whole otherwise: the goal is overshot by less than one, and with `data_minutes` none
-    is begun that would end later, except the first. Raises UserError when the directory is in use,
-    was made with another target or other options, or the disk is full.
+    Otherwise batches are whole: the goal is overshot by less than one, and with `data_minutes` no
+    batch but the first is begun that would end later. Raises UserError when the directory is in
+    use, was made with another target or other options, or the disk is full.
     """
     with in_use(directory):
         template = Template.of(tokenizer)
@@ -180,7 +180,7 @@ class _Stage:
                     self._remember(held_out_path(directory, number))
 
     def run(self) -> str:
-        """Write batches; why there are no more of them."""
+        """Write batches; returns why there are no more of them."""
         took = 0.0
         while self.state.counts.tokens < self._options.data_tokens:
             minutes, begun = self._options.data_minutes, time.monotonic()
@@ -223,7 +223,7 @@ class _Stage:
         return kept, _State(counts, self.state.next + taken_anew, again + left)
 
     def _cuts(self, answered: int) -> bool:
-        """Whether the batch ends here, with so many tokens of answers."""
+        """Whether to end the batch here, after so many tokens of answers."""
         return self._until.passed and (self.batches > 0 or answered >= LEAST * self._rows)
 
     def _filter(self, played: Sequence[Conversation]) -> tuple[list[Conversation], Counts]:
@@ -282,7 +282,7 @@ def _question(tokens: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
 
 def _loop_end(conversation: Conversation) -> int | None:
-    """Where the first answer that goes round in circles is to be cut."""
+    """Where to cut the first answer that repeats itself; None if none does."""
     for first, last in stretches(conversation.roles == Role.ASSISTANT):
         end = loop_end(conversation.tokens[first:last])
         if end is not None:

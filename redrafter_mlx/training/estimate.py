@@ -49,7 +49,7 @@ class Estimate:
 
 
 def estimate(target: Target, options: DataOptions) -> Estimate:
-    """Measure a few columns, half-way through a batch, and reckon the whole stage from them."""
+    """Measure a few columns, half-way through a batch, and extrapolate to the whole stage."""
     rows = choose_rows(target, options)
     probe = Probe(target, rows, options.columns // 2)
     seconds = []
@@ -74,7 +74,7 @@ def estimate(target: Target, options: DataOptions) -> Estimate:
 
 
 def share(options: DataOptions, job: int, jobs: int) -> DataOptions:
-    """What one of several jobs does: its part of tokens and memory, and a seed of its own."""
+    """The options of one of several jobs: its share of tokens and memory, and a seed of its own."""
     return replace(
         options,
         seed=(options.seed + (job << 32)) % 2**64,

@@ -1,7 +1,7 @@
 """What each kind of head makes of a batch: features for the n tokens after every position.
 
-Every kind is taught what it will do when it drafts: to go on from its own states, on tokens that
-came true.
+Every kind is trained on what it will do when it drafts: go on from its own states, given the tokens
+that actually followed.
 
 Shape letters: B windows, L positions of a window, n steps, E captured columns, h hidden size.
 """
@@ -25,7 +25,7 @@ Embed = Callable[[mx.array], mx.array]
 
 
 def recurrent(embed: Embed, view: View, steps: int) -> Features:
-    """Of a RecurrentHead: its state after 1, 2, ... tokens."""
+    """For a RecurrentHead: its state after 1, 2, ... tokens."""
 
     def features(head: RecurrentHead, hidden, tokens, *past) -> mx.array:
         B, L = hidden.shape[:2]
@@ -49,7 +49,7 @@ def _looked_at(head: RecurrentHead, embed: Embed, hidden, tokens, visible) -> Me
 
 
 def medusa(view: View, steps: int) -> Features:
-    """Of a MedusaHead: its heads, each for one step (arXiv 2401.10774, Medusa-1)."""
+    """For a MedusaHead: its heads, each for one step (arXiv 2401.10774, Medusa-1)."""
 
     def features(head: MedusaHead, hidden, tokens) -> mx.array:
         given = view(hidden).reshape(-1, view.width).astype(mx.float32)
@@ -60,11 +60,11 @@ def medusa(view: View, steps: int) -> Features:
 
 
 def eagle3(embed: Embed, view: View, steps: int) -> Features:
-    """Of an Eagle3Head: training-time test (arXiv 2503.01840), whole texts at once.
+    """For an Eagle3Head: training-time test (arXiv 2503.01840), whole texts at once.
 
-    In the first step a position reads the target's layers, in the next ones what the head itself
-    gave there a step ago. It attends to the first step's places up to its own, and of the others
-    to its own: what a draft from there would have seen.
+    In the first step a position reads the target's layers, in each later one what the head itself
+    computed there the step before. It attends to the first step's places up to its own, and to its
+    own place alone of the later steps: this is what a draft from there would see.
     """
 
     def features(head: Eagle3Head, hidden, tokens) -> mx.array:
@@ -86,7 +86,7 @@ def eagle3(embed: Embed, view: View, steps: int) -> Features:
 
 
 def dflash(embed: Embed, view: View, steps: int) -> Features:
-    """Of a BlockHead: a block of masks after every position, each seeing the text before it."""
+    """For a BlockHead: a block of masks after every position, each seeing the text before it."""
 
     def features(head: BlockHead, hidden, tokens) -> mx.array:
         config, L = head.config, hidden.shape[1]

@@ -2,8 +2,8 @@
 
 An update sums over `accumulate` batches, its parts. On a CPU MLX runs all but matrix products in
 one thread, so parts go to several processes; each reads its own batches from the shards, and only
-weights and gradients pass between them, through shared memory. What comes out does not depend on
-how many processes there are.
+weights and gradients pass between them, through shared memory. The result does not depend on how
+many processes there are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Parameters = Any
 class Gradients:
     """Losses and gradients of parts.
 
-    head       whose shape counts; its weights are replaced by those asked about
+    head       only its shape matters: its weights are replaced by those that `of` is given
     objective  the loss of a batch
     shards     training data
     allowed    (D,) token ids the soft-max may run over
@@ -87,7 +87,7 @@ class Gradients:
         )
 
     def _windows(self, index: int) -> list[Window]:
-        """The windows of a batch; asked for in order, it costs nothing to go on."""
+        """The windows of a batch; cheap as long as batches are asked for in order."""
         if index < self._next or self._next < 0:
             self._batches = self.shards.draws(
                 f"{self._seed}", self.shards.at_once(self._options.windows), index
@@ -105,7 +105,7 @@ class Crew:
     own   this process's
     make  makes the others' in their processes; must be picklable
     jobs  how many processes, this one included
-    parts of an update
+    parts how many an update has
 
     A context: the other processes end with it, and with this process.
     """
@@ -175,7 +175,7 @@ def _alive(process, ask: Callable, *arguments):
 
 def _serve(make: Callable[[], Gradients], share: Sequence[int], connection, weights, slots) -> None:
     """Another process: answer each step with the losses of the share, gradients in their slots."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it too and ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too and ends this one
     gradients = make()
     layout = [(n, a.shape) for n, a in tree_flatten(gradients.head.trainable_parameters())]
     while True:

@@ -30,7 +30,7 @@ TOKEN_LIKENESS, CONTEXT_LIKENESS, CARRY, NOTHING = 20.0, 10.0, 1.0, 14.0
 """A new lookback: likeness of a place with the same token, with the same context, share of the
 step before, and likeness of nothing. benchmarks/LOG.md says how they were chosen."""
 HEARD = 15.0
-"""By how much a token heard with all its weight raises its own logit in a new lookback."""
+"""By how much a token that gets all the attention raises its own logit in a new lookback."""
 
 
 def initial_head(
@@ -99,11 +99,11 @@ def with_lookback(
 
 
 def start_lookback(head: RecurrentHead, embed, layer_of, batch: Batch, key: mx.array) -> None:
-    """A lookback that finds like tokens in like contexts, and makes what followed them likelier.
+    """Set a lookback to find like tokens in like contexts and make what followed them likelier.
 
     Queries and keys are the same random projections, which preserve likeness. A tied output reads
     out through the target's head: `out` turns the embedding of a token into its row there, as
-    nearly as a linear map can, so long that hearing it is worth HEARD.
+    nearly as a linear map can, scaled so that hearing it is worth HEARD.
     """
     lookback, config, hidden_size = head.lookback, head.config, head.config.hidden_size
     asked = config.lookback_heads * config.lookback_size
@@ -155,9 +155,10 @@ def _fit_projection(head: RecurrentHead, embed, batches: Iterable[Batch], steps:
 
 
 def read_out(batches: Sequence[Batch], size: int) -> mx.array:
-    """(h,) the scale of the target's final hidden states, which come first of what was captured.
+    """(h,) the scale of the target's final hidden states, which stand first in what was captured.
 
-    A head's last norm of this weight reads out through the target's own head as the target does.
+    With it as the weight of its last norm, a head reads out through the target's own head as the
+    target does.
     """
     hidden = mx.concatenate([b.hidden[..., :size].reshape(-1, size) for b in batches])
     return mx.sqrt((hidden.astype(mx.float32) ** 2).mean(axis=0) + 1e-6)

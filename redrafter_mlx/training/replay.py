@@ -28,8 +28,8 @@ from redrafter_mlx.training.shards import as_mlx, conversations, map_shard
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 RECALL = (1, 2, 4, 8)
 LEAST, MOST = 16, 256
-"""Positions that are tried at once. Fewer are filled up to a power of two: few shapes are compiled,
-and a short answer does not cost what a long one does, each position a product with a vocabulary."""
+"""Positions searched at once. Fewer are padded to a power of two, so that few shapes are compiled
+and a short answer costs less than a long one: each position takes a product with a vocabulary."""
 UNSCORED = 2**30
 
 
@@ -82,7 +82,7 @@ class Answer:
 
 
 def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
-    """The answers in these shards that are the target's likeliest tokens throughout."""
+    """The answers in these shards that consist of the target's likeliest tokens throughout."""
     for path in paths:
         shard = map_shard(path)
         tokens, roles, hidden = shard["tokens"], shard["roles"], shard["hidden"]
@@ -103,10 +103,10 @@ def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
 
 
 class Replayer:
-    """A drafter's search tried on one answer after the other, with the weights it has now.
+    """A drafter's search run on one answer after another, with its current weights.
 
-    found   what its rounds came to, of the answers that were added
-    drafts  all that it scored, if they are kept
+    found   the sums over the answers that were added
+    drafts  everything that it scored, if they are kept
     """
 
     def __init__(self, drafter: BeamDrafter, width: int, length: int, keep: bool = False):
@@ -207,7 +207,7 @@ def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.n
 
 @dataclass(frozen=True)
 class _Piece:
-    """`count` positions of an answer, filled up (`_filled`): begun (P, c), roots (P,), and the
+    """`count` positions of an answer, padded (`_filled`): begun (P, c), roots (P,), and the
     tokens after them, ahead (P, depths), -1 beyond the end; memory as in a Begun.
     """
 
@@ -241,7 +241,7 @@ def _pieces(drafter: BeamDrafter, answer: Answer, depths: int) -> Iterator[_Piec
 
 
 def _filled(count: int) -> int:
-    """Positions that `count` of them are filled up to, at most MOST: 16, 32, ..., 256."""
+    """Positions to which `count` of them are padded, at most MOST: 16, 32, ..., 256."""
     return max(LEAST, 1 << (count - 1).bit_length())
 
 
@@ -251,7 +251,7 @@ def path_ranks(
     """(P, L-1): how many candidates of its draft are likelier than the path's node of each depth.
 
     tokens, logprobs (P, M), survivors (P, L-1, W) as `beam_search` returns them
-    path             (P, L-1) token ids that came true
+    path             (P, L-1) token ids that actually followed
 
     UNSCORED where the path was not scored. `TokenTree.best` takes the budget's likeliest
     candidates, so a node is in the tree if and only if its rank is below the budget less one, the

@@ -1,4 +1,4 @@
-"""Conversations on disk, as the target said them: safetensors files for each batch of rows.
+"""Conversations on disk, as the target wrote them: safetensors files for each batch of rows.
 
 A shard holds T tokens of several conversations end to end:
 
@@ -7,7 +7,7 @@ A shard holds T tokens of several conversations end to end:
     starts      (n,)    int32 first token of each conversation
     hidden      (T, E)  the target's hidden state after each token, 16 bits
     top_ids     (T, K)  int32 the likeliest next tokens, in no order
-    top_logits  (T, K)  float16 their logits below the highest
+    top_logits  (T, K)  float16 their logits less the highest
 
 Some whole conversations of each batch go into a file of their own and are never trained on. A
 file appears complete or not at all, so a killed run loses the batch that was under way.
@@ -29,7 +29,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.lockstep import Conversation
 
 HELD_OUT_EVERY = 16
-"""One of so many conversations is held out."""
+"""One conversation of so many is held out."""
 _NUMPY = {"I32": np.int32, "U8": np.uint8, "F16": np.float16, "BF16": np.uint16}
 COLUMNS = ("tokens", "roles", "hidden", "top_ids", "top_logits")
 
@@ -85,7 +85,7 @@ def write_shard(
     try:
         mx.save_safetensors(str(partial), arrays, metadata)
         if partial.stat().st_size < sum(array.nbytes for array in arrays.values()):
-            raise OSError(f"{partial} was cut short")  # not every mlx tells of a full disk
+            raise OSError(f"{partial} was cut short")  # not every mlx reports a full disk
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -94,7 +94,10 @@ def write_shard(
 def write_batch(
     directory: Path, number: int, conversations: Sequence[Conversation], metadata: dict[str, str]
 ) -> None:
-    """Write a batch's conversations, one or more: those held out first, for they do not count."""
+    """Write a batch's conversations, one or more.
+
+    The held-out ones come first: the other file is what marks a batch as complete.
+    """
     held_out = conversations[1::HELD_OUT_EVERY]
     rest = [c for i, c in enumerate(conversations) if i % HELD_OUT_EVERY != 1]
     if held_out:

@@ -1,9 +1,9 @@
 """Batches for training: short windows from random places of the shards, or whole conversations.
 
-Random windows, where a head can be taught by them: neighbouring positions teach much the same, and
-batches of many places made a prototype learn several times faster. Within a window the positions
-share what is dear, the target's distributions. A head that attends to the text with layers of its
-own needs all of it before a position, so it is taught whole conversations.
+Random windows where the head allows it: neighbouring positions teach much the same, and batches
+from many places made a prototype learn several times faster. Positions within a window share what
+is costly, the target's distributions. A head that attends to the text with layers of its own needs
+all of the text before a position, so it is trained on whole conversations.
 
 Shape letters: B windows, L positions of a window, n steps predicted at each, K likeliest tokens.
 """
@@ -99,16 +99,16 @@ class Shards:
         return [found[i] for i in draw.permutation(len(found))]
 
     def at_once(self, windows: int) -> int:
-        """How many windows have about as many positions as so many short ones."""
+        """How many windows have about as many positions as this many short ones."""
         if not self._whole:
             return windows
         count = sum(len(file["starts"]) for file in self._files)
         return max(1, round(windows * LENGTH * count / self.tokens))
 
     def batch(self, windows: Sequence[Window], steps: int, past: slice | None = None) -> Batch:
-        """Cut the windows out; what lies beyond a conversation's end weighs nothing.
+        """Cut the windows out; what lies beyond a conversation's end has weight 0.
 
-        past  columns of hidden states to cut out of the conversations before them, too
+        past  columns of hidden states to cut out of the conversations before them as well
         """
         length = LENGTH
         if self._whole:
@@ -160,7 +160,7 @@ class Shards:
             epoch += 1
 
     def batches(self, seed: str, size: int, steps: int) -> Iterator[Batch]:
-        """Batches without end, in the order of `draws`."""
+        """An endless supply of batches, in the order of `draws`."""
         return (self.batch(windows, steps) for windows in self.draws(seed, size))
 
     def counts(self, vocab_size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How a DFlash head is made, taught, tried and kept."""
+"""How a DFlash head is created, trained, evaluated and saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from redrafter_mlx.training.options import HeadOptions
 from redrafter_mlx.training.recipes.layers import LayersRecipe
 
 LAYERS = 2
-"""Of a new head, if nothing else is asked for."""
+"""Of a new head, by default."""
 
 
 class DFlash(LayersRecipe):

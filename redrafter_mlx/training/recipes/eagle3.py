@@ -1,4 +1,4 @@
-"""How an EAGLE-3 head is made, taught, tried and kept."""
+"""How an EAGLE-3 head is created, trained, evaluated and saved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Eagle3(LayersRecipe):
 
     @classmethod
     def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
-        """Ascending, as every reader takes for granted; of few layers fewer than three."""
+        """Ascending, as every reader assumes; fewer than three if the target has few layers."""
         asked = options.fused_layers or (max(1, layer) for layer in reads_by_default(layers))
         return tuple(sorted(set(asked)))
 
@@ -49,7 +49,7 @@ class Eagle3(LayersRecipe):
         )
 
     def new(self, config, ids, shards, ahead, key):
-        """A layer that does nothing yet, after the best linear guess from what it reads."""
+        """A layer that does nothing yet, on the best linear prediction from what it reads."""
         head = super().new(config, ids, shards, ahead, key)
         batches = self._some(shards, ahead)
         layer, head.norm.weight = head.layers[0], read_out(batches, self.view.size)
@@ -86,7 +86,7 @@ class Eagle3(LayersRecipe):
             name.replace("layers.0.", "midlayer.", 1): x for name, x in self._written(head).items()
         }
         order = mx.argsort(ids)
-        ids = ids[order]  # readers take ascending ids for granted
+        ids = ids[order]  # readers assume ascending ids
         tensors["lm_head.weight"] = head.lm_head.weight[order] if c.own_output else self._rows(ids)
         tensors["t2d"] = mx.zeros(c.vocab_size, mx.bool_)
         tensors["t2d"][ids] = True

@@ -1,4 +1,4 @@
-"""How Medusa heads are made, taught, tried and kept."""
+"""How Medusa heads are created, trained, evaluated and saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the trainer knows of a kind of head: how it is made, taught, tried and kept.
+"""What the trainer knows about a kind of head: how it is created, trained, evaluated and saved.
 
 Shape letters: D draft vocabulary, h hidden size.
 """
@@ -27,7 +27,7 @@ from redrafter_mlx.training.options import HeadOptions
 from redrafter_mlx.training.windows import Batch, Shards
 
 FIT_BATCHES = 24
-"""Of which a head learns before training what its inputs look like."""
+"""Batches that show a head before training what its inputs look like."""
 
 
 class Recipe(ABC):
@@ -36,7 +36,7 @@ class Recipe(ABC):
     name         of the kind
     about        what a model card calls such a head
     empty        a head of a shape, with parameters still to be set
-    whole        whether it is taught whole conversations
+    whole        whether it is trained on whole conversations
     reads_final  whether it reads the target's final hidden state
     takes        names of the HeadOptions that mean something to it
     """
@@ -55,20 +55,20 @@ class Recipe(ABC):
 
     @classmethod
     def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
-        """Of a target with so many layers, those whose outputs the head reads."""
+        """Those of a target's so many layers whose outputs the head reads."""
         return tuple(options.fused_layers)
 
     @property
     def tied(self) -> bool:
-        """Whether it is taught with rows of the target's own output layer."""
+        """Whether it is trained with rows of the target's own output layer."""
         return self.options.output_layer == "tied"
 
     def prepare(self, shards: Shards) -> None:  # noqa: B027
-        """Learn of the data what the head's inputs look like."""
+        """Learn from the data what the head's inputs look like."""
 
     @abstractmethod
     def config(self, draft_vocab_size: int, ahead: int) -> Any:
-        """The shape that the options mean; UserError if they do not fit together.
+        """The shape that the options ask for; UserError if they do not fit together.
 
         ahead  tokens that a position predicts
         """
@@ -81,7 +81,7 @@ class Recipe(ABC):
         return head
 
     def past(self, head: nn.Module) -> slice | None:
-        """Columns of the text before short windows that it reads, too."""
+        """Columns that it also reads of the text before short windows; None: none."""
         return None
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def drafter(self, head: nn.Module, ids: mx.array) -> BeamDrafter:
-        """Drafts with the weights that it has now."""
+        """A drafter with the head's current weights."""
 
     @abstractmethod
     def save(self, path: Path, head: nn.Module, ids: mx.array, dtype: mx.Dtype) -> None:

@@ -1,4 +1,4 @@
-"""How a recurrent head is made, taught, tried and kept."""
+"""How a recurrent head is created, trained, evaluated and saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from redrafter_mlx.training.objective import Features, Output, tied_output, trai
 from redrafter_mlx.training.recipes.recipe import FIT_BATCHES, Recipe
 
 LOOKBACK_HEADS = 2
-"""Of a new head, if nothing else is asked for."""
+"""Of a new head, by default."""
 
 
 class Recurrent(Recipe):
@@ -58,7 +58,7 @@ class Recurrent(Recipe):
         )
 
     def past(self, head: RecurrentHead) -> slice | None:
-        """Of what was captured: `lookback_columns` counts in what the head reads."""
+        """Columns of what was captured; `lookback_columns` are those of what the head reads."""
         if not head.config.lookback_heads:
             return None
         part = self.view.parts[1 if head.config.fused_layers else 0]
