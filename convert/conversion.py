@@ -62,7 +62,7 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
     check  is called with the source's head and the finished directory before it is renamed; what
            it raises cancels the conversion
 
-    Raises UserError for anything wrong with the source, the wishes or the destination.
+    Raises UserError for anything wrong with the source, the options or the destination.
     """
     storage.check_destination(order.destination, order.force)
     source = open_source(order.source, order.revision, order.source_layout)
@@ -82,7 +82,7 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
         settings = _settings(head, form, ids, work, recipe)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-        made = read_head(open_source(str(directory)))  # it has to be a head again
+        made = read_head(open_source(str(directory)))  # what was written must be a head again
         if check:
             check(head, directory, recipe)
         facts = _facts(order, head, form, ids, made, notes)
@@ -96,7 +96,7 @@ def _read(order: Order, source: Source) -> Head:
     if order.target is None:
         return head
     size = order.target.size("vocab_size")
-    if not head.vocab_size and size:  # it reads the target's output layer, and does not say so
+    if not head.vocab_size and size:  # it reads the target's output layer, of a size unknown
         told = dataclasses.replace(source, settings=source.settings | {"vocab_size": size})
         head = read_head(told, order.source_layout)
     order.target.check_fits(head)
@@ -104,7 +104,7 @@ def _read(order: Order, source: Source) -> Head:
 
 
 def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
-    """What to make of this head, and what the user should know about it."""
+    """What to make of this head, and notes on it for the user."""
     notes = []
     if order.packing and not form.packed:
         raise UserError(f"--quantize is for --to mlx; {form.layout} has no packed weights")

@@ -126,7 +126,7 @@ class Head(ABC):
 
     @abstractmethod
     def may_be_packed(self, name: str) -> bool:
-        """Whether a matrix is the weight of a layer that mlx quantises."""
+        """Whether a matrix is the weight of a layer that mlx can quantise."""
 
     @abstractmethod
     def bytes_by_part(self) -> dict[str, int]:
@@ -154,7 +154,7 @@ def packing_of(source: Source, tensors: Mapping[str, Tensor]) -> Packing | None:
 
 
 def check_type(where: Path, tensor: Tensor, name: str, packed: bool) -> None:
-    """UserError for a tensor that holds something else than weights."""
+    """UserError for a tensor that holds something other than weights."""
     if packed and tensor.dtype != "U32":
         raise UserError(f"{where}: {name} holds {tensor.dtype}, not packed integers (U32)")
     if not packed and tensor.dtype not in FLOATS:
@@ -162,7 +162,7 @@ def check_type(where: Path, tensor: Tensor, name: str, packed: bool) -> None:
 
 
 def offsets_in(where: Path, d2t: Tensor | None) -> np.ndarray | None:
-    """The numbers of d2t; UserError for a type that numpy lacks, and so would take for another."""
+    """The numbers of d2t; UserError for a type that numpy lacks and would mistake for another."""
     if d2t is None:
         return None
     if d2t.dtype == "BF16" or d2t.dtype.startswith("F8"):

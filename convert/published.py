@@ -1,4 +1,4 @@
-"""A head of one of the published kinds in a checkpoint, by the package's own account of it."""
+"""A head of one of the published kinds, read as the package itself describes the kind."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def read_published(source: Source, kind: Kind) -> Published:
 
 
 def _check_packed_alike(source: Source, known: Mapping[str, str], packing: Packing) -> None:
-    """UserError if config.json says of single layers that they are packed in their own way."""
+    """UserError if config.json packs single layers unlike the rest."""
     told = source.settings["quantization"]
     for module in {name.rpartition(".")[0] for name in known}:
         own = told.get(module)
@@ -212,7 +212,7 @@ def _check(
         found = {name: x.shape for name, x in ready.items()}
     except UserError:
         raise
-    except Exception as error:  # what mlx-lm's own changes to a layer's names raise
+    except Exception as error:  # whatever mlx-lm's own renaming of a layer's tensors raises
         raise UserError(
             f"{source.path}: its tensors make no {kind.name} head: {one_line(error)}"
         ) from error
@@ -221,7 +221,7 @@ def _check(
 
 
 def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """What the file calls a tensor, or would, going by the others, if it is not there.
+    """What the file calls a tensor or, for one that is missing, would call it, going by the others.
 
     Example: layers.0.mlp.up_proj.weight where layers.0.input_layernorm.weight is called
     midlayer.input_layernorm.weight -> midlayer.mlp.up_proj.weight

@@ -66,7 +66,7 @@ def open_source(name: str, revision: str | None = None, wanted: str | None = Non
 
     wanted  what --from says
 
-    Of a head that lies among its target's tensors only the files are opened that hold it.
+    Of a head that lies among its target's tensors, only the files that hold it are opened.
 
     Raises UserError: nothing there, a damaged file, a link that leads elsewhere.
     """
@@ -195,7 +195,7 @@ def _joined(path: Path, files: list[Path]) -> dict[str, Tensor]:
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
-    """The parts below one another; the first one alone if they are no rows of one matrix."""
+    """The parts below one another; the first one alone if they are not rows of one matrix."""
     first = parts[0]
     if len(parts) == 1 or any(
         not part.shape or part.shape[1:] != first.shape[1:] or part.dtype != first.dtype

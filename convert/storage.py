@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all, and nothing in its place before."""
+"""A directory that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_destination(path: Path, force: bool, *sources: Path) -> None:
 
 @contextmanager
 def build(path: Path, force: bool = False) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `path` when the block ends well.
+    """An empty directory to fill, which takes the place of `path` when the block succeeds.
 
     On an exception, Ctrl-C included, nothing is left. A killed process leaves a directory
     `.NAME.tmp-*` beside `path`, which the next run with the same `path` removes.
@@ -67,7 +67,7 @@ def build(path: Path, force: bool = False) -> Iterator[Path]:
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Make the missing directories; the innermost first in what is returned."""
+    """Make the missing directories; returns them, the innermost first."""
     missing = []
     while not parent.exists():
         missing.append(parent)
@@ -78,7 +78,7 @@ def _make_parents(parent: Path) -> list[Path]:
 
 
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed runs have left: their lock is free."""
+    """Remove what killed runs have left behind: nobody holds its lock."""
     for left in parent.iterdir():
         if left.name.startswith(prefix) and left.is_dir() and not left.is_symlink():
             lock = left / _LOCK

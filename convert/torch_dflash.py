@@ -1,6 +1,6 @@
 """DFlash (arXiv 2602.06036), DFlash 2 and DSpark in PyTorch and in MLX.
 
-One block after ROWS places of a text, and what its rows' scores get by the tokens before them.
+One block after ROWS places of a text, and what the tokens before its rows add to their scores.
 
 Shape letters: B rows of a block, h hidden size, L places that a block predicts, D draft vocabulary,
 r rank.
@@ -66,7 +66,7 @@ def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
 
 
 def _convolved(weights: Weights, name: str, sublayer: Callable[[Any], Any], x: Any) -> Any:
-    """(B, h): DFlash 2's convolutions before and after a sublayer, whose weights x asks for.
+    """(B, h): DFlash 2's convolutions before and after a sublayer, with weights computed from x.
 
     Row b becomes the sum over taps t of kernel[b, t] * row[b - t]; rows before the first are 0.
     """
@@ -141,7 +141,7 @@ def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
 
 
 def _depth(config: Any) -> float:
-    """Convolutions multiply rows with weights that these have asked for, and their errors."""
+    """Convolutions multiply rows by weights computed from them, and so their errors too."""
     return 4 if config.conv_taps else 2
 
 

@@ -1,7 +1,7 @@
 """EAGLE-3 (arXiv 2503.01840) in PyTorch and in MLX.
 
-After ROWS places of a text come STEPS on states of its own. These are random too: what rounding
-does would grow from step to step, and be taken for a fault.
+After ROWS places of a text come STEPS on states of its own. These are random too: otherwise
+rounding errors would grow from step to step and look like a fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parts of which heads are made, in plain PyTorch.
+"""Parts that heads are made of, in plain PyTorch.
 
 Shape letters: P places, h hidden size of the head, d size of an attention head.
 """
@@ -50,7 +50,7 @@ class Weights:
         return rms_normed(self.torch, x, eps) * (centred + self.vector(f"{module}.weight"))
 
     def picked(self, module: str, ids: np.ndarray) -> Any:
-        """The rows of a module's weight that a few ids name."""
+        """The rows of a module's weight with these ids, a few."""
         return self.torch.cat([self.rows(module, i, i + 1) for i in ids.tolist()])
 
     def whole(self, module: str) -> Any:
@@ -66,7 +66,7 @@ class Weights:
         weight = self._matrix(module)
         if weight.dtype != "U32":
             return self._floats(weight.rows(start, stop), weight.dtype)
-        # PyTorch knows no such packing: here mlx unpacks for both sides.
+        # PyTorch has no such packing, so mlx unpacks for both sides.
         names = (f"{module}.scales", f"{module}.biases")
         parts = [self.head.tensors[name] for name in names]
         wide = [as_mlx(p.rows(start, stop), p).astype(mx.float32) for p in parts]
@@ -86,7 +86,7 @@ def rms_normed(torch: ModuleType, x: Any, eps: float) -> Any:
 
 
 def gated(torch: ModuleType, x: Any, gate: Any, up: Any, down: Any) -> Any:
-    """What three matrices make of rows, as `mlp` does."""
+    """An `mlp` of rows x, by its three matrices."""
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
@@ -102,8 +102,8 @@ class Shape:
     heads, shared  of queries, and of keys and values
     frequencies    of rotary positions, for the first columns of a head
     centred        what is added to the weights of the norms of queries and keys
-    gated          whether queries come with gates of what is heard
-    interleaved    whether neighbouring columns are turned together, not distant ones
+    gated          whether queries come with gates for the output
+    interleaved    whether neighbouring columns are rotated together, instead of distant ones
     """
 
     heads: int
@@ -148,7 +148,7 @@ class Attention:
         return self.weights.linear(f"{name}.o_proj", y.flatten(1))
 
     def _turned(self, norm: str, y: Any, places: Any) -> Any:
-        """Queries or keys (P, heads, d), normed if their layer does so, turned by their places."""
+        """Queries or keys (P, heads, d), normed if their layer does so, rotated by their places."""
         if f"{norm}.weight" in self.weights:
             y = self.weights.normed(norm, y, self.shape.eps, self.shape.centred)
         angles = (places[:, None] * self.shape.frequencies)[:, None]
@@ -182,7 +182,7 @@ def _frequencies(torch: ModuleType, args: Any, size: int) -> Any:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "linear":
         return found / scaling["factor"]
-    if kind == "llama3":  # long waves are slowed down, short ones not, those between in part
+    if kind == "llama3":  # long waves are slowed down, short ones are not, those between partly
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * found / (2 * math.pi)
         share = ((turns - low) / (high - low)).clamp(0, 1)

@@ -37,7 +37,7 @@ MOST = 0.8
 class Comparison:
     """Logits of the source and of the result; of a tied head, what the target's head would read.
 
-    Of a head that computes several things, the one that differs most.
+    For a head that computes several things, the one that differs most.
 
     largest   absolute difference
     relative  that, over the largest absolute logit
@@ -76,7 +76,7 @@ def verify(head: Head, directory: Path, recipe: Recipe) -> Comparison:
         if part == SCORES and recipe.kept is not None:
             theirs = theirs[:, recipe.kept]
         compared.append(_compared(theirs, ours, limit))
-    # one that is no number is the worst
+    # a NaN is the worst
     found = max(compared, key=lambda c: np.nan_to_num(c.relative, nan=np.inf))
     if not found.relative <= found.limit:
         raise UserError(

@@ -29,9 +29,9 @@ class Recipe:
     """What to make of a head.
 
     dtype    safetensors' name of the type of all weights that are not packed; None: as it was
-    packing  quantise so; None: do not
+    packing  how to quantise; None: do not
     unpack   turn packed layers into plain ones
-    kept     rows of the output layer, ascending in the target's id; None: all, as they are
+    kept     rows of the output layer to keep, in ascending order of the target's ids; None: all
     """
 
     dtype: str | None = None

@@ -19,16 +19,16 @@ from redrafter_mlx.rounds.tree import Candidates, TokenTree
 class CascadeDrafter(Combined):
     """The paper's recursion over n drafters, the best and dearest first.
 
-    levels    drafters that can write on after each other's tokens (protocol.Writer); the first may
+    levels    drafters that can continue each other's tokens (protocol.Writer); the first may
               also be one that cannot, such as a recurrent head. A level that can review
               (protocol.Reviewer) may be accelerated by those after it
     k         (n, n): k[r][j] is how many tokens level j adds to a draft for reviewer r. Reviewer 0
               is the target, reviewer r level r-1. Zero where j < r
     lenience  l of the paper, at least 1: among the levels, a token passes review if its writer's
-              probability is at most l times the reviewer's. The target's own rule knows no lenience
+              probability is at most l times the reviewer's. The target itself is never lenient
 
     One draft for reviewer r: each level j >= r in turn adds tokens until there are
-    k[r][r] + ... + k[r][j]. A level with cheaper ones to draft for it adds what it lets pass of
+    k[r][r] + ... + k[r][j]. A level with cheaper ones to draft for it adds what it accepts of
     their draft and one token of its own, which may be more than were asked for.
 
     Example: levels [A, B] and k [[5, 10], [0, 10]]: B drafts 10 tokens, A reviews them, until there
@@ -53,9 +53,9 @@ class CascadeDrafter(Combined):
         return budget.tree(Candidates.merged(parts))
 
     def _draft(self, reviewer: int, ahead: list[int], drafted: Written) -> Written:
-        """A draft for a reviewer, after the verified text and `ahead`, that has `drafted` already.
+        """A draft for a reviewer, after the verified text and `ahead`, that begins with `drafted`.
 
-        Ends early when a level has nothing to say.
+        A level ends early when it has nothing to propose.
         """
         goal = 0
         for level in range(reviewer, len(self.members)):

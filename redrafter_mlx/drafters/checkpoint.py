@@ -127,14 +127,14 @@ def _read_config(path: Path) -> dict:
 
 
 def check_rnn(where: object, value: Any) -> bool:
-    """`value` if it is true or false."""
+    """`value` if it is true or false; UserError otherwise."""
     if not isinstance(value, bool):
         raise UserError(f"{where}: rnn is {value!r}, not true or false")
     return value
 
 
 def count_blocks(names: Iterable[str]) -> int:
-    """Residual blocks among the tensor names: one exporter's config has another number."""
+    """Residual blocks, by the tensor names: one exporter's config.json gives a wrong number."""
     return sum(bool(re.fullmatch(r"lm_head\.\d+\.linear\.weight", name)) for name in names)
 
 
@@ -176,7 +176,7 @@ def fused_layers(where: object, settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def lookback(where: object, settings: Mapping[str, Any]) -> dict[str, int]:
-    """How many heads of what size config.json says attend to the text so far."""
+    """How many attention heads, of what size, config.json says look back at the text."""
     if not settings.get("lookback_heads", 0):
         return {}
     keys = ("lookback_heads", "lookback_size")

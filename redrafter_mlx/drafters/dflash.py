@@ -74,13 +74,13 @@ class DFlashDrafter(ParallelDrafter):
         return self._begun(BlockText(self.head, self.view).of_whole(hidden, first))
 
     def _begun(self, memory: list[mx.array]) -> Begun:
-        """All that is known of a position is how much of the text it sees."""
+        """The only thing known of a position is how much of the text it sees."""
         return memory[-1][:, None], memory
 
     def predict(
         self, begun: mx.array, memory: Sequence[mx.array], pending: mx.array, depths: int
     ) -> mx.array:
-        """(depths, P, h) of a block after each position, some blocks at a time."""
+        """(depths, P, h) from a block after each position, a few blocks at a time."""
         first = 0 if self.head.config.next_token else 1
         at_once = max(1, CHUNK // self.head.config.block_size)
         *text, visible = memory
@@ -131,7 +131,7 @@ class LinkedSteps(ParallelSteps):
 
 
 class LinkedDrafter(DFlashDrafter):
-    """Drafts with a head that scores a token by the one before, so by beam search."""
+    """Drafts by beam search, with a head that scores a token by the one before."""
 
     def __init__(self, head: BlockHead, *others):
         super().__init__(head, *others)
@@ -146,13 +146,14 @@ class LinkedDrafter(DFlashDrafter):
         scores = self.head.link.scores(each, state.origins, state.read)
         return scores.astype(mx.float32)
 
-    likeliest, candidates = BeamDrafter.likeliest, BeamDrafter.candidates  # no mere products
+    # a beam search, instead of the products of a ParallelDrafter
+    likeliest, candidates = BeamDrafter.likeliest, BeamDrafter.candidates
 
 
 RENAMED = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
 PARAMETERS = ("fc.", "hidden_norm.", "norm.", "layers.", "candidate_selector.", "markov_head.")
 COPIES = "a copy of the target's own, frozen in training"
-CONFIDENCE = "how far drafts are worth verifying is learnt from what became of others"
+CONFIDENCE = "how much of a draft is worth verifying is learnt from earlier drafts"
 UNUSED = {
     "t2d": "d2t says the same",
     "embed_tokens.weight": COPIES,
@@ -181,7 +182,7 @@ def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def _settings(where: object, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One level: z-lab nests what is not Qwen3's in dflash_config, speculators what is."""
+    """All on one level: z-lab nests what is not Qwen3's in dflash_config, speculators what is."""
     found = dict(settings)
     for key in ("transformer_layer_config", "dflash_config"):
         nested = settings.get(key) or {}
@@ -221,14 +222,14 @@ def _reads(where: object, settings: Mapping[str, Any], layers: int) -> tuple[int
 
 
 def _spread(target_layers: int, layers: int) -> list[int]:
-    """What z-lab's first heads read, whose config.json does not say so: evenly spread layers."""
+    """Evenly spread layers: z-lab's first heads read these, and config.json does not say so."""
     if layers == 1:
         return [target_layers // 2]
     return [round(i) for i in np.linspace(1, target_layers - 3, layers).tolist()]
 
 
 def _sights(where: object, settings: Mapping[str, Any], layers: int) -> tuple[Sight, ...]:
-    """Layers with a window are causal inside a block unless it is said whether they are."""
+    """What each layer sees: those with a window are causal unless config.json says otherwise."""
     types = settings.get("layer_types") or ["full_attention"] * layers
     known = {"full_attention", "sliding_attention"}
     if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
@@ -331,7 +332,7 @@ def _drafter(
     belongs_to(target, config.layer.hidden_size, config.vocab_size)
     view = target.tap(config.reads, final=False, whole_text=True)
     vocabulary = targets_vocabulary(target, ids)
-    if head.link is not None and len(ids) < target.vocab_size:  # which knows no ids but these
+    if head.link is not None and len(ids) < target.vocab_size:  # it can link no ids but these
         d2t = mx.array(ids.astype(np.int32))
         vocabulary = SharedVocabulary(d2t, target.output_layer(d2t))
     kind = DFlashDrafter if head.link is None else LinkedDrafter
@@ -339,7 +340,7 @@ def _drafter(
 
 
 def _outputs(config: BlockConfig) -> tuple[str, ...] | None:
-    """A Selector's candidates are of all ids, so its vocabulary stays."""
+    """None for a Selector, whose candidates are among all ids."""
     if config.candidates:
         return None
     return ("markov_head.markov_w2",) if config.markov else ()

@@ -37,7 +37,7 @@ from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.rope import accept_row_offsets
 
 SAME = 0.98
-"""Cosine of two embeddings' rows that are the same but for their rounding."""
+"""Cosine from which on rows of two embeddings count as the same but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Eagle3Config:
     layers              how many there are
     target_hidden_size  of what it reads
     reads               layers of the target whose outputs it reads; None: by the target's depth
-    captured            how many they are
+    captured            how many these are
     own_embedding       whether it brings its own
     own_output          whether it brings its own output layer
     normed_residual     whether the layer's residual is the normed input (norm_before_residual)
@@ -168,7 +168,7 @@ def reads_of(where: object, settings: Mapping[str, Any]) -> tuple[int, ...] | No
     Ids count boundaries between layers, as vLLM and speculators have them: i is the input of layer
     i. SpecForge, SGLang and most of NVIDIA's mean the output of layer i, and begin with 1; NVIDIA's
     for gpt-oss are boundaries and begin with another. So the first id tells (REFERENCES: who means
-    what). Raises UserError for what are no layers.
+    what). Raises UserError for values that are not layers.
     """
     nested = settings.get("eagle_config")
     ids = settings.get("eagle_aux_hidden_state_layer_ids")
@@ -276,7 +276,7 @@ def _drafter(
 
 
 def _is_same(own: nn.Module, target) -> bool:
-    """Whether an embedding is the target's, which then need not be kept twice."""
+    """Whether an embedding is a copy of the target's, which need not be kept twice."""
     size = own.weight.shape[0] if "scales" not in own else own.scales.shape[0]
     ids = mx.linspace(0, size - 1, 64).astype(mx.int32)
     a, b = own(ids).astype(mx.float32), target(ids).astype(mx.float32)

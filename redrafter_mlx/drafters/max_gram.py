@@ -1,4 +1,4 @@
-"""Max-Gram: what followed the end of the text where it stood before (arXiv 2312.11462).
+"""Max-Gram: what followed earlier occurrences of the end of the text (arXiv 2312.11462).
 
 No weights and no device: an index of the text (suffixes.py), and how often its guesses were right.
 """
@@ -66,7 +66,7 @@ class MaxGramDrafter:
         return budget.tree(self._candidates(context.transcript.tokens[-1]))
 
     def observe(self, step: Step) -> None:
-        pass  # what became of the guesses is read from the text, also of those not verified
+        pass  # the text tells which guesses were right, also those that were not verified
 
     def reset(self) -> None:
         if self._transcript is None:
@@ -92,7 +92,7 @@ class MaxGramDrafter:
             self.memory.save()
 
     def begin(self, context: Context) -> None:
-        """Take in what the text has got since the last round."""
+        """Take in what has been added to the text since the last round."""
         tokens = context.transcript.tokens
         if context.transcript is not self._transcript:
             self.reset()
@@ -149,7 +149,7 @@ class MaxGramDrafter:
         return len(trie.tokens) > before
 
     def _learn(self, token: int) -> None:
-        """Count whether the guesses for the next token were right, now that it is known."""
+        """Count whether the guesses for `token` were right, now that it is known."""
         guessed: list[int] = []
         for start, length in self._starts(self._index.matches()):
             guess = self._following(start, 1)
@@ -171,7 +171,7 @@ class MaxGramDrafter:
     def _following(self, start: int, most: int, ahead: Sequence[int] = ()) -> list[int]:
         """Up to `most` tokens from an index of the text on, up to a break.
 
-        Behind the end of the text and `ahead` it goes on as it went on from `start`.
+        Beyond the end of the text and `ahead` it repeats what follows `start`.
         """
         text = self._index.text
         tokens = text[start : start + most]
@@ -253,7 +253,7 @@ class Memory:
         return memory
 
     def add(self, text: Sequence[int]) -> None:
-        """Remember one more text; of one that is too long its end."""
+        """Remember one more text; only the end of one that is too long."""
         self.texts.append(list(text[-self.capacity :]))
         excess = sum(map(len, self.texts)) - self.capacity
         while excess > 0:
@@ -289,7 +289,7 @@ def _read(path: Path, vocab_size: int) -> list[list[int]]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--max-gram-memory {path}: is damaged or no memory at all; {way_out}"
+            f"--max-gram-memory {path}: is damaged, or not a memory; {way_out}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(

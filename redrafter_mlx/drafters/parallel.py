@@ -69,7 +69,7 @@ class ParallelSteps:
 class ParallelDrafter(BeamDrafter):
     """Drafts the likeliest products of tokens at each depth.
 
-    A beam search finds the same but for what its beams have no room for.
+    A beam search would find the same, except what its beams have no room for.
     """
 
     depths: int

@@ -111,7 +111,7 @@ def unwrapped(names: Collection[str], known: Callable[[str], str | None]) -> dic
 def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, np.ndarray]:
     """The head in a directory, and the target's token id of each of its draft ids (D,).
 
-    Weights are cast to `dtype`, the target's, but for those that the head `casts` not. Raises
+    Weights are cast to `dtype`, the target's, except those that the head does not cast. Raises
     UserError that says what is wrong and where.
     """
     settings = read_json(path / "config.json")
@@ -137,7 +137,7 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
 
 
 def _by_our_names(quantization: Any, names: Mapping[str, str]) -> Any:
-    """What config.json says of single modules, under our names of them."""
+    """What config.json says about single modules, by our names."""
     if not isinstance(quantization, dict):
         return quantization
     module = lambda name: name.rpartition(".")[0]
@@ -148,7 +148,7 @@ def _by_our_names(quantization: Any, names: Mapping[str, str]) -> Any:
 def refuse_strangers(
     kind: Kind, where: object, names: Collection[str], known: Mapping[str, str]
 ) -> None:
-    """UserError for tensors that a kind does not know, and for one that is there twice."""
+    """UserError for tensors that a kind does not know, and for a tensor that is there twice."""
     if strangers := sorted(set(names) - known.keys()):
         shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
         raise UserError(
@@ -182,7 +182,7 @@ def built(
 
 
 def check_numbers(where: object, names: Collection[str]) -> None:
-    """UserError for a numbered module that lies beyond any count: as many would be made of it."""
+    """UserError for a module's number beyond all counts: so many modules would be created."""
     for name in names:
         for part in name.split(".")[:-1]:
             if part.isdecimal() and (len(part) > 6 or int(part) >= len(names)):
@@ -212,7 +212,7 @@ def unpacked_shapes(where: object, settings: Mapping[str, Any], shapes: Shapes) 
 
 
 def setting(where: object, settings: Mapping[str, Any], key: str, default: Any = None) -> int:
-    """A size of at least 1 in a config.json; UserError if it is missing or none."""
+    """A size of at least 1 in config.json; UserError if there is none or it is invalid."""
     value = settings.get(key)
     return check_size(where, key, default if value is None else value)
 

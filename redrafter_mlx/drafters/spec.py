@@ -29,7 +29,7 @@ POSSIBLE = (
 class Spec:
     """A drafter that was asked for.
 
-    kind     one of HEADS, or HEAD for whichever of them the files hold, or another
+    kind     one of HEADS, HEAD for whichever of them the files hold, or one of the others
     name     where its weights are: of a head or a model
     members  of a union; the levels of a cascade
     """

@@ -24,7 +24,7 @@ CONVERTER = "redrafter_mlx.convert"
 _CONVERT = f"pickles are never read here; '{CONVERTER} --input {{}} --output DIR' converts it"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
-_LARGEST = 2**30  # of a size: products of two still count in 64 bits, each fits mlx's 32
+_LARGEST = 2**30  # of a size: it fits mlx's 32 bits, and a product of two fits 64
 
 
 def read_json(path: Path) -> Any:
@@ -42,7 +42,7 @@ def read_tensors(
 ) -> dict[str, mx.array]:
     """The tensors of all safetensors files in a directory; UserError if one is damaged.
 
-    wanted  names in all files -> those to read, where they may hold more than a head
+    wanted  names in all files -> those to read, where the files may hold more than a head
     """
     files = sorted(path.glob("*.safetensors"))
     if wanted is None:
@@ -79,7 +79,7 @@ def tensor_names(path: Path) -> set[str]:
     """Names of all tensors in a directory's safetensors files, which are not read."""
     found: set[str] = set()
     for file in path.glob("*.safetensors"):
-        with suppress(RuntimeError, ValueError):  # damaged: told when it is read
+        with suppress(RuntimeError, ValueError):  # damaged: reported when it is read
             found |= mx.load(str(file)).keys()
     return found
 
@@ -155,9 +155,9 @@ def draft_ids(
 
 
 def quantize_like(path: Path, head: nn.Module, settings: dict, tensors: dict) -> None:
-    """Make quantised layers of those modules of a head whose tensors are.
+    """Quantise the modules of a head whose tensors are quantised.
 
-    settings  group_size and bits, and under a module's name those of one that differs
+    settings  group_size and bits; under a module's name, its own if they differ
     """
     packed = lambda name: f"{name}.scales" in tensors
     try:

@@ -16,9 +16,9 @@ from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 class UnionDrafter(Combined):
     """Asks each of its drafters and verifies the likeliest of all their candidates.
 
-    Whatever two of them propose is verified once, and is likelier for it. Which nodes are worth a
-    row of the pass is the budget's decision, by their probabilities. A search of no width asks
-    those only that find something without one (`needs_no_search`).
+    What two of them propose is verified once, and counts as likelier for it. The budget decides by
+    probability which nodes are worth a row of the pass. A search of width 0 asks only those that
+    need none (`needs_no_search`).
     """
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
@@ -34,9 +34,9 @@ class UnionDrafter(Combined):
 SHARING = 0.7
 """How much of what two drafters know both know: 1 all of it, 0 none."""
 UNNAMED = 0.3
-"""Share of what a drafter leaves over that a token has which it does not name."""
+"""Share of a drafter's remaining probability that goes to a token that it does not name."""
 OTHERS = 0.6
-"""Weight of all tokens that none names."""
+"""Weight of all tokens that no drafter names."""
 
 
 def pooled(parts: Sequence[Candidates]) -> Candidates:
@@ -45,7 +45,7 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     Where only one has children of a node, their probabilities are its. Where k have, each child's
     is the product of what they give it, to the power of k^-SHARING, over the sum of all (a
     logarithmic opinion pool: Genest and Zidek, Statistical Science 1 (1986) 114). So a token that
-    one is sure of and another does not name falls, and one that both name rises.
+    one is sure of and another does not name loses, and one that both name gains.
     """
     if len(parts) == 1:
         return parts[0]
@@ -67,7 +67,7 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
 
 
 def _pool(opinions: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Child -> log-probability of a step to it, of the same by each who has an opinion."""
+    """Child -> log-probability of a step to it, from those by each drafter with an opinion."""
     if len(opinions) < 2:
         return opinions[0] if opinions else {}
     children = list({child: None for said in opinions for child in said})
