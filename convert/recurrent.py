@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.checkpoint import (
     UNUSED,
-    check_rnn,
+    check_flag,
     count_blocks,
     empty_head,
     fused_layers,
@@ -271,7 +271,7 @@ class _Sizes:
     def _check_rnn(self, found: bool) -> None:
         given = self._setting("rnn")
         where = self._source.config_path
-        if given is not None and check_rnn(where, given) != found:
+        if given is not None and check_flag(where, "rnn", given) != found:
             tensors = "there are" if found else "there are no"
             raise UserError(
                 f"{where}: {self._key('rnn')} is {str(given).lower()}, but {tensors} rnn_u and "

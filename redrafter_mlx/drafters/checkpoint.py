@@ -126,10 +126,10 @@ def _read_config(path: Path) -> dict:
     return settings
 
 
-def check_rnn(where: object, value: Any) -> bool:
+def check_flag(where: object, key: str, value: Any) -> bool:
     """`value` if it is true or false; UserError otherwise."""
     if not isinstance(value, bool):
-        raise UserError(f"{where}: rnn is {value!r}, not true or false")
+        raise UserError(f"{where}: {key} is {value!r}, not true or false")
     return value
 
 
@@ -147,7 +147,7 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
     return HeadConfig(
         **sizes,
         num_blocks=count_blocks(tensors),
-        rnn=check_rnn(where, settings.get("rnn", False)),
+        rnn=check_flag(where, "rnn", settings.get("rnn", False)),
         tied_output=tied_output(where, settings),
         fused_layers=fused_layers(where, settings),
         **lookback(where, settings),
@@ -156,9 +156,7 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
 
 def tied_output(where: object, settings: Mapping[str, Any]) -> bool:
     """Whether config.json says that the output layer is rows of the target's head."""
-    tied = settings.get("tied_output", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"{where}: tied_output is {tied!r}, not true or false")
+    tied = check_flag(where, "tied_output", settings.get("tied_output", False))
     exit_dim, hidden_size = settings.get("exit_dim"), settings.get("hidden_size")
     if tied and exit_dim != hidden_size:
         raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,7 +31,6 @@ class MaxGramDrafter:
     length    most tokens of a continuation
     bigrams   token -> (token, share): what to guess where no suffix occurred before; None: nothing
     memory    of earlier texts, which are searched too; None: of this text alone
-    earliest  take a suffix where it occurred first (the paper) rather than most recently
 
     The longest suffix may have been followed by different tokens, and shorter suffixes by others:
     the candidates are a tree of up to `CONTINUATIONS` continuations. Probabilities are measured
@@ -48,14 +47,8 @@ class MaxGramDrafter:
         length: int = 24,
         bigrams: Mapping[int, tuple[int, float]] | None = None,
         memory: Memory | None = None,
-        earliest: bool = False,
     ):
         self.length, self.bigrams, self.memory = length, bigrams or {}, memory
-        self._places = (
-            (lambda match: (match.first, match.latest))
-            if earliest
-            else (lambda match: (match.latest, match.first))
-        )
         self.rates = HitRates()
         self._new_index()
         self._transcript: Transcript | None = None
@@ -160,13 +153,15 @@ class MaxGramDrafter:
             if guess[0] == token or len(guessed) == self.CONTINUATIONS:
                 return
 
-    def _starts(self, matches: Sequence[Match]):
-        """Where continuations begin and how much of the text stands before them, best first."""
+    def _starts(self, matches: Sequence[Match]) -> Iterator[tuple[int, int]]:
+        """Where continuations begin and how much of the text stands before them, best first.
+
+        Of the places of a match the latest comes first; the paper takes the earliest.
+        """
         for match in matches:
-            one, other = self._places(match)
-            yield one + 1, match.length
-            if other != one:
-                yield other + 1, match.length
+            yield match.latest + 1, match.length
+            if match.first != match.latest:
+                yield match.first + 1, match.length
 
     def _following(self, start: int, most: int, ahead: Sequence[int] = ()) -> list[int]:
         """Up to `most` tokens from an index of the text on, up to a break.
@@ -280,34 +275,26 @@ class Memory:
 
 
 def _read(path: Path, vocab_size: int) -> list[list[int]]:
-    way_out = "delete it or give another path"
+    def unusable(fault: str, way_out: str = "delete it or give another path") -> UserError:
+        return UserError(f"--max-gram-memory {path}: {fault}; {way_out}")
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"--max-gram-memory {path}: cannot be read ({error.strerror}); {way_out}"
-        ) from error
+        raise unusable(f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"--max-gram-memory {path}: is damaged, or not a memory; {way_out}"
-        ) from error
+        raise unusable("is damaged, or not a memory") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"--max-gram-memory {path}: is not a memory that Max-Gram has saved; {way_out}"
-        )
+        raise unusable("is not a memory that Max-Gram has saved")
     if content.get("vocab_size") != vocab_size:
-        raise UserError(
-            f"--max-gram-memory {path}: its vocabulary has {content.get('vocab_size')} tokens, the "
-            f"target's {vocab_size}; give each model its own memory"
-        )
+        sizes = f"{content.get('vocab_size')} tokens, the target's {vocab_size}"
+        raise unusable(f"its vocabulary has {sizes}", "give each model its own memory")
     texts = content.get("texts")
     is_id = lambda token: type(token) is int and 0 <= token < vocab_size
     if not isinstance(texts, list) or not all(
         isinstance(text, list) and all(map(is_id, text)) for text in texts
     ):
-        raise UserError(
-            f"--max-gram-memory {path}: its texts are not lists of token ids; {way_out}"
-        )
+        raise unusable("its texts are not lists of token ids")
     return texts
 
 

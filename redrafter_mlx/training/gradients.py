@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from redrafter_mlx.machine import blas, device
 from redrafter_mlx.training.jobs import blas_threads
@@ -159,7 +159,7 @@ class Crew:
             for part, loss in zip(share, losses, strict=True):
                 found[part] = mx.array(loss), _read(self._gradients[part], self._layout)
         losses, gradients = zip(*(found[part] for part in range(self._parts)), strict=True)
-        return _mean(losses), _mean_of_trees(gradients)
+        return _mean(*losses), tree_map(_mean, *gradients)
 
 
 def _alive(process, ask: Callable, *arguments):
@@ -205,12 +205,5 @@ def _read(memory, layout: Sequence[tuple[str, tuple[int, ...]]]) -> Parameters:
     return tree_unflatten(arrays)
 
 
-def _mean(values: Sequence[mx.array]) -> mx.array:
-    return sum(values[1:], values[0]) / len(values)
-
-
-def _mean_of_trees(trees: Sequence[Parameters]) -> Parameters:
-    flat = [tree_flatten(tree) for tree in trees]
-    return tree_unflatten(
-        [(pairs[0][0], _mean([array for _, array in pairs])) for pairs in zip(*flat, strict=True)]
-    )
+def _mean(first: mx.array, *others: mx.array) -> mx.array:
+    return sum(others, first) / (1 + len(others))

@@ -220,13 +220,10 @@ def can_stagger(target: Target) -> bool:
     ]  # fmt: skip
     try:
         played = play(target, iter(scripts), 3, 12, mx.random.key(0))
-        return all(_difference(target, c) <= _tolerance(target) for c in played)
+        tolerance = TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
+        return all(_difference(target, conversation) <= tolerance for conversation in played)
     except Exception:  # whatever a model file raises when it meets a mask for each row
         return False
-
-
-def _tolerance(target: Target) -> float:
-    return TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
 
 
 def _difference(target: Target, conversation: Conversation) -> float:

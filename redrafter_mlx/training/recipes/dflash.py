@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 from mlx_lm.models import qwen3
 
@@ -49,7 +51,7 @@ class DFlash(LayersRecipe):
         return head
 
     def features(self, steps: int) -> Features:
-        return features.dflash(self.target.embed, self.view, steps)
+        return partial(features.dflash, self.target.embed, self.view, steps)
 
     def drafter(self, head: BlockHead, ids: mx.array) -> DFlashDrafter:
         return DFlashDrafter(head, self._vocabulary(ids), self.target.embed, self.view, {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 from mlx_lm.models import llama
 
@@ -63,7 +65,7 @@ class Eagle3(LayersRecipe):
         return head
 
     def features(self, steps: int) -> Features:
-        return features.eagle3(self.target.embed, self.view, steps)
+        return partial(features.eagle3, self.target.embed, self.view, steps)
 
     def drafter(self, head: Eagle3Head, ids: mx.array) -> AttentionDrafter:
         return AttentionDrafter(head, self._vocabulary(ids), self.target.embed, self.view)

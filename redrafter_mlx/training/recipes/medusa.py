@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
@@ -39,7 +41,7 @@ class Medusa(Recipe):
         return head
 
     def features(self, steps: int) -> Features:
-        return features.medusa(self.view, steps)
+        return partial(features.medusa, self.view, steps)
 
     def output(self, head: MedusaHead, ids: mx.array) -> Output:
         if head.config.shared:

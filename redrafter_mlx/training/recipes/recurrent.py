@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from itertools import islice
 
 import mlx.core as mx
@@ -65,7 +66,7 @@ class Recurrent(Recipe):
         return slice(part * self.view.size, (part + 1) * self.view.size)
 
     def features(self, steps: int) -> Features:
-        return features.recurrent(self.target.embed, self.view, steps)
+        return partial(features.recurrent, self.target.embed, self.view, steps)
 
     def output(self, head: RecurrentHead, ids: mx.array) -> Output:
         if head.config.tied_output:
