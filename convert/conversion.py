@@ -140,7 +140,7 @@ def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
     if not form.reduced and _offsets(ids, head.vocab_size) is not None:
         if not order.keep_d2t and not form.loaded:
             raise UserError(
-                f"--to {form.layout}: its readers know no reduced vocabulary, and this head "
+                f"--to {form.layout}: its readers do not know reduced vocabularies, and this head "
                 f"proposes {len(ids)} of {head.vocab_size} ids; start from the full head, "
                 "or add --keep-d2t if yours reads d2t"
             )

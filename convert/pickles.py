@@ -52,7 +52,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: holds a {type(found).__name__}, not tensors by name")
     others = [str(n) for n, x in found.items() if not (type(n) is str and torch.is_tensor(x))]
     if others:
-        raise UserError(f"{file}: holds things that are no tensors: {', '.join(sorted(others))}")
+        raise UserError(f"{file}: holds things that are not tensors: {', '.join(sorted(others))}")
     return {name: _tensor(torch, file, name, tensor) for name, tensor in found.items()}
 
 

@@ -214,7 +214,8 @@ def _check(
         raise
     except Exception as error:  # whatever mlx-lm's own renaming of a layer's tensors raises
         raise UserError(
-            f"{source.path}: its tensors make no {kind.name} head: {one_line(error)}"
+            f"{source.path}: its tensors do not make a head of the kind {kind.name}: "
+            f"{one_line(error)}"
         ) from error
     shown = {name: _shown(name, tensors) for name in expected.keys() | found.keys()}
     check_names_and_shapes(source.path, expected, found, shown)

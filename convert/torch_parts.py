@@ -188,5 +188,5 @@ def _frequencies(torch: ModuleType, args: Any, size: int) -> Any:
         share = ((turns - low) / (high - low)).clamp(0, 1)
         return found * (share + (1 - share) / scaling["factor"])
     if kind != "default":
-        raise UserError(f"--verify knows no formula for rope scaling {kind}: leave it out")
+        raise UserError(f"--verify has no formula for rope scaling {kind}: leave it out")
     return found

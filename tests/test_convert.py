@@ -442,8 +442,8 @@ def test_a_reduced_vocabulary_is_not_exported_where_nobody_reads_it(layout, tmp_
     head = write_in(tmp_path / "head", "apple", config, apple_tensors(config))
     found = refused(capsys, "--input", head, "--output", tmp_path / "out", "--to", layout)
     assert found == (
-        f"--to {layout}: its readers know no reduced vocabulary, and this head proposes 40 of 97 "
-        "ids; start from the full head, or add --keep-d2t if yours reads d2t"
+        f"--to {layout}: its readers do not know reduced vocabularies, and this head proposes 40 "
+        "of 97 ids; start from the full head, or add --keep-d2t if yours reads d2t"
     )
 
 

@@ -24,8 +24,8 @@ from redrafter_mlx.drafters.tensors import (
     CONVERTER,
     check_draft_size,
     check_size,
-    check_weights,
     draft_ids,
+    load_weights,
     quantize_like,
     read_json,
     read_tensors,
@@ -65,10 +65,7 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     head = empty_head(path / "config.json", config)
     if "quantization" in settings:
         quantize_like(path, head, settings["quantization"], tensors)
-    check_weights(path, head, tensors, dtype)
-    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
-    head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in tensors.items()])
-    mx.eval(head.parameters())
+    load_weights(path, head, tensors, dtype)
     return head, mx.array(ids, dtype=mx.int32), config
 
 

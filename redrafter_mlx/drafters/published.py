@@ -20,8 +20,8 @@ import numpy as np
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.tensors import (
     check_size,
-    check_weights,
     draft_ids,
+    load_weights,
     quantize_like,
     read_json,
     read_tensors,
@@ -127,11 +127,7 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
     weights = kind.ready(head, weights)
     if "quantization" in settings:
         quantize_like(path, head, _by_our_names(settings["quantization"], names), weights)
-    check_weights(path, head, weights, dtype)
-    casts = getattr(head, "casts", lambda name: True)
-    is_cast = lambda name, x: mx.issubdtype(x.dtype, mx.floating) and casts(name)
-    head.load_weights([(n, x.astype(dtype) if is_cast(n, x) else x) for n, x in weights.items()])
-    device.finish(head.parameters())
+    load_weights(path, head, weights, dtype)
     read = None if offsets is None else device.read(offsets)[0]
     return head, draft_ids(path, config.vocab_size, config.draft_vocab_size, read)
 
@@ -177,7 +173,8 @@ def built(
         raise
     except Exception as error:  # from a wrong type to what mlx-lm makes of odd rope settings
         raise UserError(
-            f"{where}: config.json and tensors make no {kind.name} head: {one_line(error)}"
+            f"{where}: config.json and tensors do not make a head of the kind {kind.name}: "
+            f"{one_line(error)}"
         ) from error
 
 

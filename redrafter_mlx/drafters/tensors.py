@@ -181,10 +181,13 @@ def _packing(settings: dict) -> dict[str, int]:
     return found
 
 
-def check_weights(
+def load_weights(
     where: object, head: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> None:
-    """Exactly the head's parameters, each of its shape and kind, and finite as `dtype`."""
+    """Give a head its weights as `dtype`, except those that it does not cast.
+
+    Raises UserError unless they are exactly its parameters, each of its shape and kind, and finite.
+    """
     expected = dict(tree_flatten(head.parameters()))
     shapes = {name: x.shape for name, x in weights.items()}
     check_names_and_shapes(where, {n: x.shape for n, x in expected.items()}, shapes)
@@ -199,6 +202,10 @@ def check_weights(
     finite = device.read(*(mx.isfinite(weights[n].astype(dtype)).all() for n in expected))
     if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
         raise UserError(f"{where}: {', '.join(bad)} holds NaN or infinite values as {dtype}")
+    casts = getattr(head, "casts", lambda name: True)
+    is_cast = lambda name, x: mx.issubdtype(x.dtype, mx.floating) and casts(name)
+    head.load_weights([(n, x.astype(dtype) if is_cast(n, x) else x) for n, x in weights.items()])
+    device.finish(head.parameters())
 
 
 def check_names_and_shapes(

@@ -76,12 +76,12 @@ def _pieces(template: Template) -> tuple:
 
 def _compare(directory: Path, there: dict, here: dict) -> None:
     flat = lambda manifest: (
-        {
+        {"format": manifest["format"]}
+        | {
             f"{group} {name}": value
             for group in ("target", "options")
             for name, value in manifest[group].items()
         }
-        | {"format": manifest["format"]}
     )
     old, new = flat(there), flat(here)
     different = [
@@ -91,8 +91,8 @@ def _compare(directory: Path, there: dict, here: dict) -> None:
     ]
     if different:
         raise UserError(
-            f"{directory} holds data made otherwise: {'; '.join(different)}; "
-            "give what was given then, or another directory"
+            f"{directory} holds data made with other settings: {'; '.join(different)}; "
+            "give the same ones, or another directory"
         )
 
 
