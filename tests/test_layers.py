@@ -213,7 +213,6 @@ def test_only_one_place_waits_for_the_device():
     }
     assert waits == {
         "machine.device",
-        "drafters.checkpoint",
         "drafters.tensors",
         "loading.precision",
         "training.gradients",
