@@ -28,12 +28,10 @@ from redrafter_mlx.config import (
     SamplingOptions,
     budget_size,
 )
-from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.model import ModelDrafter
-from redrafter_mlx.drafters.protocol import Drafter
+from redrafter_mlx.drafters.protocol import Combined, Drafter
 from redrafter_mlx.drafters.recurrent import RecurrentDrafter
 from redrafter_mlx.drafters.suffixes import SuffixAutomaton
-from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.generation import Generation
 from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.stats import Stats
@@ -132,9 +130,8 @@ class DrafterBench(Bench):
 
     def draft_runs(self, drafter: Drafter | None, stats: Stats) -> list[tuple[int, float]]:
         """Passes of each model within a drafter, and what one costs by its size."""
-        if isinstance(drafter, (UnionDrafter, CascadeDrafter)):
-            parts = drafter.members if isinstance(drafter, UnionDrafter) else drafter.levels
-            return [run for part in parts for run in self.draft_runs(part, stats)]
+        if isinstance(drafter, Combined):
+            return [run for part in drafter.members for run in self.draft_runs(part, stats)]
         if isinstance(drafter, ModelDrafter):
             return [(drafter.passes, size(drafter.model) / size(self.model))]
         if isinstance(drafter, RecurrentDrafter):

@@ -193,7 +193,7 @@ def run_gguf(flags: Namespace) -> int:
     with storage.build(destination, flags.force) as directory:
         try:
             import_gguf(file, directory)
-        except RuntimeError as error:  # so MLX reports a full disk
+        except RuntimeError as error:  # MLX reports a full disk like this
             raise UserError(f"OUTPUT {destination} cannot be written: {one_line(error)}") from error
     size = (destination / "model.safetensors").stat().st_size
     run = f"python -m redrafter_mlx.generate --model {shlex.quote(str(destination))}"

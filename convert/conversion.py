@@ -24,7 +24,7 @@ from .sources import Source, open_source
 from .target import Target
 from .torch_heads import formula_of
 from .vocabulary import Choice, choose, count_ids
-from .weights import DTYPES, Job, Recipe, fits, jobs
+from .weights import DTYPES, WORDS, Job, Recipe, fits, jobs
 
 PROGRESS_FROM = 256 * 2**20  # bytes; smaller heads need no bar
 _log = logging.getLogger("redrafter_mlx")
@@ -62,7 +62,7 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
     check  is called with the source's head and the finished directory before it is renamed; what
            it raises cancels the conversion
 
-    Raises UserError for anything wrong with the source, the wishes or the destination.
+    Raises UserError for anything wrong with the source, the options or the destination.
     """
     storage.check_destination(order.destination, order.force)
     source = open_source(order.source, order.revision, order.source_layout)
@@ -79,8 +79,10 @@ def convert(order: Order, check: Callable[[Head, Path, Recipe], None] | None = N
         work = jobs(head, recipe)
         ids = head.draft_ids if recipe.kept is None else head.draft_ids[recipe.kept]
         _write_weights(directory / form.file, form, work, _offsets(ids, head.vocab_size))
-        _write_json(directory / "config.json", _settings(head, form, ids, work, recipe))
-        made = read_head(open_source(str(directory)))  # it has to be a head again
+        settings = _settings(head, form, ids, work, recipe)
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+        made = read_head(open_source(str(directory)))  # what was written must be a head again
         if check:
             check(head, directory, recipe)
         facts = _facts(order, head, form, ids, made, notes)
@@ -94,7 +96,7 @@ def _read(order: Order, source: Source) -> Head:
     if order.target is None:
         return head
     size = order.target.size("vocab_size")
-    if not head.vocab_size and size:  # it reads the target's output layer, and does not say so
+    if not head.vocab_size and size:  # it reads the target's output layer, of a size unknown
         told = dataclasses.replace(source, settings=source.settings | {"vocab_size": size})
         head = read_head(told, order.source_layout)
     order.target.check_fits(head)
@@ -102,7 +104,7 @@ def _read(order: Order, source: Source) -> Head:
 
 
 def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
-    """What to make of this head, and what the user should know about it."""
+    """What to make of this head, and notes on it for the user."""
     notes = []
     if order.packing and not form.packed:
         raise UserError(f"--quantize is for --to mlx; {form.layout} has no packed weights")
@@ -127,14 +129,18 @@ def _recipe(order: Order, head: Head, form: Form) -> tuple[Recipe, list[str]]:
         order_of_ids = np.argsort(head.draft_ids)
         places = np.searchsorted(head.draft_ids, choice.ids, sorter=order_of_ids)
         kept = order_of_ids[places]
-        notes.append(_vocabulary_note(order, head, choice))
+        missing = f"; {choice.missing} more are not in this head" if choice.missing else ""
+        notes.append(
+            f"draft vocabulary: {len(choice.ids):,} of {head.vocab_size:,} ids, "
+            f"{choice.coverage:.2%} of the tokens in {order.vocabulary[1].name}{missing}"
+        )
     ids = head.draft_ids if kept is None else head.draft_ids[kept]
     if order.keep_d2t and head.kind != "recurrent":
         raise UserError("--keep-d2t is for recurrent heads; others keep it anyway: leave it out")
     if not form.reduced and _offsets(ids, head.vocab_size) is not None:
         if not order.keep_d2t and not form.loaded:
             raise UserError(
-                f"--to {form.layout}: its readers know no reduced vocabulary, and this head "
+                f"--to {form.layout}: its readers do not know reduced vocabularies, and this head "
                 f"proposes {len(ids)} of {head.vocab_size} ids; start from the full head, "
                 "or add --keep-d2t if yours reads d2t"
             )
@@ -188,15 +194,6 @@ def _choose(order: Order, head: Head) -> Choice:
     return choose(counts, size, ends, head.draft_ids)
 
 
-def _vocabulary_note(order: Order, head: Head, choice: Choice) -> str:
-    _, file = order.vocabulary
-    missing = f"; {choice.missing} more are not in this head" if choice.missing else ""
-    return (
-        f"draft vocabulary: {len(choice.ids):,} of {head.vocab_size:,} ids, "
-        f"{choice.coverage:.2%} of the tokens in {file.name}{missing}"
-    )
-
-
 def _write_weights(file: Path, form: Form, work: list[Job], offsets: np.ndarray | None) -> None:
     from tqdm import tqdm
 
@@ -228,10 +225,9 @@ def _settings(
 ) -> dict[str, Any]:
     packing = recipe.packing or (None if recipe.unpack else head.packing)
     settings = form.settings(ids, packing)
-    types = {entry.dtype for job in work for entry in job.entries if entry.dtype in DTYPES.values()}
+    types = {WORDS[entry.dtype] for job in work for entry in job.entries if entry.dtype in WORDS}
     if len(types) == 1:
-        word = {code: word for word, code in DTYPES.items()}[types.pop()]
-        settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = word
+        settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = types.pop()
     return settings
 
 
@@ -267,7 +263,3 @@ def _facts(
         step_bytes=made.step_bytes,
         notes=notes,
     )
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a formula of a kind of head is, and what all of them need.
+"""What the formula of a kind of head is, and what all formulas share.
 
 Shape letters: R rows, D draft vocabulary, h hidden size.
 """
@@ -26,14 +26,14 @@ are `hidden` (R, h), what the target's output layer reads, and `router` (R, expe
 
 @dataclass(frozen=True)
 class Formula:
-    """One kind of head in both worlds.
+    """One kind of head in both frameworks.
 
     inputs    shape, generator -> random inputs
     in_mlx    directory of the result, inputs -> what it computes, by part
-    in_torch  weights of the source, inputs -> the same. It is given what MLX found beside the
-              inputs, for choices that rounding may turn: which experts compute
-    depth     its shape -> how many times as far as through a recurrent head rounding has to go
-    knows     whether it is that of this head too, where a kind has several
+    in_torch  weights of the source, inputs -> the same. Beside the inputs it is given what
+              MLX computed, for choices that rounding may turn: which experts compute
+    depth     its shape -> by what factor rounding errors exceed those of a recurrent head
+    knows     whether it holds for a head: a kind may have several
     """
 
     inputs: Callable[[Any, np.random.Generator], Inputs]

@@ -74,6 +74,7 @@ class Head(ABC):
     notes       what was left out or is odd, for the user
     parameters  numbers that were trained, packed or not
     outputs     modules whose rows are the draft ids; None: the vocabulary cannot be reduced
+    beside      names of the source's tensors that are the target's, not the head's
     """
 
     source: Source
@@ -85,6 +86,7 @@ class Head(ABC):
     notes: list[str]
     parameters: int
     outputs: tuple[str, ...] | None
+    beside: frozenset[str]
 
     @property
     @abstractmethod
@@ -106,9 +108,12 @@ class Head(ABC):
     def words(self) -> Words: ...
 
     @property
-    @abstractmethod
     def files(self) -> list[Path]:
         """Files of the source, less those that hold nothing but the target."""
+        tensors = self.source.tensors.values()
+        theirs = {t.file for t in tensors if t.name in self.beside}
+        ours = {t.file for t in tensors if t.name not in self.beside}
+        return [file for file in self.source.files if file in ours or file not in theirs]
 
     @property
     def step_bytes(self) -> int:
@@ -121,7 +126,7 @@ class Head(ABC):
 
     @abstractmethod
     def may_be_packed(self, name: str) -> bool:
-        """Whether a matrix is the weight of a layer that mlx quantises."""
+        """Whether a matrix is the weight of a layer that mlx can quantise."""
 
     @abstractmethod
     def bytes_by_part(self) -> dict[str, int]:
@@ -149,7 +154,7 @@ def packing_of(source: Source, tensors: Mapping[str, Tensor]) -> Packing | None:
 
 
 def check_type(where: Path, tensor: Tensor, name: str, packed: bool) -> None:
-    """UserError for a tensor that holds something else than weights."""
+    """UserError for a tensor that holds something other than weights."""
     if packed and tensor.dtype != "U32":
         raise UserError(f"{where}: {name} holds {tensor.dtype}, not packed integers (U32)")
     if not packed and tensor.dtype not in FLOATS:
@@ -157,7 +162,7 @@ def check_type(where: Path, tensor: Tensor, name: str, packed: bool) -> None:
 
 
 def offsets_in(where: Path, d2t: Tensor | None) -> np.ndarray | None:
-    """The numbers of d2t; UserError for a type that numpy lacks, and so would take for another."""
+    """The numbers of d2t; UserError for a type that numpy lacks and would mistake for another."""
     if d2t is None:
         return None
     if d2t.dtype == "BF16" or d2t.dtype.startswith("F8"):

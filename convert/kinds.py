@@ -25,8 +25,8 @@ def kind_of(
 
     wanted  what --from says
 
-    A Medusa head has several numbered heads, or says in config.json how many. With a single one
-    that says nothing, a recurrent head numbered like it is meant.
+    A Medusa head has several numbered heads, or config.json says how many. A single one without
+    that is taken for a recurrent head that is numbered alike.
 
     Raises UserError if it is something else than what is wanted.
     """
@@ -35,9 +35,9 @@ def kind_of(
         return kind
     looks = layout_of(kind, settings) if kind else _recurrent_layout(where, names)
     if wanted in LAYOUTS and kind is None:
-        return None  # whose reader says the rest
+        return None  # its reader says the rest
     if looks is None and wanted in KINDS and KINDS[wanted].ours(names):
-        return KINDS[wanted]  # a damaged one, whose reader says what it lacks
+        return KINDS[wanted]  # a damaged one: its reader says what it lacks
     looks = f"it looks like {looks}: leave --from out" if looks else f"it holds {some(names)}"
     raise UserError(f"{where}: is not in the layout --from {wanted}; {looks}")
 
@@ -85,7 +85,7 @@ def beside(kind: Kind, names: Collection[str]) -> set[str]:
 
 
 def bare(kind: Kind, name: str, ours: str) -> str:
-    """A tensor's name without what a tool has put before it: the shortest that means the same.
+    """A tensor's name without what a tool has put before it: the shortest with the same meaning.
 
     Example: medusa_heads.0.1.weight -> 0.1.weight
     """

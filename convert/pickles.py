@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import zipfile
 from pathlib import Path
@@ -53,7 +52,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: holds a {type(found).__name__}, not tensors by name")
     others = [str(n) for n, x in found.items() if not (type(n) is str and torch.is_tensor(x))]
     if others:
-        raise UserError(f"{file}: holds things that are no tensors: {', '.join(sorted(others))}")
+        raise UserError(f"{file}: holds things that are not tensors: {', '.join(sorted(others))}")
     return {name: _tensor(torch, file, name, tensor) for name, tensor in found.items()}
 
 
@@ -111,6 +110,4 @@ def _tensor(torch: ModuleType, file: Path, name: str, tensor: Any) -> Tensor:
         array = piece.contiguous().numpy()
         return array.view(np.uint16) if kind == "bfloat16" else array
 
-    shape = tuple(tensor.shape)
-    assert math.prod(shape) == tensor.numel()
-    return Tensor(name, shape, _TYPES[kind], file, rows)
+    return Tensor(name, tuple(tensor.shape), _TYPES[kind], file, rows)

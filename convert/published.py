@@ -1,4 +1,4 @@
-"""A head of one of the published kinds in a checkpoint, by the package's own account of it."""
+"""A head of one of the published kinds, read as the package itself describes the kind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -47,7 +46,7 @@ class Published(Head):
 
     @property
     def vocab_size(self) -> int:
-        return self.about.vocabulary(self.config)[0]
+        return self.config.vocab_size
 
     @property
     def hidden_size(self) -> int:
@@ -68,14 +67,6 @@ class Published(Head):
             shape=", ".join(told),
             tags=(self.kind, "speculative-decoding"),
         )
-
-    @property
-    def files(self) -> list[Path]:
-        left_out = beside(self.about, self.source.tensors)
-        tensors = self.source.tensors.values()
-        theirs = {t.file for t in tensors if t.name in left_out}
-        ours = {t.file for t in tensors if t.name not in left_out}
-        return [file for file in self.source.files if file in ours or file not in theirs]
 
     def form(self, to: str | None) -> Form:
         if to is not None:
@@ -174,7 +165,8 @@ def read_published(source: Source, kind: Kind) -> Published:
     parameters = sum(x.size for _, x in tree_flatten(module.parameters()))
     modules = dict(module.named_modules())
     _check(source, kind, module, tensors, packing)
-    ids = draft_ids(where, *kind.vocabulary(config), offsets_in(where, offsets))
+    sizes = config.vocab_size, config.draft_vocab_size
+    ids = draft_ids(where, *sizes, offsets_in(where, offsets))
     return Published(
         source=source,
         layout=layout_of(kind, source.settings),
@@ -185,6 +177,7 @@ def read_published(source: Source, kind: Kind) -> Published:
         notes=notes,
         parameters=parameters,
         outputs=kind.outputs(config),
+        beside=frozenset(left_out),
         about=kind,
         names={ours: bare(kind, theirs, ours) for theirs, ours in known.items()},
         layers=frozenset(name for name, m in modules.items() if hasattr(m, "to_quantized")),
@@ -193,7 +186,7 @@ def read_published(source: Source, kind: Kind) -> Published:
 
 
 def _check_packed_alike(source: Source, known: Mapping[str, str], packing: Packing) -> None:
-    """UserError if config.json says of single layers that they are packed in their own way."""
+    """UserError if config.json packs single layers unlike the rest."""
     told = source.settings["quantization"]
     for module in {name.rpartition(".")[0] for name in known}:
         own = told.get(module)
@@ -219,16 +212,17 @@ def _check(
         found = {name: x.shape for name, x in ready.items()}
     except UserError:
         raise
-    except Exception as error:  # what mlx-lm's own changes to a layer's names raise
+    except Exception as error:  # whatever mlx-lm's own renaming of a layer's tensors raises
         raise UserError(
-            f"{source.path}: its tensors make no {kind.name} head: {one_line(error)}"
+            f"{source.path}: its tensors do not make a head of the kind {kind.name}: "
+            f"{one_line(error)}"
         ) from error
     shown = {name: _shown(name, tensors) for name in expected.keys() | found.keys()}
     check_names_and_shapes(source.path, expected, found, shown)
 
 
 def _shown(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """What the file calls a tensor, or would, going by the others, if it is not there.
+    """What the file calls a tensor or, for one that is missing, would call it, going by the others.
 
     Example: layers.0.mlp.up_proj.weight where layers.0.input_layernorm.weight is called
     midlayer.input_layernorm.weight -> midlayer.mlp.up_proj.weight

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.checkpoint import (
     UNUSED,
-    check_rnn,
+    check_flag,
     count_blocks,
-    expected_tensors,
+    empty_head,
     fused_layers,
     lookback,
     own_settings,
@@ -27,6 +26,7 @@ from redrafter_mlx.drafters.tensors import (
     check_names_and_shapes,
     check_size,
     draft_ids,
+    quantize_like,
 )
 from redrafter_mlx.errors import UserError
 
@@ -36,11 +36,8 @@ from .safetensors import Tensor
 from .sources import Source
 
 
-@dataclass(frozen=True)
 class Recurrent(Head):
-    """A recurrent head; table: the layout it is in."""
-
-    table: Layout
+    """A recurrent head."""
 
     @property
     def kind(self) -> str:
@@ -65,13 +62,6 @@ class Recurrent(Head):
             f"residual blocks, {state}",
             tags=("redrafter", "speculative-decoding", "recurrent-drafter"),
         )
-
-    @property
-    def files(self) -> list[Path]:
-        tensors = self.source.tensors.values()
-        theirs = {t.file for t in tensors if self.table.belongs_to_target(t.name)}
-        ours = {t.file for t in tensors if not self.table.belongs_to_target(t.name)}
-        return [file for file in self.source.files if file in ours or file not in theirs]
 
     def form(self, to: str | None) -> Form:
         layout = LAYOUTS[to or MLX.name]
@@ -149,30 +139,29 @@ def read_recurrent(source: Source, wanted: str | None = None) -> Recurrent:
     Raises UserError that names the tensor or the setting that is wrong.
     """
     known = recognise(source.path, source.tensors, wanted)
-    tensors, notes = _by_our_names(source, known)
+    tensors, beside = _by_our_names(source, known)
+    notes = [f"{len(beside)} tensors of the target beside the head are left out"] if beside else []
     num_blocks = count_blocks(tensors)
     theirs = {ours: name for name, ours in known.ours.items()}
     name_of = lambda name: theirs.get(name) or known.layout.theirs(name, num_blocks)
-    offsets, lookup = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    offsets, lookup = tensors.pop("d2t", None), tensors.get("t2d")
     for name in sorted(UNUSED.keys() & tensors.keys()):
         del tensors[name]
         notes.append(f"{name_of(name)} is dropped: {UNUSED[name]}")
-    if lookup is not None:
-        notes.append(f"{name_of('t2d')} is dropped: {UNUSED['t2d']}")
     packing = packing_of(source, tensors)
     sizes = _Sizes(source, known.layout, tensors, packing, num_blocks, name_of)
     config = sizes.head_config(offsets, lookup)
     notes += sizes.notes
-    packed = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
-    widths = (packing.group_size, packing.bits) if packing else ()
-    expected = expected_tensors(config, packed, *widths)
+    head = empty_head(source.config_path, config)
+    parameters = sum(x.size for _, x in tree_flatten(head.parameters()))
+    if packing:
+        quantize_like(source.config_path.parent, head, source.settings["quantization"], tensors)
+    expected = dict(tree_flatten(head.parameters()))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     shown = {name: name_of(name) for name in expected.keys() | shapes.keys()}
-    check_names_and_shapes(
-        source.path, {name: tensor.shape for name, tensor in expected.items()}, shapes, shown
-    )
-    for name, tensor in expected.items():
-        check_type(source.path, tensors[name], shown[name], tensor.packed)
+    check_names_and_shapes(source.path, {n: x.shape for n, x in expected.items()}, shapes, shown)
+    for name, x in expected.items():
+        check_type(source.path, tensors[name], shown[name], packed=x.dtype == mx.uint32)
     sizes = config.vocab_size, config.draft_vocab_size
     ids = draft_ids(source.path, *sizes, offsets_in(source.path, offsets))
     return Recurrent(
@@ -183,15 +172,16 @@ def read_recurrent(source: Source, wanted: str | None = None) -> Recurrent:
         draft_ids=ids,
         packing=packing,
         notes=notes,
-        parameters=sum(math.prod(x.shape) for x in expected_tensors(config).values()),
+        parameters=parameters,
         outputs=(f"lm_head.{config.num_blocks}",),
-        table=known.layout,
+        beside=beside,
     )
 
 
-def _by_our_names(source: Source, known: Recognised) -> tuple[dict[str, Tensor], list[str]]:
+def _by_our_names(source: Source, known: Recognised) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The head's tensors, and the names of the target's beside them."""
     unknown = source.tensors.keys() - known.ours.keys()
-    beside = {name for name in unknown if known.layout.belongs_to_target(name)}
+    beside = frozenset(filter(known.layout.belongs_to_target, unknown))
     if others := sorted(unknown - beside):
         raise UserError(
             f"{source.path}: holds tensors that no part of the head uses "
@@ -202,8 +192,7 @@ def _by_our_names(source: Source, known: Recognised) -> tuple[dict[str, Tensor],
         if ours in tensors:
             raise UserError(f"{source.path}: {name} and {tensors[ours].name} are the same tensor")
         tensors[ours] = source.tensors[name]
-    notes = [f"{len(beside)} tensors of the target beside the head are left out"] if beside else []
-    return tensors, notes
+    return tensors, beside
 
 
 class _Sizes:
@@ -282,7 +271,7 @@ class _Sizes:
     def _check_rnn(self, found: bool) -> None:
         given = self._setting("rnn")
         where = self._source.config_path
-        if given is not None and check_rnn(where, given) != found:
+        if given is not None and check_flag(where, "rnn", given) != found:
             tensors = "there are" if found else "there are no"
             raise UserError(
                 f"{where}: {self._key('rnn')} is {str(given).lower()}, but {tensors} rnn_u and "

@@ -12,7 +12,7 @@ from .head import Head
 from .kinds import kind_of, layout_of
 from .layouts import recognise
 from .reading import read_head
-from .sources import Source, open_source
+from .sources import Source, locate, open_source
 
 FAMILIES = {
     (576, 49152): "SmolLM2-135M",
@@ -41,8 +41,6 @@ def describe(name: str, revision: str | None = None) -> dict[str, Any]:
 
     Raises UserError only if there is nothing to describe.
     """
-    from .sources import locate
-
     path = locate(name, revision)
     try:
         source = open_source(str(path))
@@ -67,10 +65,9 @@ def _recognised(source: Source) -> dict[str, str]:
 
 
 def _tensors(source: Source) -> list[dict[str, Any]]:
-    ordered = sorted(source.tensors.items())
     return [
         {"name": name, "shape": list(t.shape), "dtype": t.dtype, "file": t.file.name}
-        for name, t in ordered
+        for name, t in sorted(source.tensors.items())
     ]
 
 

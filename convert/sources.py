@@ -66,20 +66,19 @@ def open_source(name: str, revision: str | None = None, wanted: str | None = Non
 
     wanted  what --from says
 
-    Of a head that lies among its target's tensors only the files are opened that hold it.
+    Of a head that lies among its target's tensors, only the files that hold it are opened.
 
     Raises UserError: nothing there, a damaged file, a link that leads elsewhere.
     """
     path = locate(name, revision, wanted)
+    directory = path.parent if path.is_file() else path
+    settings = _settings_in(directory)
     if path.is_file():
-        config = path.parent / "config.json"
-        settings = _settings(_inside(path.parent, config)) if config.is_file() else {}
-        used = [config] if settings else []
-        return Source(name, path, settings, read_file(path), [path, *used])
-    config = path / "config.json"
-    settings = _settings_in(path)
-    files, tensors = _read_directory(path, settings, wanted)
-    return Source(name, path, settings, tensors, [*files, *([config] if settings else [])])
+        files, tensors = [path], read_file(path)
+    else:
+        files, tensors = _read_directory(path, settings, wanted)
+    used = [directory / "config.json"] if settings else []
+    return Source(name, path, settings, tensors, [*files, *used])
 
 
 def locate(name: str, revision: str | None = None, wanted: str | None = None) -> Path:
@@ -196,7 +195,7 @@ def _joined(path: Path, files: list[Path]) -> dict[str, Tensor]:
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
-    """The parts below one another; the first one alone if they are no rows of one matrix."""
+    """The parts below one another; the first one alone if they are not rows of one matrix."""
     first = parts[0]
     if len(parts) == 1 or any(
         not part.shape or part.shape[1:] != first.shape[1:] or part.dtype != first.dtype

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all, and nothing in its place before."""
+"""A directory that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -36,7 +36,7 @@ def check_destination(path: Path, force: bool, *sources: Path) -> None:
 
 @contextmanager
 def build(path: Path, force: bool = False) -> Iterator[Path]:
-    """An empty directory to fill, which takes the place of `path` when the block ends well.
+    """An empty directory to fill, which takes the place of `path` when the block succeeds.
 
     On an exception, Ctrl-C included, nothing is left. A killed process leaves a directory
     `.NAME.tmp-*` beside `path`, which the next run with the same `path` removes.
@@ -62,11 +62,12 @@ def build(path: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         if not done:
             for parent in made:
-                _remove_if_empty(parent)
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Make the missing directories; the innermost first in what is returned."""
+    """Make the missing directories; returns them, the innermost first."""
     missing = []
     while not parent.exists():
         missing.append(parent)
@@ -76,24 +77,15 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _remove_if_empty(directory: Path) -> None:
-    try:
-        directory.rmdir()
-    except OSError:
-        return  # somebody else has put something there
-
-
 def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what killed runs have left: their lock is free."""
+    """Remove what killed runs have left behind: nobody holds its lock."""
     for left in parent.iterdir():
         if left.name.startswith(prefix) and left.is_dir() and not left.is_symlink():
             lock = left / _LOCK
             if lock.exists():
-                try:
-                    with FileLock(lock, timeout=0):
-                        shutil.rmtree(left, ignore_errors=True)
-                except Timeout:
-                    continue  # at work just now
+                # another run may be at work there just now
+                with suppress(Timeout), FileLock(lock, timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
             elif time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
 

@@ -50,9 +50,9 @@ class Target:
         from mlx_lm.utils import load_tokenizer
 
         try:
-            # Else it warns of texts longer than the model's context.
+            # Otherwise it warns of texts longer than the model's context.
             return load_tokenizer(self.path, tokenizer_config_extra={"model_max_length": 10**9})
-        except Exception as error:  # tokenizer code raises what it likes
+        except Exception as error:  # tokenizer code may raise anything
             raise UserError(
                 f"--target {self.name}: its tokenizer cannot be loaded: {one_line(error)}"
             ) from error

@@ -1,6 +1,6 @@
 """DFlash (arXiv 2602.06036), DFlash 2 and DSpark in PyTorch and in MLX.
 
-One block after ROWS places of a text, and what its rows' scores get by the tokens before them.
+One block after ROWS places of a text, and what the tokens before its rows add to their scores.
 
 Shape letters: B rows of a block, h hidden size, L places that a block predicts, D draft vocabulary,
 r rank.
@@ -20,7 +20,7 @@ from redrafter_mlx.drafters.dflash import KIND
 from redrafter_mlx.drafters.published import load_published
 
 from .formula import ROWS, SCORES, Formula, Inputs, normal
-from .torch_parts import Attention, Weights, mlp, rms_normed, shape_of
+from .torch_parts import Attention, Weights, mlp, shape_of
 
 
 def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
@@ -37,9 +37,7 @@ def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
 
 def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     torch, config = weights.torch, weights.head.config
-    norm = lambda name, x: (
-        rms_normed(torch, x, config.layer.rms_norm_eps) * weights.vector(f"{name}.weight")
-    )
+    norm = lambda name, x: weights.normed(name, x, config.layer.rms_norm_eps)
     context = norm("hidden_norm", weights.linear("fc", torch.from_numpy(given["captured"])))
     hidden = torch.from_numpy(given["embedded"])
     attention = Attention(weights, shape_of(torch, config.layer, config.interleaved))
@@ -68,7 +66,7 @@ def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
 
 
 def _convolved(weights: Weights, name: str, sublayer: Callable[[Any], Any], x: Any) -> Any:
-    """(B, h): DFlash 2's convolutions before and after a sublayer, whose weights x asks for.
+    """(B, h): DFlash 2's convolutions before and after a sublayer, with weights computed from x.
 
     Row b becomes the sum over taps t of kernel[b, t] * row[b - t]; rows before the first are 0.
     """
@@ -136,14 +134,14 @@ def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
         row = place + config.block_size - config.depths
         each, state = head.link.read(hidden[row : row + 1], before[place : place + 1], state)
         read.append(each)
-    own = mx.zeros((config.depths, config.draft_vocab_size))
-    own = mx.array(given["own"]) if config.candidates else own
+    own = given.get("own", np.zeros((config.depths, config.draft_vocab_size), np.float32))
+    own = mx.array(own)
     scores = head.link.scores(own, mx.arange(config.depths), mx.concatenate(read))
     return {"hidden": hidden, SCORES: mx.where(mx.isfinite(scores), scores - own, 0)}
 
 
 def _depth(config: Any) -> float:
-    """Convolutions multiply rows with weights that these have asked for, and their errors."""
+    """Convolutions multiply rows by weights computed from them, and so their errors too."""
     return 4 if config.conv_taps else 2
 
 

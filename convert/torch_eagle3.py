@@ -1,7 +1,7 @@
 """EAGLE-3 (arXiv 2503.01840) in PyTorch and in MLX.
 
-After ROWS places of a text come STEPS on states of its own. These are random too: what rounding
-does would grow from step to step, and be taken for a fault.
+After ROWS places of a text come STEPS on states of its own. These are random too: otherwise
+rounding errors would grow from step to step and look like a fault.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from redrafter_mlx.drafters.eagle3 import KIND
 from redrafter_mlx.drafters.published import load_published
 
 from .formula import ROWS, SCORES, STEPS, Formula, Inputs, normal
-from .torch_parts import Attention, Weights, mlp, rms_normed, shape_of
+from .torch_parts import Attention, Weights, mlp, shape_of
 
 
 def _eagle3_inputs(config: Any, generator: np.random.Generator) -> Inputs:
@@ -34,12 +34,9 @@ def _eagle3_in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     torch, config = weights.torch, weights.head.config
     embedded = torch.from_numpy(given["embedded"])
     if config.own_embedding:
-        rows = [weights.rows("embed_tokens", int(i), int(i) + 1) for i in given["ids"]]
-        embedded = torch.cat(rows)
+        embedded = weights.picked("embed_tokens", given["ids"])
     captured = torch.from_numpy(given["captured"])
-    norm = lambda name, x: (
-        rms_normed(torch, x, config.layer.rms_norm_eps) * weights.vector(f"{name}.weight")
-    )
+    norm = lambda name, x: weights.normed(name, x, config.layer.rms_norm_eps)
     if config.norm_input:
         captured = norm("input_norm", captured)
     if config.norm_each:

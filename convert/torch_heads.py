@@ -33,7 +33,7 @@ def formula_of(head: Head) -> Formula:
     found = FORMULAS.get(head.kind)
     if found is None or not found.knows(head):
         this = f"this head of the kind {head.kind}" if found else f"heads of the kind {head.kind}"
-        raise UserError(f"--verify knows no formula for {this}: leave it out")
+        raise UserError(f"--verify has no formula for {this}: leave it out")
     return found
 
 

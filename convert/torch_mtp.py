@@ -1,7 +1,7 @@
 """MTP heads of Qwen3-Next and Qwen3.5, dense and with experts, in PyTorch and in MLX.
 
-A text of ROWS tokens. Which experts compute is decided by a router whose near ties rounding may
-turn; so its scores are compared by themselves, and the experts are those that MLX chose.
+A text of ROWS tokens. A router decides which experts compute, and rounding may turn its near ties;
+so its scores are compared by themselves, and the experts are those that MLX chose.
 
 Shape letters: R rows, h hidden size, m size of an expert.
 """
@@ -21,7 +21,7 @@ from redrafter_mlx.drafters.published import load_published
 
 from .formula import ROWS, Formula, Inputs, normal
 from .head import Head
-from .torch_parts import Attention, Shape, Weights, gated, mlp, rms_normed
+from .torch_parts import Attention, Shape, Weights, gated, mlp
 
 ROUTER = "router"
 
@@ -34,9 +34,9 @@ def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
 def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
     torch, layer = weights.torch, weights.head.config.layer
     eps, attn = layer.input_layernorm.eps, layer.self_attn
-    # MLX checkpoints may have added the one that published weights of norms leave out
+    # published weights of norms leave out a one, which MLX checkpoints may have added
     centred = float(weights.vector("layer.input_layernorm.weight").mean() < 0.5)
-    norm = lambda name, x: rms_normed(torch, x, eps) * (centred + weights.vector(f"{name}.weight"))
+    norm = lambda name, x: weights.normed(name, x, eps, centred)
     embedded, hidden = (torch.from_numpy(given[key]) for key in ("embedded", "states"))
     joined = [norm("norm_embedding", embedded), norm("norm_hidden", hidden)]
     hidden = weights.linear("fc", torch.cat(joined, dim=-1))
@@ -54,10 +54,10 @@ def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
 
 
 def _experts(weights: Weights, x: Any, scores: Any, choosing: Any) -> Any:
-    """(R, h) the chosen experts' sum, by their shares, and what all rows share.
+    """(R, h) the sum of the chosen experts, by their shares, and the expert that all rows share.
 
     scores    (R, experts) of the router, of which the shares are made
-    choosing  (R, experts) of which the largest choose
+    choosing  (R, experts) whose largest say which experts are chosen
     """
     block = weights.head.config.layer.mlp
     shares = scores.softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Parts of which heads are made, in plain PyTorch.
+"""Parts that heads are made of, in plain PyTorch.
 
 Shape letters: P places, h hidden size of the head, d size of an attention head.
 """
@@ -45,8 +45,12 @@ class Weights:
         tensor = self.head.tensors[name]
         return self._floats(tensor.whole(), tensor.dtype)
 
+    def normed(self, module: str, x: Any, eps: float, centred: float = 0) -> Any:
+        """x (..., h) through an RMS norm, whose weights are what they differ from `centred` by."""
+        return rms_normed(self.torch, x, eps) * (centred + self.vector(f"{module}.weight"))
+
     def picked(self, module: str, ids: np.ndarray) -> Any:
-        """The rows of a module's weight that a few ids name."""
+        """The rows of a module's weight with these ids, a few."""
         return self.torch.cat([self.rows(module, i, i + 1) for i in ids.tolist()])
 
     def whole(self, module: str) -> Any:
@@ -62,7 +66,7 @@ class Weights:
         weight = self._matrix(module)
         if weight.dtype != "U32":
             return self._floats(weight.rows(start, stop), weight.dtype)
-        # PyTorch knows no such packing: here mlx unpacks for both sides.
+        # PyTorch has no such packing, so mlx unpacks for both sides.
         names = (f"{module}.scales", f"{module}.biases")
         parts = [self.head.tensors[name] for name in names]
         wide = [as_mlx(p.rows(start, stop), p).astype(mx.float32) for p in parts]
@@ -82,7 +86,7 @@ def rms_normed(torch: ModuleType, x: Any, eps: float) -> Any:
 
 
 def gated(torch: ModuleType, x: Any, gate: Any, up: Any, down: Any) -> Any:
-    """What three matrices make of rows, as `mlp` does."""
+    """An `mlp` of rows x, by its three matrices."""
     return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
@@ -98,8 +102,8 @@ class Shape:
     heads, shared  of queries, and of keys and values
     frequencies    of rotary positions, for the first columns of a head
     centred        what is added to the weights of the norms of queries and keys
-    gated          whether queries come with gates of what is heard
-    interleaved    whether neighbouring columns are turned together, not distant ones
+    gated          whether queries come with gates for the output
+    interleaved    whether neighbouring columns are rotated together, instead of distant ones
     """
 
     heads: int
@@ -132,8 +136,8 @@ class Attention:
             q, gate = q.chunk(2, dim=-1)
         k, v = (split(part, both, shape.shared) for part in "kv")
         places = torch.arange(len(both))
-        q = self._turned(f"{name}.q_norm.weight", q, places[before:])
-        k = self._turned(f"{name}.k_norm.weight", k, places)
+        q = self._turned(f"{name}.q_norm", q, places[before:])
+        k = self._turned(f"{name}.k_norm", k, places)
         copies = shape.heads // shape.shared
         k, v = (y.repeat_interleave(copies, dim=1).transpose(0, 1) for y in (k, v))
         scores = q.transpose(0, 1) @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
@@ -144,10 +148,9 @@ class Attention:
         return self.weights.linear(f"{name}.o_proj", y.flatten(1))
 
     def _turned(self, norm: str, y: Any, places: Any) -> Any:
-        """Queries or keys (P, heads, d), normed if their layer does so, turned by their places."""
-        if norm in self.weights:
-            scale = self.shape.centred + self.weights.vector(norm)
-            y = rms_normed(self.weights.torch, y, self.shape.eps) * scale
+        """Queries or keys (P, heads, d), normed if their layer does so, rotated by their places."""
+        if f"{norm}.weight" in self.weights:
+            y = self.weights.normed(norm, y, self.shape.eps, self.shape.centred)
         angles = (places[:, None] * self.shape.frequencies)[:, None]
         torch, size = self.weights.torch, 2 * angles.shape[-1]
         turned = _rotated(torch, y[..., :size], angles, self.shape.interleaved)
@@ -179,11 +182,11 @@ def _frequencies(torch: ModuleType, args: Any, size: int) -> Any:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "linear":
         return found / scaling["factor"]
-    if kind == "llama3":  # long waves are slowed down, short ones not, those between in part
+    if kind == "llama3":  # long waves are slowed down, short ones are not, those between partly
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * found / (2 * math.pi)
         share = ((turns - low) / (high - low)).clamp(0, 1)
         return found * (share + (1 - share) / scaling["factor"])
     if kind != "default":
-        raise UserError(f"--verify knows no formula for rope scaling {kind}: leave it out")
+        raise UserError(f"--verify has no formula for rope scaling {kind}: leave it out")
     return found

@@ -25,8 +25,8 @@ class Choice:
     """Ids chosen from counts.
 
     ids       (D,) ascending
-    coverage  share of the counted tokens that they are
-    missing   how many ids were wanted that the head's own reduced vocabulary lacks
+    coverage  share of the counted tokens that have one of them
+    missing   how many wanted ids the head's own reduced vocabulary lacks
     """
 
     ids: np.ndarray

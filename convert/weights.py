@@ -21,8 +21,7 @@ from .safetensors import Entry, Tensor
 BLOCK_BYTES = 16 * 2**20
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MLX = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
-_WORDS = {code: word for word, code in DTYPES.items()}
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4}
+WORDS = {code: word for word, code in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Recipe:
     """What to make of a head.
 
     dtype    safetensors' name of the type of all weights that are not packed; None: as it was
-    packing  quantise so; None: do not
+    packing  how to quantise; None: do not
     unpack   turn packed layers into plain ones
-    kept     rows of the output layer, ascending in the target's id; None: all, as they are
+    kept     rows of the output layer to keep, in ascending order of the target's ids; None: all
     """
 
     dtype: str | None = None
@@ -54,11 +53,6 @@ class Job:
     packing: Packing | None = None
     unpack: Packing | None = None
     rows: np.ndarray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to be written."""
-        return sum(entry.nbytes for entry in self.entries)
 
     def blocks(self) -> Iterator[tuple[np.ndarray, ...]]:
         """Arrays for each entry, block by block of rows.
@@ -85,7 +79,7 @@ class Job:
             wanted = _MLX[entry.dtype]
             if arrays[i].dtype != wanted:
                 arrays[i] = arrays[i].astype(wanted)
-                fault = f"values too large for {_WORDS[entry.dtype]}; use --dtype bfloat16"
+                fault = f"values too large for {WORDS[entry.dtype]}; use --dtype bfloat16"
                 self._check_finite(arrays[i], self.sources[i], fault)
         if self.packing:
             arrays = mx.quantize(arrays[0], self.packing.group_size, self.packing.bits)

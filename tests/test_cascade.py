@@ -204,7 +204,7 @@ def test_lenience_lets_more_pass_and_changes_no_text(model):
         )
         run = generation(model, prompt, drafter, max_tokens=60)
         assert ids(run) == plain
-        passes.append((drafter.levels[0].passes / run.stats.rounds, run.stats.rounds))
+        passes.append((drafter.members[0].passes / run.stats.rounds, run.stats.rounds))
     assert passes[1][0] < passes[0][0]
     assert passes[1][1] > passes[0][1]
 

@@ -270,6 +270,12 @@ def test_a_size_that_no_array_can_have_is_refused(path, key, value):
     assert str(value) in message
 
 
+@pytest.mark.parametrize("sizes", [(2**30, 64), (2, 2**30)], ids=str)
+def test_a_lookback_that_no_array_can_hold_is_refused(path, sizes):
+    change_config(path, lookback_heads=sizes[0], lookback_size=sizes[1])
+    assert "its sizes are larger than any array can be" in refused(path)
+
+
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "exit_dim"])
 def test_a_size_that_the_tensors_do_not_have_is_refused(path, key):
     change_config(path, **{key: 48})

@@ -110,7 +110,7 @@ def test_every_kind_is_converted_described_and_loaded(name, tmp_path, capsys):
     assert {p.name for p in made.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     theirs, ours = read(HEADS / name), read(made)
     head, ids = load_published(kind, made, mx.float32)
-    assert len(ids) == kind.vocabulary(head.config)[1]
+    assert len(ids) == head.config.draft_vocab_size
     left_out = {n for n, mine in kind.ours(theirs).items() if mine in kind.unused}
     assert ours.keys() == kind.ours(theirs).keys() - left_out
     assert all(np.array_equal(ours[n].view(mx.uint8), theirs[n].view(mx.uint8)) for n in ours)
@@ -524,7 +524,7 @@ def test_verify_of_another_family_of_mtp_heads_is_refused(tmp_path, capsys):
     made(tmp_path / "head", "mimo", build("mimo"))
     words = ("--input", tmp_path / "head", "--output", tmp_path / "out", "--verify")
     assert refused(capsys, *words) == (
-        "--verify knows no formula for this head of the kind mtp: leave it out"
+        "--verify has no formula for this head of the kind mtp: leave it out"
     )
 
 
@@ -535,7 +535,7 @@ def test_verify_of_a_kind_without_a_formula_is_refused(tmp_path, capsys, monkeyp
     monkeypatch.delitem(FORMULAS, "medusa")
     words = ("--input", HEADS / "medusa", "--output", tmp_path / "out", "--verify")
     assert refused(capsys, *words) == (
-        "--verify knows no formula for heads of the kind medusa: leave it out"
+        "--verify has no formula for heads of the kind medusa: leave it out"
     )
 
 
@@ -663,7 +663,7 @@ HOSTILE = {
     ),
     "eagle3: eps is a word": (
         "eagle3", with_settings(rms_norm_eps="small"),
-        "{head}: config.json and tensors make no eagle3 head: could not convert string",
+        "{head}: config.json and tensors do not make a head of the kind eagle3: could not convert",
     ),
     "eagle3: a layer beyond any number": (
         "eagle3", of(layers__12345678__mlp__up_proj__weight=mx.zeros((48, 32))),

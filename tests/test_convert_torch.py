@@ -168,7 +168,7 @@ def stretched() -> dict:
         (b"", "is empty; get it again"),
         ([torch.zeros(2)], "holds a list, not tensors by name"),
         ({}, "holds a dict, not tensors by name"),
-        ({"rnn_u.bias": 3}, "holds things that are no tensors: rnn_u.bias"),
+        ({"rnn_u.bias": 3}, "holds things that are not tensors: rnn_u.bias"),
         (stretched(), "lm_head.2.weight claims the shape (1048576, 1048576), its data are 4 bytes"),
         (
             {"a": torch.zeros(3, dtype=torch.complex64)},

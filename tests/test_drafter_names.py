@@ -54,9 +54,9 @@ def test_names(text, spec):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("eagle:org/name", ["'eagle:org/name' is no drafter"]),
-        ("recurrent", ["'recurrent' is no drafter"]),
-        ("model", ["'model' is no drafter"]),
+        ("eagle:org/name", ["'eagle:org/name' is not a drafter"]),
+        ("recurrent", ["'recurrent' is not a drafter"]),
+        ("model", ["'model' is not a drafter"]),
         ("model:", ["names no weights"]),
         ("recurrent:", ["names no weights"]),
         ("union", ["union:[A,B,...]"]),
@@ -67,7 +67,7 @@ def test_names(text, spec):
         ("union:[demo,,max_gram]", ["is empty"]),
         ("union:[demo],[max_gram]", ["brackets do not match"]),
         ("union:[demo,[max_gram]", ["brackets do not match"]),
-        ("cascade:[model:a/b,foo:x]", ["'foo:x' is no drafter"]),
+        ("cascade:[model:a/b,foo:x]", ["'foo:x' is not a drafter"]),
         (
             "union:[cascade:[model:a/b,max_gram],cascade:[model:c/d,max_gram]]",
             ["has 2 cascades"],

@@ -26,7 +26,6 @@ SAMPLING = [
 ]
 KINDS = {
     "max_gram": lambda head, small: MaxGramDrafter(),
-    "earliest": lambda head, small: MaxGramDrafter(earliest=True),
     "bigrams": lambda head, small: MaxGramDrafter(bigrams=count_bigrams(list(range(V)) * 2)),
     "memory": lambda head, small: MaxGramDrafter(memory=Memory(None, 60, V)),
     "model": lambda head, small: ModelDrafter(small, V),

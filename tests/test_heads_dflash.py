@@ -16,7 +16,7 @@ from redrafter_mlx.drafters.attention import CHUNK
 from redrafter_mlx.drafters.block import BlockConfig, BlockHead, BlockText, MarkovHead, Sight, seen
 from redrafter_mlx.drafters.dflash import DFlashDrafter, LinkedDrafter
 from redrafter_mlx.drafters.published import load_published
-from redrafter_mlx.drafters.text import WholeVocabulary
+from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Context, Trail, Transcript, View
@@ -34,7 +34,7 @@ def fixture(name: str) -> tuple[DFlashDrafter, dict[str, np.ndarray]]:
     head, _ = load_published(dflash.KIND, HEADS / name, mx.float32)
     facts = dict(np.load(HEADS / name / "reference.npz"))
     table, output = mx.array(facts["embedding"]), mx.array(facts["lm_head"])
-    vocabulary = WholeVocabulary(len(table), lambda hidden: hidden @ output.T)
+    vocabulary = SharedVocabulary(mx.arange(len(table)), lambda hidden: hidden @ output.T)
     kind = LinkedDrafter if name in LINKED else DFlashDrafter
     view = View((0, 1, 2), head.config.layer.hidden_size)
     return kind(head, vocabulary, lambda tokens: table[tokens], view, {}), facts

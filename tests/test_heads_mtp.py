@@ -20,7 +20,7 @@ from redrafter_mlx.drafters.attention import AttentionDrafter, TextCache
 from redrafter_mlx.drafters.kinds import recognised
 from redrafter_mlx.drafters.mtp import KIND
 from redrafter_mlx.drafters.published import load_published, shards_of
-from redrafter_mlx.drafters.text import WholeVocabulary
+from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.rounds.round import Trail, View
 from redrafter_mlx.target.adapter import Target, adapt
@@ -40,7 +40,7 @@ def check_reference(path: Path, name: str, atol: float = 1e-4) -> None:
     head, _ = load_published(KIND, path, mx.float32)
     facts = dict(np.load(HEADS / name / "reference.npz"))
     table, output = mx.array(facts["embedding"]), mx.array(facts["lm_head"])
-    vocabulary = WholeVocabulary(len(output), lambda hidden: hidden @ output.T)
+    vocabulary = SharedVocabulary(mx.arange(len(output)), lambda hidden: hidden @ output.T)
     drafter = AttentionDrafter(head, vocabulary, lambda t: table[t], View((0,), table.shape[1]))
     logits = lambda hidden: vocabulary.project(head.outputs(hidden), {})
     text, states = facts["text"].tolist(), mx.array(facts["states"])

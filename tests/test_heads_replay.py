@@ -6,7 +6,7 @@ import pytest
 
 from families import build
 from redrafter_mlx.drafters.medusa import MedusaConfig, MedusaDrafter, MedusaHead
-from redrafter_mlx.drafters.text import WholeVocabulary
+from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Context, Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
@@ -21,7 +21,7 @@ def medusa_for(model) -> MedusaDrafter:
         MedusaConfig(97, 64, heads=4, blocks=1, draft_vocab_size=97, shared=True),
     )
     mx.random.seed(0)
-    vocabulary = WholeVocabulary(97, target.logits)
+    vocabulary = SharedVocabulary(mx.arange(97), target.logits)
     return MedusaDrafter(MedusaHead(config), vocabulary, target.tap(()), {})
 
 

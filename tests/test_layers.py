@@ -102,7 +102,6 @@ LAYERS = [
         "drafters.drawn",
         "drafters.lookback",
         "drafters.protocol",
-        "drafters.shapes",
         "drafters.suffixes",
     ],
     ["pricing.budget", "pricing.experience"],
@@ -215,7 +214,6 @@ def test_only_one_place_waits_for_the_device():
     }
     assert waits == {
         "machine.device",
-        "drafters.checkpoint",
         "drafters.tensors",
         "loading.precision",
         "training.gradients",

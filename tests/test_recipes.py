@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from itertools import islice
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -19,6 +21,7 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.loading import drafters
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training.gradients import Crew
+from redrafter_mlx.training.initial import output_rows
 from redrafter_mlx.training.lockstep import Part, Role, play
 from redrafter_mlx.training.loop import Progress, Trainer
 from redrafter_mlx.training.options import HeadOptions, TrainingOptions
@@ -167,6 +170,16 @@ def test_an_eagle3_head_is_written_as_others_read_it(tmp_path):
     assert again.config.reads == (1, 2)
     with pytest.raises(UserError, match="--fused-layers 0"):
         recipe_for(target, HeadOptions(head="eagle3", fused_layers=(0, 2))).config(4, STEPS)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_rows_of_the_targets_output_layer_come_without_its_bias(quantised):
+    layer = nn.Linear(32, 8)
+    if quantised:
+        layer = nn.QuantizedLinear.from_linear(layer, group_size=32)
+    rows = output_rows(lambda ids: copy(layer), mx.arange(8), 32)
+    x = mx.random.normal((3, 32), key=mx.random.key(0))
+    np.testing.assert_allclose(x @ rows.T + layer.bias, layer(x), atol=1e-5)
 
 
 def test_recipes_are_all_that_the_flag_offers():

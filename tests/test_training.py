@@ -81,7 +81,7 @@ def untrained(model, shards: Shards, tied: bool, loss: str, steps: int = STEPS):
     output = (
         tied_output(target.output_layer) if tied else trained_output(d2t, target.vocab_size, rows)
     )
-    learns = features.recurrent(target.embed, View((0,), target.hidden_size), steps)
+    learns = partial(features.recurrent, target.embed, View((0,), target.hidden_size), steps)
     past = slice(0, target.hidden_size) if tied else None
     return head, Objective(LOSSES[loss], steps, 0.8, learns, output, past)
 

@@ -1,1 +1,1 @@
-"""Drafters: what proposes continuations. A new one is one file here."""
+"""Drafters, which propose continuations. A new one is one file here."""

@@ -31,14 +31,14 @@ CHUNK = 512
 
 
 Sees = Callable[[int], mx.array]
-"""Bool (R, S + F): what drafted rows see, but for the first so many places of a text."""
+"""n -> bool (R, S + F): what drafted rows see, without the first n places of a text."""
 
 
 class AttentionHead(nn.Module):
     """A head whose layers attend to the text and to what it drafted itself.
 
     caches   how many layers keep keys and values
-    recalls  whether it reads its own states of the text again, which are kept for it then
+    recalls  whether it reads its own states of the text again, so that they are kept
 
     A row's state (c,) is what the head makes of a token and the state before it. Caches are used as
     mlx-lm's KVCache is.
@@ -48,7 +48,7 @@ class AttentionHead(nn.Module):
     recalls = False
 
     def read(self, captured: mx.array) -> mx.array:
-        """(T, h) in place of its own hidden states, of what was captured of the target (T, c)."""
+        """(T, h) to read in place of its own hidden states, from what was captured (T, c)."""
         return captured
 
     @abstractmethod
@@ -81,7 +81,7 @@ class AttentionHead(nn.Module):
 
 
 class OneStateHead(AttentionHead):
-    """A head whose state is one hidden state, which in a text the target's stands for."""
+    """A head whose state is one hidden state; in a text the target's takes its place."""
 
     @abstractmethod
     def __call__(self, embedded: mx.array, hidden: mx.array, mask, caches: Sequence) -> mx.array:
@@ -123,7 +123,7 @@ class TextKeys:
         return self.keys[..., :end, :], self.values[..., :end, :]
 
     def fork(self, places: int) -> TextKeys:
-        """The first places of it, to be written on separately."""
+        """A copy of the first places, to be continued separately."""
         other = TextKeys()
         other.offset = min(self.offset, places)
         if self.keys is not None:
@@ -144,25 +144,32 @@ def _with_room(buffer: mx.array | None, like: mx.array, used: int, end: int) -> 
 
 
 def memory_of(layers: Sequence[TextKeys], visible: mx.array) -> list[mx.array]:
-    """A Begun's memory: the buffers of all layers, and (P,) how much each position sees."""
+    """A Begun's memory: the buffers of all layers, and (P,) how many places each position sees."""
     return [x for layer in layers for x in (layer.keys, layer.values)] + [visible]
 
 
 class DraftKeys:
-    """Keys and values of one layer for rows of drafts beside those of a text, which they follow."""
+    """Keys and values of one layer for rows of drafts, after those of a text if there are any.
 
-    def __init__(self, keys: mx.array, values: mx.array):
-        self.offset = mx.zeros(1, mx.int32)
+    Unlike in TextKeys nothing is written in place, so that they can be differentiated.
+
+    offset  position of the next rows; whoever uses them sets it
+    """
+
+    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None):
+        self.offset: int | mx.array = 0
         self.keys, self.values = keys, values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys = mx.concatenate([self.keys, keys], axis=2)
-        self.values = mx.concatenate([self.values, values], axis=2)
-        return self.keys, self.values
+        if self.keys is not None:
+            keys = mx.concatenate([self.keys, keys], axis=2)
+            values = mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class TextLayers(ABC):
-    """Keys and values of a head's layers for one text, of which it learns by a Trail."""
+    """Keys and values of a head's layers for one text, which it follows through a Trail."""
 
     def __init__(self):
         self._transcript: Transcript | None = None
@@ -178,7 +185,7 @@ class TextLayers(ABC):
         """Take in all of the text that the target has processed."""
 
     def new(self, transcript: Transcript, trail: Trail) -> tuple[int, mx.array | None]:
-        """The first place that is not held, and what was captured there and later, if anything."""
+        """The first place that is not held, and what was captured from there on, if anything."""
         if transcript is not self._transcript:
             is_other = self._transcript is not None or not self._layers
             self._transcript, self._trail = transcript, trail
@@ -208,7 +215,7 @@ class TextLayers(ABC):
 class TextCache(TextLayers):
     """What a head keeps of one text: keys and values of its layers, and its last state.
 
-    Where it recalls states, all of them: another text may begin with any part of this one.
+    A head that recalls states keeps all of them: another text may begin with any part of this one.
     """
 
     def __init__(self, head: AttentionHead, embed: Callable[[mx.array], mx.array], view: View):
@@ -235,7 +242,7 @@ class TextCache(TextLayers):
     def take_in(self, tokens: Sequence[int], captured: mx.array) -> mx.array:
         """(T, c) after T further tokens; captured (T, C) before each of them.
 
-        A chunk at a time; the last is computed when it is needed.
+        A chunk at a time; the last one is computed only when it is needed.
         """
         found = []
         for start in range(0, len(tokens), CHUNK):
@@ -309,7 +316,7 @@ class AttentionSteps:
         self._places = mx.arange(arrays[0].shape[2])
 
     def advance(self, state: State | None, tokens: mx.array) -> State:
-        """The pending tokens are read already: they belong to the text."""
+        """Read further tokens; the pending ones, which come first, belong to the text already."""
         if state is None:
             return State(self._begun, mx.zeros((len(self._begun), 0), mx.bool_))
         rows = len(state)
@@ -320,7 +327,7 @@ class AttentionSteps:
 
         def sees(hidden: int) -> mx.array:
             text, seen = self._places < visible, found.seen
-            if hidden:  # which may reach into the draft, but not to a row itself
+            if hidden:  # they may reach into the draft, but never to a row itself
                 depths = mx.array(np.repeat(np.arange(state.depth), state.drafted))
                 text = text & (self._places >= hidden)
                 seen = mx.concatenate([state.seen & (visible + depths >= hidden), own], axis=1)

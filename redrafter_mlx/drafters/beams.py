@@ -1,4 +1,4 @@
-"""Drafters that search: beam search with a head that reads its own tokens one after the other.
+"""Drafters that search: beam search with a head that reads its own tokens one after another.
 
 Shape letters: P positions, R rows (beams), h hidden size, c what a head reads of the target,
 D draft vocabulary, W beam width, L beam length.
@@ -90,7 +90,7 @@ class BeamDrafter(Unheeding, ABC):
         noise = context.noise or Noise.silent()
         shape = budget.width, budget.length, context.noise is not None, drawn
         if shape not in self._searches:
-            bare = self.fork(0)  # forks share what is compiled, and nothing of a text
+            bare = self.fork(0)  # forks share what is compiled, which must hold nothing of a text
             search = partial(bare.draw if drawn else bare.likeliest, *shape[: 2 if drawn else 3])
             self._searches[shape] = device.ready(search)
         begun, memory = self.begin(context)
@@ -112,11 +112,11 @@ class BeamDrafter(Unheeding, ABC):
         return budget.tree(self.candidates(int(root[0]), *found))
 
     def likeliest(self, width: int, length: int, coupled: bool, *arrays):
-        """What `candidates` takes, of what `search` takes for one position."""
+        """What `candidates` takes, from what `search` takes for one position."""
         return self.search(width, length, coupled, *arrays)
 
     def candidates(self, root: int, *found: np.ndarray) -> Candidates:
-        """All that was scored after the token `root`, from what `likeliest` found."""
+        """Everything that was scored after the token `root`, from what `likeliest` found."""
         return collect(root, *(array[0] for array in found))
 
     def logits(self, steps: Steps, state: Any, rows: dict) -> mx.array:
@@ -134,7 +134,7 @@ class BeamDrafter(Unheeding, ABC):
         """Beam search from each of P positions, as a function of arrays that can be compiled.
 
         begun (P, c), root (P,) of each position; position (1,), key (2,), temp () of the noise
-        that is reckoned with if `coupled`; ids (D,) and rows, the vocabulary's; memory, the rest of
+        that counts if `coupled`; ids (D,) and rows, the vocabulary's; memory, the rest of
         a Begun. Returns what `beam_search` does.
 
         Coupled: the target will add known noise to its logits at each position; adding the same

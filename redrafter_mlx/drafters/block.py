@@ -5,8 +5,8 @@ context: keys and values that every layer makes of what was captured of the targ
 each token that the target has processed. Rows of a block never enter the context, so whatever was
 accepted, it is that of a fresh start on the same text.
 
-A block is always run as long as the head was trained with. Its rows see those after them, so a
-shorter one would say something else.
+A block is always as long as those that the head was trained with. Its rows see those after them,
+so a shorter one would predict something else.
 
 Shape letters: P positions drafted from, B rows of a block, T tokens, S places of the buffers,
 h hidden size, R rows, D draft vocabulary, r rank, K candidates.
@@ -31,7 +31,7 @@ from redrafter_mlx.target.rope import accept_row_offsets
 
 @dataclass(frozen=True)
 class Sight:
-    """What the rows of one layer see; window: places up to and including their own; None: all."""
+    """What the rows of one layer see; window: how many places, their own included; None: all."""
 
     window: int | None = None
     causal: bool = False
@@ -45,13 +45,14 @@ class BlockConfig:
     sights           of each layer
     reads            layers of the target whose outputs it reads
     block_size       B
-    next_token       whether a row predicts the token after it, as DSpark's do, and not its own
+    next_token       whether a row predicts the token after it, as DSpark's do, instead of its own
     biased           whether the projections of its attention have biases
-    interleaved      whether positions rotate neighbouring columns together, and not distant ones
-    conv_taps, conv_group  rows that a convolution reaches, and columns that share its weights; 0
-                     taps: it has none
-    rank, candidates of a Selector; 0: it has none
-    markov           kind of Markov head, of this rank
+    interleaved      whether positions rotate neighbouring columns together, instead of distant ones
+    conv_taps        rows that a convolution reaches; 0: there is none
+    conv_group       columns that share its weights
+    candidates       of a Selector; 0: there is none
+    markov           kind of Markov head; None: there is none
+    rank             of the Selector or the Markov head
     """
 
     layer: qwen3.ModelArgs
@@ -111,8 +112,8 @@ class Attention(qwen3.Attention):
 class Convolution(nn.Module):
     """Convolutions over the rows of a block, before and after a sublayer.
 
-    Their weights are fixed ones and, for each row and group of columns, more that it asks for
-    itself, before the sublayer.
+    Their weights are fixed ones plus, for each row and group of columns, some computed from the row
+    before the sublayer.
     """
 
     def __init__(self, config: BlockConfig):
@@ -274,10 +275,10 @@ def seen(visible: mx.array, size: int, places: int) -> Callable[[Sight], mx.arra
     columns = mx.concatenate([text, rows])
     its_own = block[:, None] == block
     before = text < mx.repeat(visible, size)[:, None]
-    all_that_is = mx.concatenate([before, its_own], axis=1)
+    all_places = mx.concatenate([before, its_own], axis=1)
 
     def mask(sight: Sight) -> mx.array:
-        found = all_that_is
+        found = all_places
         if sight.window is not None:
             found = found & (rows[:, None] - columns < sight.window)
         return found & (columns <= rows[:, None]) if sight.causal else found
@@ -286,7 +287,7 @@ def seen(visible: mx.array, size: int, places: int) -> Callable[[Sight], mx.arra
 
 
 class BlockText(TextLayers):
-    """The context in one text, taken in as the target processes it."""
+    """The context in one text, taken in as the target processes the text."""
 
     def __init__(self, head: BlockHead, view: View):
         super().__init__()
@@ -309,7 +310,7 @@ class BlockText(TextLayers):
         return memory_of(self._layers, mx.arange(first, len(captured) + 1))
 
     def _take_in(self, captured: mx.array) -> None:
-        """A chunk at a time; the last is computed when it is needed."""
+        """A chunk at a time; the last one is computed only when it is needed."""
         for start in range(0, len(captured), CHUNK):
             if start:
                 device.finish([(layer.keys, layer.values) for layer in self._layers])

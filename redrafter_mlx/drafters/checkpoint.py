@@ -10,29 +10,26 @@ size.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.head import HeadConfig, RecurrentHead
 from redrafter_mlx.drafters.tensors import (
     CONVERTER,
     check_draft_size,
-    check_names_and_shapes,
     check_size,
     draft_ids,
+    load_weights,
     quantize_like,
     read_json,
     read_tensors,
+    write_head,
 )
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
@@ -62,15 +59,22 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
         _log.info("%s: %s is ignored: %s", path, name, UNUSED[name])
         del tensors[name]
     config = _infer_config(path, settings, tensors)
-    d2t = _draft_ids(path, config, tensors.pop("d2t", None))
-    head = RecurrentHead(config)
+    offsets = tensors.pop("d2t", None)
+    offsets = None if offsets is None else device.read(offsets)[0]
+    ids = draft_ids(path, config.vocab_size, config.draft_vocab_size, offsets)
+    head = empty_head(path / "config.json", config)
     if "quantization" in settings:
         quantize_like(path, head, settings["quantization"], tensors)
-    _check_tensors(path, head, tensors, dtype)
-    is_float = lambda x: mx.issubdtype(x.dtype, mx.floating)
-    head.load_weights([(n, x.astype(dtype) if is_float(x) else x) for n, x in tensors.items()])
-    mx.eval(head.parameters())
-    return head, d2t, config
+    load_weights(path, head, tensors, dtype)
+    return head, mx.array(ids, dtype=mx.int32), config
+
+
+def empty_head(where: object, config: HeadConfig) -> RecurrentHead:
+    """A head with parameters still to be loaded; UserError for sizes that no array can have."""
+    try:
+        return RecurrentHead(config)
+    except OverflowError as error:
+        raise UserError(f"{where}: its sizes are larger than any array can be: {error}") from error
 
 
 def own_settings(config: HeadConfig) -> dict[str, Any]:
@@ -105,10 +109,7 @@ def save_head(path: Path, head: RecurrentHead, ids: mx.array, dtype: mx.Dtype) -
     settings |= own_settings(config)
     tensors = {name: x.astype(dtype) for name, x in tree_flatten(head.parameters())}
     tensors["d2t"] = ids.astype(mx.int64) - mx.arange(ids.size, dtype=mx.int64)
-    partial = path / ".model.partial.safetensors"
-    mx.save_safetensors(str(partial), tensors, {"format": "mlx"})
-    os.replace(partial, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_head(path, settings, tensors)
 
 
 def _read_config(path: Path) -> dict:
@@ -122,15 +123,15 @@ def _read_config(path: Path) -> dict:
     return settings
 
 
-def check_rnn(where: object, value: Any) -> bool:
-    """`value` if it is true or false."""
+def check_flag(where: object, key: str, value: Any) -> bool:
+    """`value` if it is true or false; UserError otherwise."""
     if not isinstance(value, bool):
-        raise UserError(f"{where}: rnn is {value!r}, not true or false")
+        raise UserError(f"{where}: {key} is {value!r}, not true or false")
     return value
 
 
 def count_blocks(names: Iterable[str]) -> int:
-    """Residual blocks among the tensor names: one exporter's config has another number."""
+    """Residual blocks, by the tensor names: one exporter's config.json gives a wrong number."""
     return sum(bool(re.fullmatch(r"lm_head\.\d+\.linear\.weight", name)) for name in names)
 
 
@@ -140,11 +141,10 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
     keys = ("vocab_size", "hidden_size", "exit_dim", "draft_vocab_size")
     sizes = {key: check_size(where, key, settings.get(key)) for key in keys}
     check_draft_size(where, sizes["draft_vocab_size"], sizes["vocab_size"])
-    rnn = check_rnn(where, settings.get("rnn", False))
     return HeadConfig(
         **sizes,
         num_blocks=count_blocks(tensors),
-        rnn=rnn,
+        rnn=check_flag(where, "rnn", settings.get("rnn", False)),
         tied_output=tied_output(where, settings),
         fused_layers=fused_layers(where, settings),
         **lookback(where, settings),
@@ -153,9 +153,7 @@ def _infer_config(path: Path, settings: dict, tensors: dict[str, mx.array]) -> H
 
 def tied_output(where: object, settings: Mapping[str, Any]) -> bool:
     """Whether config.json says that the output layer is rows of the target's head."""
-    tied = settings.get("tied_output", False)
-    if not isinstance(tied, bool):
-        raise UserError(f"{where}: tied_output is {tied!r}, not true or false")
+    tied = check_flag(where, "tied_output", settings.get("tied_output", False))
     exit_dim, hidden_size = settings.get("exit_dim"), settings.get("hidden_size")
     if tied and exit_dim != hidden_size:
         raise UserError(
@@ -173,77 +171,8 @@ def fused_layers(where: object, settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def lookback(where: object, settings: Mapping[str, Any]) -> dict[str, int]:
-    """How many heads of what size config.json says attend to the text so far."""
+    """How many attention heads, of what size, config.json says look back at the text."""
     if not settings.get("lookback_heads", 0):
         return {}
     keys = ("lookback_heads", "lookback_size")
     return {key: check_size(where, key, settings.get(key)) for key in keys}
-
-
-def _draft_ids(path: Path, config: HeadConfig, offsets: mx.array | None) -> mx.array:
-    found = None if offsets is None else device.read(offsets)[0]
-    ids = draft_ids(path, config.vocab_size, config.draft_vocab_size, found)
-    return mx.array(ids, dtype=mx.int32)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A tensor that a head must have: its shape, and whether it holds packed integers."""
-
-    shape: tuple[int, ...]
-    packed: bool = False
-
-
-def expected_tensors(
-    config: HeadConfig, quantised: Iterable[str] = (), group_size: int = 64, bits: int = 4
-) -> dict[str, Expected]:
-    """Every tensor of a head but d2t, by name.
-
-    quantised  modules whose weight is packed, with scales and biases beside it; group_size, bits
-               are theirs
-
-    Example: h = 2, e = 4, no blocks, D = 7, no rnn -> {"lm_head.0.weight": Expected((7, 4))}
-    """
-    h, e, n = config.hidden_size, config.exit_dim, config.num_blocks
-    modules = {f"lm_head.{i}.linear": ((e, e), True) for i in range(n)}
-    if not config.tied_output:
-        modules[f"lm_head.{n}"] = (config.draft_vocab_size, e), False
-    if config.has_projection:
-        modules["input_proj"] = (e, config.context_size + h), True
-    if config.rnn:
-        modules |= {"rnn_u": ((h, h), True), "rnn_w": ((h, h), False)}
-    tensors, quantised = {}, set(quantised)
-    if heads := config.lookback_heads:
-        asked = heads * config.lookback_size
-        modules |= dict.fromkeys(LOOKBACK_MODULES, ((asked, h), False))
-        modules["lookback.out"] = (e, heads * h), False
-        tensors |= {name: Expected((heads,)) for name in LOOKBACK_NUMBERS}
-    for module, ((rows, columns), biased) in modules.items():
-        if module in quantised:
-            tensors[f"{module}.weight"] = Expected((rows, columns * bits // 32), packed=True)
-            tensors[f"{module}.scales"] = Expected((rows, columns // group_size))
-            tensors[f"{module}.biases"] = Expected((rows, columns // group_size))
-        else:
-            tensors[f"{module}.weight"] = Expected((rows, columns))
-        if biased:
-            tensors[f"{module}.bias"] = Expected((rows,))
-    return tensors
-
-
-def _check_tensors(
-    path: Path, head: RecurrentHead, tensors: dict[str, mx.array], dtype: mx.Dtype
-) -> None:
-    """Exactly the expected names, each with its shape and kind, and finite."""
-    layers = {n: m for n, m in head.named_modules() if isinstance(m, nn.QuantizedLinear)}
-    packing = [(layer.group_size, layer.bits) for layer in layers.values()][:1]
-    expected = expected_tensors(head.config, layers, *(packing[0] if packing else ()))
-    shapes = {name: tensor.shape for name, tensor in expected.items()}
-    check_names_and_shapes(path, shapes, {name: x.shape for name, x in tensors.items()})
-    for name, tensor in expected.items():
-        found = tensors[name].dtype
-        if found != mx.uint32 if tensor.packed else not mx.issubdtype(found, mx.floating):
-            kind = "packed integers" if tensor.packed else "floating-point numbers"
-            raise UserError(f"{path}: {name} holds {found}, not {kind}")
-    finite = device.read(*(mx.isfinite(tensors[name].astype(dtype)).all() for name in expected))
-    if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
-        raise UserError(f"{path}: {', '.join(bad)} holds NaN or infinite values as {dtype}")

@@ -35,12 +35,12 @@ from redrafter_mlx.drafters.published import (
     Shapes,
     agree,
     belongs_to,
+    layer_settings,
     matrix,
     setting,
     targets_vocabulary,
     unwrapped,
 )
-from redrafter_mlx.drafters.shapes import rope_of
 from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.rounds.round import Context, View
@@ -57,8 +57,9 @@ class DFlashDrafter(ParallelDrafter):
     readers = 1
 
     def __init__(self, head: BlockHead, vocabulary, embed, view: View, experience: Experiences):
-        super().__init__(vocabulary, head.config.depths, experience)
+        super().__init__(vocabulary, experience)
         self.head, self.embed, self.view = head, embed, view
+        self.depths = head.config.depths
         self._text = BlockText(head, view)
 
     def fork(self, length: int) -> DFlashDrafter:
@@ -73,13 +74,13 @@ class DFlashDrafter(ParallelDrafter):
         return self._begun(BlockText(self.head, self.view).of_whole(hidden, first))
 
     def _begun(self, memory: list[mx.array]) -> Begun:
-        """All that is known of a position is how much of the text it sees."""
+        """The only thing known of a position is how much of the text it sees."""
         return memory[-1][:, None], memory
 
     def predict(
         self, begun: mx.array, memory: Sequence[mx.array], pending: mx.array, depths: int
     ) -> mx.array:
-        """(depths, P, h) of a block after each position, some blocks at a time."""
+        """(depths, P, h) from a block after each position, a few blocks at a time."""
         first = 0 if self.head.config.next_token else 1
         at_once = max(1, CHUNK // self.head.config.block_size)
         *text, visible = memory
@@ -130,7 +131,7 @@ class LinkedSteps(ParallelSteps):
 
 
 class LinkedDrafter(DFlashDrafter):
-    """Drafts with a head that scores a token by the one before, so by beam search."""
+    """Drafts by beam search, with a head that scores a token by the one before."""
 
     def __init__(self, head: BlockHead, *others):
         super().__init__(head, *others)
@@ -145,13 +146,14 @@ class LinkedDrafter(DFlashDrafter):
         scores = self.head.link.scores(each, state.origins, state.read)
         return scores.astype(mx.float32)
 
-    likeliest, candidates = BeamDrafter.likeliest, BeamDrafter.candidates  # no mere products
+    # a beam search, instead of the products of a ParallelDrafter
+    likeliest, candidates = BeamDrafter.likeliest, BeamDrafter.candidates
 
 
 RENAMED = {"encoder.fc.": "fc.", "encoder.output_norm_enc.": "hidden_norm."}
 PARAMETERS = ("fc.", "hidden_norm.", "norm.", "layers.", "candidate_selector.", "markov_head.")
 COPIES = "a copy of the target's own, frozen in training"
-CONFIDENCE = "how far drafts are worth verifying is learnt from what became of others"
+CONFIDENCE = "how much of a draft is worth verifying is learnt from earlier drafts"
 UNUSED = {
     "t2d": "d2t says the same",
     "embed_tokens.weight": COPIES,
@@ -171,8 +173,7 @@ def _known(name: str) -> str | None:
 
 
 def _ours(names: Collection[str]) -> dict[str, str]:
-    inner = unwrapped(names, lambda name: _known(name) is not None)
-    return {theirs: ours for theirs, name in inner.items() if (ours := _known(name))}
+    return unwrapped(names, _known)
 
 
 def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -181,7 +182,7 @@ def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def _settings(where: object, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One level: z-lab nests what is not Qwen3's in dflash_config, speculators what is."""
+    """All on one level: z-lab nests what is not Qwen3's in dflash_config, speculators what is."""
     found = dict(settings)
     for key in ("transformer_layer_config", "dflash_config"):
         nested = settings.get(key) or {}
@@ -192,33 +193,11 @@ def _settings(where: object, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer(where: object, settings: Mapping[str, Any], shapes: Shapes) -> qwen3.ModelArgs:
-    """mlx-lm's ModelArgs of the layers, whose sizes the tensors tell."""
-    heads = setting(where, settings, "num_attention_heads")
-    queries, hidden_size = matrix(where, shapes, "layers.0.self_attn.q_proj.weight")
-    keys = matrix(where, shapes, "layers.0.self_attn.k_proj.weight")[0]
-    intermediate = matrix(where, shapes, "layers.0.mlp.gate_proj.weight")[0]
-    head_dim = queries // heads
-    if queries % heads or keys % max(head_dim, 1):
-        raise UserError(f"{where}: {queries} and {keys} columns are not those of {heads} heads")
-    agree(where, "head_dim", settings.get("head_dim"), head_dim)
-    agree(where, "hidden_size", settings.get("hidden_size"), hidden_size)
-    agree(where, "intermediate_size", settings.get("intermediate_size"), intermediate)
-    theta, scaling = rope_of(where, settings)
-    return qwen3.ModelArgs(
-        model_type="qwen3",
-        hidden_size=hidden_size,
-        num_hidden_layers=1,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        rms_norm_eps=_number(where, settings, "rms_norm_eps", 1e-6),
-        vocab_size=1,
-        num_key_value_heads=keys // head_dim,
-        max_position_embeddings=setting(where, settings, "max_position_embeddings", 2048),
-        rope_theta=theta,
-        head_dim=head_dim,
-        tie_word_embeddings=False,
-        rope_scaling=scaling,
-    )
+    """mlx-lm's ModelArgs of the layers."""
+    given = layer_settings(where, settings, shapes)
+    agree(where, "head_dim", settings.get("head_dim"), given["head_dim"])
+    eps = _number(where, settings, "rms_norm_eps", 1e-6)
+    return qwen3.ModelArgs(model_type="qwen3", rms_norm_eps=eps, **given)
 
 
 def _number(where: object, settings: Mapping[str, Any], key: str, default: float) -> float:
@@ -243,14 +222,14 @@ def _reads(where: object, settings: Mapping[str, Any], layers: int) -> tuple[int
 
 
 def _spread(target_layers: int, layers: int) -> list[int]:
-    """What z-lab's first heads read, whose config.json does not say so: evenly spread layers."""
+    """Evenly spread layers: z-lab's first heads read these, and config.json does not say so."""
     if layers == 1:
         return [target_layers // 2]
     return [round(i) for i in np.linspace(1, target_layers - 3, layers).tolist()]
 
 
 def _sights(where: object, settings: Mapping[str, Any], layers: int) -> tuple[Sight, ...]:
-    """Layers with a window are causal inside a block unless it is said whether they are."""
+    """What each layer sees: those with a window are causal unless config.json says otherwise."""
     types = settings.get("layer_types") or ["full_attention"] * layers
     known = {"full_attention", "sliding_attention"}
     if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
@@ -322,10 +301,8 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> Block
     mask = settings.get("mask_token_id")
     if type(mask) is not int or not 0 <= mask < vocab_size:
         raise UserError(f"{where}: mask_token_id is {mask!r}, not a token id below {vocab_size}")
-    number, block_size = (
-        partial(_number, where, settings),
-        setting(where, settings, "block_size", 16),
-    )
+    block_size = setting(where, settings, "block_size", 16)
+    number = partial(_number, where, settings)
     next_token = _predicts_next(settings, shapes)
     if block_size < 2 - next_token:
         raise UserError(f"{where}: block_size is {block_size}: a block predicts nothing")
@@ -355,7 +332,7 @@ def _drafter(
     belongs_to(target, config.layer.hidden_size, config.vocab_size)
     view = target.tap(config.reads, final=False, whole_text=True)
     vocabulary = targets_vocabulary(target, ids)
-    if head.link is not None and len(ids) < target.vocab_size:  # which knows no ids but these
+    if head.link is not None and len(ids) < target.vocab_size:  # it can link no ids but these
         d2t = mx.array(ids.astype(np.int32))
         vocabulary = SharedVocabulary(d2t, target.output_layer(d2t))
     kind = DFlashDrafter if head.link is None else LinkedDrafter
@@ -363,7 +340,7 @@ def _drafter(
 
 
 def _outputs(config: BlockConfig) -> tuple[str, ...] | None:
-    """A Selector's candidates are of all ids, so its vocabulary stays."""
+    """None for a Selector, whose candidates are among all ids."""
     if config.candidates:
         return None
     return ("markov_head.markov_w2",) if config.markov else ()
@@ -377,7 +354,6 @@ KIND = Kind(
     config=_config,
     head=BlockHead,
     drafter=_drafter,
-    vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
     outputs=_outputs,
     unused=UNUSED,
 )

@@ -24,7 +24,7 @@ def draw(
     width: int,
     length: int,
 ) -> tuple[mx.array, mx.array]:
-    """W tokens at each of L-1 depths, each depth after the first tokens of those before it.
+    """W tokens at each of L-1 depths, each depth following the first token of every depth before.
 
     logits    the last drawn token (1,), None at first -> logits (1, D) of what follows
     ids       (D,) token ids
@@ -51,9 +51,9 @@ def drawn_tree(
 ) -> DrawnTree:
     """The tree of what `draw` returned, as large as the budget allows.
 
-    The budget is shown odds that depend on the places of the nodes only, and of each depth the
-    tokens that were drawn first are kept, as many as it chose: were it to choose by what was drawn,
-    or to leave out a token that others were drawn after, the rest would no longer be draws.
+    The budget is shown odds that depend on the places of the nodes only, and at each depth the
+    tokens that were drawn first are kept, as many as it chose. If it chose by what was drawn, or
+    left out a token after which others were drawn, the rest would no longer be random draws.
     """
     depths, width = tokens.shape
     rank, depth = np.meshgrid(np.arange(width), np.arange(depths))

@@ -24,12 +24,12 @@ from redrafter_mlx.drafters.published import (
     Shapes,
     agree,
     belongs_to,
+    layer_settings,
     matrix,
     setting,
     targets_vocabulary,
     unwrapped,
 )
-from redrafter_mlx.drafters.shapes import rope_of
 from redrafter_mlx.drafters.text import OwnVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
@@ -37,7 +37,7 @@ from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.target.rope import accept_row_offsets
 
 SAME = 0.98
-"""Cosine of two embeddings' rows that are the same but for their rounding."""
+"""Cosine from which on rows of two embeddings count as the same but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Eagle3Config:
     layers              how many there are
     target_hidden_size  of what it reads
     reads               layers of the target whose outputs it reads; None: by the target's depth
-    captured            how many they are
+    captured            how many these are
     own_embedding       whether it brings its own
     own_output          whether it brings its own output layer
     normed_residual     whether the layer's residual is the normed input (norm_before_residual)
@@ -168,7 +168,7 @@ def reads_of(where: object, settings: Mapping[str, Any]) -> tuple[int, ...] | No
     Ids count boundaries between layers, as vLLM and speculators have them: i is the input of layer
     i. SpecForge, SGLang and most of NVIDIA's mean the output of layer i, and begin with 1; NVIDIA's
     for gpt-oss are boundaries and begin with another. So the first id tells (REFERENCES: who means
-    what). Raises UserError for what are no layers.
+    what). Raises UserError for values that are not layers.
     """
     nested = settings.get("eagle_config")
     ids = settings.get("eagle_aux_hidden_state_layer_ids")
@@ -192,8 +192,7 @@ def _known(name: str) -> str | None:
 
 
 def _ours(names: Collection[str]) -> dict[str, str]:
-    inner = unwrapped(names, lambda name: _known(name) is not None)
-    return {theirs: ours for theirs, name in inner.items() if (ours := _known(name))}
+    return unwrapped(names, _known)
 
 
 def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -202,37 +201,14 @@ def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def _layer(where: object, shape: Mapping[str, Any], shapes: Shapes) -> Any:
-    """mlx-lm's ModelArgs of the layers, whose sizes the tensors tell."""
-    heads = setting(where, shape, "num_attention_heads")
-    queries, double = matrix(where, shapes, "layers.0.self_attn.q_proj.weight")
-    hidden_size, head_dim = double // 2, queries // heads
-    keys = matrix(where, shapes, "layers.0.self_attn.k_proj.weight")[0]
-    if queries % heads or keys % head_dim:
-        raise UserError(
-            f"{where}: {queries} queries and {keys} keys do not divide into "
-            f"num_attention_heads {heads} of one size"
-        )
-    intermediate = matrix(where, shapes, "layers.0.mlp.gate_proj.weight")[0]
-    agree(where, "hidden_size", shape.get("hidden_size"), hidden_size)
-    agree(where, "intermediate_size", shape.get("intermediate_size"), intermediate)
+    """mlx-lm's ModelArgs of the layers."""
     is_qwen = "layers.0.self_attn.q_norm.weight" in shapes
-    theta, scaling = rope_of(where, shape)
     values = {
+        **layer_settings(where, shape, shapes, inputs=2),
         "model_type": "qwen3" if is_qwen else "llama",
-        "hidden_size": hidden_size,
-        "num_hidden_layers": 1,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys // head_dim,
-        "head_dim": head_dim,
         "rms_norm_eps": float(shape.get("rms_norm_eps", 1e-6)),
-        "vocab_size": 1,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "max_position_embeddings": setting(where, shape, "max_position_embeddings", 2048),
         "attention_bias": "layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "layers.0.mlp.gate_proj.bias" in shapes,
-        "tie_word_embeddings": False,
     }
     return (qwen3 if is_qwen else llama).ModelArgs.from_dict(values)
 
@@ -300,7 +276,7 @@ def _drafter(
 
 
 def _is_same(own: nn.Module, target) -> bool:
-    """Whether an embedding is the target's, which then need not be kept twice."""
+    """Whether an embedding is a copy of the target's, which need not be kept twice."""
     size = own.weight.shape[0] if "scales" not in own else own.scales.shape[0]
     ids = mx.linspace(0, size - 1, 64).astype(mx.int32)
     a, b = own(ids).astype(mx.float32), target(ids).astype(mx.float32)
@@ -319,7 +295,6 @@ KIND = Kind(
     config=_config,
     head=Eagle3Head,
     drafter=_drafter,
-    vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
     outputs=lambda config: ("lm_head",) * config.own_output,
     settings=lambda config: (
         {"draft_vocab_size": config.draft_vocab_size} if config.own_output else {}

@@ -1,9 +1,9 @@
-"""Attention from a draft to the text before it, so that a head can go on as the text once did.
+"""Attention from a draft to the text before it, so that a head can repeat how the text went on.
 
 A recurrent head knows one hidden state and the tokens it drafted. What a summary, a translation or
-an answer from given passages says stands in the prompt, further back. With a lookback each step
-also asks where the text was in a like place, and hears which token followed there. An extension
-of the paper's head.
+an answer from given passages says stands further back, in the prompt. With a lookback each step
+also searches the text for similar places and reads which tokens followed there. An extension of the
+paper's head.
 
 Shape letters: M texts (1 but in training), S places of a text, P positions drafted from, R rows
 (beams), H attention heads, d size of one, h hidden size, e exit size.
@@ -42,8 +42,8 @@ class Lookback(nn.Module):
     """H attention heads from a draft's steps to the places of the text.
 
     A step's likeness to a place is that of query and key, and a share (`carry`) of the likeness
-    that the step before had to the place before: what was followed there is followed on. Besides
-    the places there is one of nothing, of likeness `nothing`, so a step may hear nothing.
+    that the step before had to the place before: a passage that was followed is followed further.
+    Besides the places there is an empty one, of likeness `nothing`, for steps without any like.
     """
 
     def __init__(self, hidden: int, exit_dim: int, heads: int, size: int):
@@ -66,7 +66,7 @@ class Lookback(nn.Module):
         return mx.contiguous(keys)  # once, not in each product of a step
 
     def asked(self, context: mx.array) -> mx.array:
-        """(P, H·d): what every step from a position asks because of its context (P, h)."""
+        """(P, H·d): the context's part (P, h) of the queries, for every step from a position."""
         return self.query_context(context)
 
     def likeness(

@@ -1,4 +1,4 @@
-"""Max-Gram: what followed the end of the text where it stood before (arXiv 2312.11462).
+"""Max-Gram: what followed earlier occurrences of the end of the text (arXiv 2312.11462).
 
 No weights and no device: an index of the text (suffixes.py), and how often its guesses were right.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -31,7 +31,6 @@ class MaxGramDrafter:
     length    most tokens of a continuation
     bigrams   token -> (token, share): what to guess where no suffix occurred before; None: nothing
     memory    of earlier texts, which are searched too; None: of this text alone
-    earliest  take a suffix where it occurred first (the paper) rather than most recently
 
     The longest suffix may have been followed by different tokens, and shorter suffixes by others:
     the candidates are a tree of up to `CONTINUATIONS` continuations. Probabilities are measured
@@ -48,17 +47,10 @@ class MaxGramDrafter:
         length: int = 24,
         bigrams: Mapping[int, tuple[int, float]] | None = None,
         memory: Memory | None = None,
-        earliest: bool = False,
     ):
         self.length, self.bigrams, self.memory = length, bigrams or {}, memory
-        self._places = (
-            (lambda match: (match.first, match.latest))
-            if earliest
-            else (lambda match: (match.latest, match.first))
-        )
         self.rates = HitRates()
-        self._index = SuffixAutomaton()
-        self._extend(memory.tokens() if memory else ())
+        self._new_index()
         self._transcript: Transcript | None = None
         self._seen = 0
 
@@ -67,26 +59,23 @@ class MaxGramDrafter:
         return budget.tree(self._candidates(context.transcript.tokens[-1]))
 
     def observe(self, step: Step) -> None:
-        pass  # what became of the guesses is read from the text, also of those not verified
+        pass  # the text tells which guesses were right, also those that were not verified
 
     def reset(self) -> None:
         if self._transcript is None:
             return
-        if self.memory is None:
-            self._index = SuffixAutomaton()
-        else:
+        if self.memory is not None:
             tokens = self._transcript.tokens
             self.memory.add(tokens)
             self._extend([*tokens[self._seen :], BREAK])
-            if len(self._index) > 2 * self.memory.capacity:
-                self._index = SuffixAutomaton()
-                self._extend(self.memory.tokens())
+        if self.memory is None or len(self._index) > 2 * self.memory.capacity:
+            self._new_index()
         self._transcript = None
 
     def fork(self, length: int) -> MaxGramDrafter:
         other = copy(self)
-        other._transcript, other._index = None, SuffixAutomaton()
-        other._extend(self.memory.tokens() if self.memory else ())
+        other._transcript = None
+        other._new_index()
         return other
 
     def save(self) -> None:
@@ -96,7 +85,7 @@ class MaxGramDrafter:
             self.memory.save()
 
     def begin(self, context: Context) -> None:
-        """Take in what the text has got since the last round."""
+        """Take in what has been added to the text since the last round."""
         tokens = context.transcript.tokens
         if context.transcript is not self._transcript:
             self.reset()
@@ -107,6 +96,11 @@ class MaxGramDrafter:
                 self._learn(token)
                 self._index.append(token)
         self._seen = len(tokens)
+
+    def _new_index(self) -> None:
+        """An index of earlier texts alone, if any are remembered."""
+        self._index = SuffixAutomaton()
+        self._extend(self.memory.tokens() if self.memory else ())
 
     def _extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -148,7 +142,7 @@ class MaxGramDrafter:
         return len(trie.tokens) > before
 
     def _learn(self, token: int) -> None:
-        """Count whether the guesses for the next token were right, now that it is known."""
+        """Count whether the guesses for `token` were right, now that it is known."""
         guessed: list[int] = []
         for start, length in self._starts(self._index.matches()):
             guess = self._following(start, 1)
@@ -159,18 +153,20 @@ class MaxGramDrafter:
             if guess[0] == token or len(guessed) == self.CONTINUATIONS:
                 return
 
-    def _starts(self, matches: Sequence[Match]):
-        """Where continuations begin and how much of the text stands before them, best first."""
+    def _starts(self, matches: Sequence[Match]) -> Iterator[tuple[int, int]]:
+        """Where continuations begin and how much of the text stands before them, best first.
+
+        Of the places of a match the latest comes first; the paper takes the earliest.
+        """
         for match in matches:
-            one, other = self._places(match)
-            yield one + 1, match.length
-            if other != one:
-                yield other + 1, match.length
+            yield match.latest + 1, match.length
+            if match.first != match.latest:
+                yield match.first + 1, match.length
 
     def _following(self, start: int, most: int, ahead: Sequence[int] = ()) -> list[int]:
         """Up to `most` tokens from an index of the text on, up to a break.
 
-        Behind the end of the text and `ahead` it goes on as it went on from `start`.
+        Beyond the end of the text and `ahead` it repeats what follows `start`.
         """
         text = self._index.text
         tokens = text[start : start + most]
@@ -252,7 +248,7 @@ class Memory:
         return memory
 
     def add(self, text: Sequence[int]) -> None:
-        """Remember one more text; of one that is too long its end."""
+        """Remember one more text; only the end of one that is too long."""
         self.texts.append(list(text[-self.capacity :]))
         excess = sum(map(len, self.texts)) - self.capacity
         while excess > 0:
@@ -279,34 +275,26 @@ class Memory:
 
 
 def _read(path: Path, vocab_size: int) -> list[list[int]]:
-    way_out = "delete it or give another path"
+    def unusable(fault: str, way_out: str = "delete it or give another path") -> UserError:
+        return UserError(f"--max-gram-memory {path}: {fault}; {way_out}")
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"--max-gram-memory {path}: cannot be read ({error.strerror}); {way_out}"
-        ) from error
+        raise unusable(f"cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"--max-gram-memory {path}: is damaged or no memory at all; {way_out}"
-        ) from error
+        raise unusable("is damaged, or not a memory") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"--max-gram-memory {path}: is not a memory that Max-Gram has saved; {way_out}"
-        )
+        raise unusable("is not a memory that Max-Gram has saved")
     if content.get("vocab_size") != vocab_size:
-        raise UserError(
-            f"--max-gram-memory {path}: its vocabulary has {content.get('vocab_size')} tokens, the "
-            f"target's {vocab_size}; give each model its own memory"
-        )
+        sizes = f"{content.get('vocab_size')} tokens, the target's {vocab_size}"
+        raise unusable(f"its vocabulary has {sizes}", "give each model its own memory")
     texts = content.get("texts")
     is_id = lambda token: type(token) is int and 0 <= token < vocab_size
     if not isinstance(texts, list) or not all(
         isinstance(text, list) and all(map(is_id, text)) for text in texts
     ):
-        raise UserError(
-            f"--max-gram-memory {path}: its texts are not lists of token ids; {way_out}"
-        )
+        raise unusable("its texts are not lists of token ids")
     return texts
 
 

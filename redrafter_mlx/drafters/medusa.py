@@ -82,8 +82,8 @@ class MedusaDrafter(ParallelDrafter):
     """Drafts with a MedusaHead; view: the final hidden state."""
 
     def __init__(self, head: MedusaHead, vocabulary, view: View, experience: Experiences):
-        super().__init__(vocabulary, head.config.heads, experience)
-        self.head, self.view = head, view
+        super().__init__(vocabulary, experience)
+        self.head, self.view, self.depths = head, view, head.config.heads
 
     def begin(self, context: Context) -> Begun:
         return self.view(context.hidden), []
@@ -97,14 +97,15 @@ class MedusaDrafter(ParallelDrafter):
         return self.head(begun, depths)
 
 
+def _known(name: str) -> str | None:
+    bare = re.sub(r"^(medusa_heads?|heads)\.", "", name)
+    if re.fullmatch(r"\d+\.\d+\.(linear\.)?(weight|bias|scales|biases)", bare):
+        return f"heads.{bare}"
+    return name if name in ("d2t", "t2d") else None
+
+
 def _ours(names: Collection[str]) -> dict[str, str]:
-    bare = lambda name: re.sub(r"^(medusa_heads?|heads)\.", "", name)
-    known = lambda name: re.fullmatch(
-        r"\d+\.\d+\.(linear\.)?(weight|bias|scales|biases)", bare(name)
-    )
-    inner = unwrapped(names, lambda name: bool(known(name)))
-    found = {theirs: f"heads.{bare(name)}" for theirs, name in inner.items() if known(name)}
-    return found | {theirs: name for theirs, name in inner.items() if name in ("d2t", "t2d")}
+    return unwrapped(names, _known)
 
 
 def _recognises(settings: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -172,7 +173,6 @@ KIND = Kind(
     config=_config,
     head=MedusaHead,
     drafter=_drafter,
-    vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
     outputs=_outputs,
     settings=_settings,
 )

@@ -34,20 +34,20 @@ FEW = 16
 """Tokens that are read along with those whose logits are wanted."""
 
 STEPS_BACK = 8
-"""Of its latest passes whose states are kept, in a model with recurrent layers."""
+"""Latest passes whose states are kept, in a model with recurrent layers."""
 
 _log = logging.getLogger("redrafter_mlx")
 
 
 class ModelDrafter:
-    """Writes on with a language model of its own, and reviews what cheaper drafters write.
+    """Drafts with a language model of its own, and reviews what cheaper drafters write.
 
     model       of mlx-lm; it must be able to branch, as a target must
     vocab_size  V of the target; ids of the model beyond it are never proposed
 
     Its tree is a chain, the model's choices, with the next likeliest tokens beside each. Its KV
-    cache follows the verified text: what it wrote in vain is taken back, what it did not write is
-    read, a whole prompt at first. `passes` counts its forward passes over a text.
+    cache follows the verified text: rejected tokens are rolled back, and tokens that it did not
+    write are read, at first a whole prompt. `passes` counts its forward passes over a text.
     """
 
     readers = 0
@@ -113,7 +113,7 @@ class ModelDrafter:
         return other
 
     def begin(self, context: Context) -> None:
-        """Find out how much of the text the caches hold already."""
+        """Find out how much of the text the caches already hold."""
         if context.transcript is not self._transcript:
             self._transcript, self._verified = context.transcript, 0
         self._tokens, noise = context.transcript.tokens, context.noise
@@ -139,7 +139,7 @@ class ModelDrafter:
         return Written(tokens.tolist(), probs, probs)
 
     def review(self, ahead: Sequence[int], drafted: Written, lenience: float) -> Written:
-        """Tokens of `drafted` up to the first that it would not say, and its own choice there.
+        """Tokens of `drafted` up to the first that it rejects, and its own choice there.
 
         A token passes if it is the model's choice or if the writer's probability of it is at most
         `lenience` times the model's (arXiv 2312.11462).
@@ -194,7 +194,7 @@ class ModelDrafter:
     def _scores(self, logits: mx.array, place: int) -> mx.array:
         """(N, V) log-probabilities of the tokens at N positions from `place` on.
 
-        The target's noise is reckoned with where it is known.
+        The target's noise is added where it is known.
         """
         if self._noise is not None:
             positions = mx.arange(place, place + len(logits), dtype=mx.uint32)[:, None]

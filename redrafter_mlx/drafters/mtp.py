@@ -1,10 +1,10 @@
 """The multi-token-prediction head that lies inside a target's original checkpoint.
 
 It is one more decoder layer of the target's own kind, before which a token's embedding and the
-hidden state before it are joined (arXiv 2412.19437, 2.2). mlx-lm reads past it, but has that kind
-of layer: the layers here are those of an mlx-lm model made for it, of which nothing else is ever
-computed. Copies of the target's embedding and output layer that some bring are not read: the
-target's own are used.
+hidden state before it are joined (arXiv 2412.19437, 2.2). mlx-lm skips it when it loads the target,
+but has that kind of layer: the layers here belong to an mlx-lm model made for this, of which
+nothing else is ever computed. Some heads bring copies of the target's embedding and output layer;
+the target's own are used instead.
 
 Shape letters: T tokens, S places, R rows of a draft, h hidden size, V vocabulary.
 """
@@ -96,12 +96,12 @@ class MTPHeads(AttentionHead):
     At a token head k reads the state that head k - 1 has made of the token before, in the text as
     in a draft; only the first reads the target's. So k of these heads can be used k deep. Beyond
     them the last goes on by its own states, as a single head does; vLLM begins again with the
-    first one, whose own states it never learnt to read (deepseek_mtp.py at 03356f8c:
+    first one, which never learnt to read its own states (deepseek_mtp.py at 03356f8c:
     `spec_step_idx % num_mtp_layers`). States are passed on after a head's last norm, as
     Megatron-LM trains it (multi_token_prediction.py at 00611e6e, `_postprocess`).
 
     All heads have a place for each token, so place m of every cache belongs to the token m + 1. The
-    first k of head k, counted from 0, would read states of before the text: nobody sees them.
+    first k of head k, counted from 0, would read states from before the text, so they are masked.
 
     A row's state (R, depths · h) is that of each head, side by side.
     """
@@ -187,7 +187,7 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
 
 
 def _check_blocks(where: object, text: Mapping[str, Any], shapes: Shapes, family: Family) -> None:
-    """UserError for a head of other blocks, or of more, than its family's."""
+    """UserError for a head of other blocks than its family's, or of more."""
     if family.blocks == 1:
         return
     kinds = {"*": ("*", "attention", "full_attention"), "E": ("E", "moe")}
@@ -263,7 +263,6 @@ KIND = Kind(
     config=_config,
     head=lambda config: MTPHead(config) if config.depths == 1 else MTPHeads(config),
     drafter=_drafter,
-    vocabulary=lambda config: (config.vocab_size, config.draft_vocab_size),
     outputs=lambda config: (),
     inside=True,
     ready=_ready,

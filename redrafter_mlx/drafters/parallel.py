@@ -17,9 +17,7 @@ import numpy as np
 
 from redrafter_mlx.drafters.beam_search import top_k
 from redrafter_mlx.drafters.beams import BeamDrafter, known_noise
-from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.machine import device
-from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.rounds.tree import Candidates, Trie
 
 
@@ -71,21 +69,10 @@ class ParallelSteps:
 class ParallelDrafter(BeamDrafter):
     """Drafts the likeliest products of tokens at each depth.
 
-    vocabulary  the ids that can be proposed, and how they are scored
-    depths      how many tokens it can predict
-    experience  what its drafts were worth elsewhere, by temperature
-
-    A beam search finds the same but for what its beams have no room for.
+    A beam search would find the same, except what its beams have no room for.
     """
 
-    def __init__(
-        self,
-        vocabulary: OwnVocabulary | TextVocabulary,
-        depths: int,
-        experience: dict[float, Experience] | None = None,
-    ):
-        super().__init__(vocabulary, experience)
-        self.depths = depths
+    depths: int
 
     @abstractmethod
     def predict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -15,7 +16,7 @@ from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 class Drafter(Protocol):
     """Proposes continuations of the pending token; never sees the target's layers.
 
-    readers  how many of its parts read the Trail of a text; taken for 1 where it does not say
+    readers  how many of its parts read the Trail of a text; 1 if it does not say
     """
 
     @property
@@ -33,13 +34,13 @@ class Drafter(Protocol):
     def fork(self, length: int) -> Drafter:
         """One like it for another text that begins with the same `length` tokens.
 
-        What it has worked out of them is the other's too; the text itself comes with the Context.
+        The other keeps what was computed for them; the text itself comes with the Context.
         """
 
 
 class Unheeding:
-    """Of drafters that learn nothing from what becomes of their drafts, and keep nothing of a text
-    that its transcript would not tell them.
+    """For drafters that learn nothing from what becomes of their drafts, and keep nothing of a text
+    beyond what its transcript tells.
     """
 
     readers = 0
@@ -55,8 +56,38 @@ class Unheeding:
 
 
 def readers_of(drafters: Iterable[Drafter]) -> int:
-    """How many of drafters, or of their parts, read the Trail of a text."""
+    """How many of these drafters, or of their parts, read the Trail of a text."""
     return sum(getattr(drafter, "readers", 1) for drafter in drafters)
+
+
+class Combined:
+    """A drafter made of others, its members: what it is told, each of them is told."""
+
+    def __init__(self, members: Sequence[Drafter]):
+        self.members = list(members)
+
+    @property
+    def readers(self) -> int:
+        return readers_of(self.members)
+
+    def observe(self, step: Step) -> None:
+        for member in self.members:
+            member.observe(step)
+
+    def reset(self) -> None:
+        for member in self.members:
+            member.reset()
+
+    def fork(self, length: int) -> Self:
+        other = copy(self)
+        other.members = [member.fork(length) for member in self.members]
+        return other
+
+    def save(self) -> None:
+        """Let members that remember earlier texts write them to their files."""
+        for member in self.members:
+            if hasattr(member, "save"):
+                member.save()
 
 
 class NoDrafter(Unheeding):
@@ -92,7 +123,7 @@ class Written:
 
 
 class Writer(Protocol):
-    """What a drafter must also be able to do to write on after other drafters' tokens."""
+    """What a drafter must also be able to do to continue other drafters' tokens."""
 
     def begin(self, context: Context) -> None:
         """A round begins: what the target has verified."""
@@ -105,14 +136,14 @@ class Reviewer(Writer, Protocol):
     """A writer that can judge the tokens of cheaper ones faster than it writes."""
 
     def review(self, ahead: Sequence[int], drafted: Written, lenience: float) -> Written:
-        """The first tokens of `drafted` that it lets pass, and one of its own after them."""
+        """The first tokens of `drafted`, as far as it accepts them, and one of its own."""
 
 
 def candidates_of(drafter: Drafter, context: Context, width: int, length: int) -> Candidates:
-    """What a drafter scores when it searches `width` and `length` wide and far, all of it.
+    """Everything that a drafter scores in a search of `width` and `length`.
 
-    Where drafts are to be drawn it is asked for the likeliest instead: among candidates of others
-    its own are draws no longer, and the rule takes each as a sure thing.
+    Where drafts would be drawn, it is asked for the likeliest instead: mixed with the candidates of
+    others its own are no longer draws, and the rule takes each as certain.
     """
     if context.noise is not None and not context.noise.coupled:
         context = replace(context, noise=None)
@@ -122,7 +153,7 @@ def candidates_of(drafter: Drafter, context: Context, width: int, length: int) -
 
 
 class _Everything:
-    """The budget that cuts nothing and keeps what it was shown."""
+    """A budget that keeps everything it is shown."""
 
     def __init__(self, width: int, length: int):
         self.width, self.length = width, length

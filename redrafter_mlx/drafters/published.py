@@ -7,9 +7,7 @@ parameters each tensor is. Everything else, the checks above all, is the same fo
 from __future__ import annotations
 
 import collections
-import json
 import math
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +16,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.drafters.tensors import (
-    check_names_and_shapes,
     check_size,
     draft_ids,
+    load_weights,
     quantize_like,
     read_json,
     read_tensors,
+    write_head,
 )
-from redrafter_mlx.drafters.text import TextVocabulary, WholeVocabulary
+from redrafter_mlx.drafters.text import SharedVocabulary, TextVocabulary
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
 from redrafter_mlx.machine.storage import one_line
@@ -40,6 +38,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 Experiences = dict[float, Experience]
 WRAPPERS = ("", "module.", "model.", "draft_model.", "_orig_mod.")
 """What a training script may have put before every name."""
+ROPE_BASE = 10_000.0
+"""Base of rotary positions where config.json names none."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Kind:
     recognises   (settings, names of the tensors) -> whether a checkpoint is one
     ours         names -> those of the head's tensors, each with the name of our parameter; the ids
                  of a reduced vocabulary are `d2t`
-    config       (where, settings, shapes by our names) -> the head's shape; raises UserError
+    config       (where, settings, shapes by our names) -> the head's shape, with the vocab_size of
+                 its target and its own draft_vocab_size; raises UserError
     head         shape -> the module, with parameters still to be loaded
     drafter      (target, module, draft ids (D,), experience) -> the drafter; raises UserError if
                  the head is another target's
-    vocabulary   shape -> (V, D) sizes of the target's and of the draft vocabulary
     outputs      shape -> our modules whose rows are the draft ids, none where the target's output
                  layer is read; None: its vocabulary cannot be reduced
     settings     shape -> keys of config.json that the tensors tell and that a reader may look for
@@ -72,7 +72,6 @@ class Kind:
     config: Callable[[object, Mapping[str, Any], Shapes], Any]
     head: Callable[[Any], nn.Module]
     drafter: Callable[[Target, nn.Module, np.ndarray, Experiences], Drafter]
-    vocabulary: Callable[[Any], tuple[int, int]]
     outputs: Callable[[Any], tuple[str, ...] | None] = lambda config: None
     settings: Callable[[Any], dict[str, Any]] = lambda config: {}
     unused: Mapping[str, str] = field(default_factory=lambda: {"t2d": "d2t says the same"})
@@ -96,19 +95,23 @@ def shards_of(kind: Kind, weight_map: Mapping[str, str]) -> dict[str, list[str]]
     return files
 
 
-def unwrapped(names: Collection[str], known: Callable[[str], bool]) -> dict[str, str]:
-    """Names to what they are without a wrapper's prefix: the one under which most are `known`."""
-    without = lambda prefix: {
-        name: name.removeprefix(prefix) for name in names if name.startswith(prefix)
-    }
-    found = [without(prefix) for prefix in WRAPPERS]
-    return max(found, key=lambda each: sum(map(known, each.values())))
+def unwrapped(names: Collection[str], known: Callable[[str], str | None]) -> dict[str, str]:
+    """Names to ours, without a wrapper's prefix: the one under which most are `known`.
+
+    known  a name without the prefix -> ours; None if it is not the head's
+    """
+
+    def under(prefix: str) -> dict[str, str]:
+        inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        return {name: ours for name, bare in inner.items() if (ours := known(bare))}
+
+    return max(map(under, WRAPPERS), key=len)
 
 
 def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, np.ndarray]:
     """The head in a directory, and the target's token id of each of its draft ids (D,).
 
-    Weights are cast to `dtype`, the target's, but for those that the head `casts` not. Raises
+    Weights are cast to `dtype`, the target's, except those that the head does not cast. Raises
     UserError that says what is wrong and where.
     """
     settings = read_json(path / "config.json")
@@ -124,18 +127,13 @@ def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, 
     weights = kind.ready(head, weights)
     if "quantization" in settings:
         quantize_like(path, head, _by_our_names(settings["quantization"], names), weights)
-    check_weights(path, head, weights, dtype)
-    casts = getattr(head, "casts", lambda name: True)
-    is_cast = lambda name, x: mx.issubdtype(x.dtype, mx.floating) and casts(name)
-    head.load_weights([(n, x.astype(dtype) if is_cast(n, x) else x) for n, x in weights.items()])
-    device.finish(head.parameters())
+    load_weights(path, head, weights, dtype)
     read = None if offsets is None else device.read(offsets)[0]
-    vocab_size, draft_vocab_size = kind.vocabulary(config)
-    return head, draft_ids(path, vocab_size, draft_vocab_size, read)
+    return head, draft_ids(path, config.vocab_size, config.draft_vocab_size, read)
 
 
 def _by_our_names(quantization: Any, names: Mapping[str, str]) -> Any:
-    """What config.json says of single modules, under our names of them."""
+    """What config.json says about single modules, by our names."""
     if not isinstance(quantization, dict):
         return quantization
     module = lambda name: name.rpartition(".")[0]
@@ -146,7 +144,7 @@ def _by_our_names(quantization: Any, names: Mapping[str, str]) -> Any:
 def refuse_strangers(
     kind: Kind, where: object, names: Collection[str], known: Mapping[str, str]
 ) -> None:
-    """UserError for tensors that a kind does not know, and for one that is there twice."""
+    """UserError for tensors that a kind does not know, and for a tensor that is there twice."""
     if strangers := sorted(set(names) - known.keys()):
         shown = ", ".join(strangers[:6]) + ", ..." * (len(strangers) > 6)
         raise UserError(
@@ -175,12 +173,13 @@ def built(
         raise
     except Exception as error:  # from a wrong type to what mlx-lm makes of odd rope settings
         raise UserError(
-            f"{where}: config.json and tensors make no {kind.name} head: {one_line(error)}"
+            f"{where}: config.json and tensors do not make a head of the kind {kind.name}: "
+            f"{one_line(error)}"
         ) from error
 
 
 def check_numbers(where: object, names: Collection[str]) -> None:
-    """UserError for a numbered module that lies beyond any count: as many would be made of it."""
+    """UserError for a module's number beyond all counts: so many modules would be created."""
     for name in names:
         for part in name.split(".")[:-1]:
             if part.isdecimal() and (len(part) > 6 or int(part) >= len(names)):
@@ -209,28 +208,8 @@ def unpacked_shapes(where: object, settings: Mapping[str, Any], shapes: Shapes) 
     return found
 
 
-def check_weights(
-    where: object, head: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype
-) -> None:
-    """Exactly the head's parameters, each of its shape and kind, and finite as `dtype`."""
-    expected = dict(tree_flatten(head.parameters()))
-    shapes = {name: x.shape for name, x in weights.items()}
-    check_names_and_shapes(where, {n: x.shape for n, x in expected.items()}, shapes)
-    is_packed = lambda x: x.dtype == mx.uint32
-    for name, like in expected.items():
-        found = weights[name]
-        if is_packed(found) != is_packed(like) or (
-            not is_packed(found) and not mx.issubdtype(found.dtype, mx.floating)
-        ):
-            kind = "packed integers" if is_packed(like) else "floating-point numbers"
-            raise UserError(f"{where}: {name} holds {found.dtype}, not {kind}")
-    finite = device.read(*(mx.isfinite(weights[n].astype(dtype)).all() for n in expected))
-    if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
-        raise UserError(f"{where}: {', '.join(bad)} holds NaN or infinite values as {dtype}")
-
-
 def setting(where: object, settings: Mapping[str, Any], key: str, default: Any = None) -> int:
-    """A size of at least 1 in a config.json; UserError if it is missing or none."""
+    """A size of at least 1 in config.json; UserError if there is none or it is invalid."""
     value = settings.get(key)
     return check_size(where, key, default if value is None else value)
 
@@ -251,6 +230,57 @@ def matrix(where: object, shapes: Shapes, name: str) -> tuple[int, int]:
     return shape
 
 
+def layer_settings(
+    where: object, settings: Mapping[str, Any], shapes: Shapes, inputs: int = 1
+) -> dict[str, Any]:
+    """The fields that mlx-lm's ModelArgs of a head's layers have, whose sizes the tensors tell.
+
+    inputs  hidden states side by side that the first layer's attention reads
+    """
+    heads = setting(where, settings, "num_attention_heads")
+    queries, columns = matrix(where, shapes, "layers.0.self_attn.q_proj.weight")
+    keys = matrix(where, shapes, "layers.0.self_attn.k_proj.weight")[0]
+    intermediate = matrix(where, shapes, "layers.0.mlp.gate_proj.weight")[0]
+    hidden_size, head_dim = columns // inputs, queries // heads
+    if queries % heads or keys % head_dim:
+        raise UserError(
+            f"{where}: {queries} queries and {keys} keys do not divide into "
+            f"num_attention_heads {heads} of one size"
+        )
+    agree(where, "hidden_size", settings.get("hidden_size"), hidden_size)
+    agree(where, "intermediate_size", settings.get("intermediate_size"), intermediate)
+    theta, scaling = rope_of(where, settings)
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 1,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys // head_dim,
+        "head_dim": head_dim,
+        "vocab_size": 1,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": setting(where, settings, "max_position_embeddings", 2048),
+        "tie_word_embeddings": False,
+    }
+
+
+def rope_of(where: object, settings: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base and scaling of rotary positions, for mlx-lm's `initialize_rope`.
+
+    Transformers 5 keeps both in `rope_parameters`; 4 has `rope_theta` beside `rope_scaling`.
+    """
+    given = settings.get("rope_parameters") or settings.get("rope_scaling")
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(f"{where}: its rope settings are {given!r}, not an object")
+    given = dict(given or {})
+    theta = given.pop("rope_theta", None) or settings.get("rope_theta") or ROPE_BASE
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"{where}: rope_theta is {theta!r}, not a positive number")
+    kind = given.get("rope_type", given.get("type", "default"))
+    return float(theta), None if kind == "default" else given
+
+
 def belongs_to(target: Target, hidden_size: int, vocab_size: int) -> None:
     """UserError if a head was made for a target of other sizes."""
     for name, found, needed in (
@@ -264,13 +294,13 @@ def belongs_to(target: Target, hidden_size: int, vocab_size: int) -> None:
             )
 
 
-def targets_vocabulary(target: Target, ids: np.ndarray) -> WholeVocabulary | TextVocabulary:
+def targets_vocabulary(target: Target, ids: np.ndarray) -> SharedVocabulary | TextVocabulary:
     """The vocabulary of a head without an output layer, which reads the target's.
 
     ids  (D,) token ids that it can propose in any text: all of them, or some, and the text's
     """
     if len(ids) == target.vocab_size:
-        return WholeVocabulary(target.vocab_size, target.logits)
+        return SharedVocabulary(mx.arange(target.vocab_size, dtype=mx.int32), target.logits)
     return TextVocabulary(mx.array(ids.astype(np.int32)), target.vocab_size, target.output_layer)
 
 
@@ -294,7 +324,4 @@ def save_published(
     if ids.size < vocab_size or device.read(mx.abs(offsets).max())[0]:
         kept["d2t"] = offsets
         settings = {**settings, "draft_vocab_size": ids.size}
-    partial = path / ".model.partial.safetensors"
-    mx.save_safetensors(str(partial), kept, {"format": "mlx"})
-    os.replace(partial, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_head(path, settings, kept)

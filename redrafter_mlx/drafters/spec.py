@@ -29,7 +29,7 @@ POSSIBLE = (
 class Spec:
     """A drafter that was asked for.
 
-    kind     one of HEADS, or HEAD for whichever of them the files hold, or another
+    kind     one of HEADS, HEAD for whichever of them the files hold, or one of the others
     name     where its weights are: of a head or a model
     members  of a union; the levels of a cascade
     """
@@ -71,7 +71,7 @@ def parse(text: str, options: DrafterOptions) -> Spec:
         cascade_matrix(options.cascade_k, cascades[0])
     else:
         for name in ("cascade_k", "lenience"):
-            _refuse_given(options, name, f"{text} is no cascade")
+            _refuse_given(options, name, f"{text} is not a cascade")
     if not spec.all(MAX_GRAM) and spec.kind != AUTO:
         for name in ("max_gram_memory", "max_gram_bigrams"):
             _refuse_given(options, name, f"{text} has no max_gram")
@@ -96,7 +96,7 @@ def _parse(text: str) -> Spec:
             raise UserError(f"{text} names no weights; {POSSIBLE}")
         return Spec(kind, rest)
     if text in (*HEADS, MODEL) or (colon and re.fullmatch(r"\w+", kind) and len(kind) > 1):
-        raise UserError(f"{text!r} is no drafter; {POSSIBLE}")
+        raise UserError(f"{text!r} is not a drafter; {POSSIBLE}")
     return Spec(HEAD, text)
 
 

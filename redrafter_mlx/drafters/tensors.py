@@ -6,6 +6,7 @@ Shape letters: D draft vocabulary, V vocabulary.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.machine import device
 
 CONVERTER = "redrafter_mlx.convert"
 _CONVERT = f"pickles are never read here; '{CONVERTER} --input {{}} --output DIR' converts it"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _PICKLE_STARTS = (b"PK", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
-_LARGEST = 2**30  # of a size: products of two still count in 64 bits, each fits mlx's 32
+_LARGEST = 2**30  # of a size: it fits mlx's 32 bits, and a product of two fits 64
 
 
 def read_json(path: Path) -> Any:
@@ -39,7 +42,7 @@ def read_tensors(
 ) -> dict[str, mx.array]:
     """The tensors of all safetensors files in a directory; UserError if one is damaged.
 
-    wanted  names in all files -> those to read, where they may hold more than a head
+    wanted  names in all files -> those to read, where the files may hold more than a head
     """
     files = sorted(path.glob("*.safetensors"))
     if wanted is None:
@@ -64,11 +67,19 @@ def read_tensors(
     return tensors
 
 
+def write_head(path: Path, settings: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
+    """Write model.safetensors, whole or not at all, and then config.json into a directory."""
+    partial = path / ".model.partial.safetensors"
+    mx.save_safetensors(str(partial), dict(tensors), {"format": "mlx"})
+    os.replace(partial, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def tensor_names(path: Path) -> set[str]:
     """Names of all tensors in a directory's safetensors files, which are not read."""
     found: set[str] = set()
     for file in path.glob("*.safetensors"):
-        with suppress(RuntimeError, ValueError):  # damaged: told when it is read
+        with suppress(RuntimeError, ValueError):  # damaged: reported when it is read
             found |= mx.load(str(file)).keys()
     return found
 
@@ -144,9 +155,9 @@ def draft_ids(
 
 
 def quantize_like(path: Path, head: nn.Module, settings: dict, tensors: dict) -> None:
-    """Make quantised layers of those modules of a head whose tensors are.
+    """Quantise the modules of a head whose tensors are quantised.
 
-    settings  group_size and bits, and under a module's name those of one that differs
+    settings  group_size and bits; under a module's name, its own if they differ
     """
     packed = lambda name: f"{name}.scales" in tensors
     try:
@@ -168,6 +179,33 @@ def _packing(settings: dict) -> dict[str, int]:
     if any(type(value) is not int for value in found.values()) or found["group_size"] < 1:
         raise ValueError("group_size and bits must be positive whole numbers")
     return found
+
+
+def load_weights(
+    where: object, head: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype
+) -> None:
+    """Give a head its weights as `dtype`, except those that it does not cast.
+
+    Raises UserError unless they are exactly its parameters, each of its shape and kind, and finite.
+    """
+    expected = dict(tree_flatten(head.parameters()))
+    shapes = {name: x.shape for name, x in weights.items()}
+    check_names_and_shapes(where, {n: x.shape for n, x in expected.items()}, shapes)
+    is_packed = lambda x: x.dtype == mx.uint32
+    for name, like in expected.items():
+        found = weights[name]
+        if is_packed(found) != is_packed(like) or (
+            not is_packed(found) and not mx.issubdtype(found.dtype, mx.floating)
+        ):
+            kind = "packed integers" if is_packed(like) else "floating-point numbers"
+            raise UserError(f"{where}: {name} holds {found.dtype}, not {kind}")
+    finite = device.read(*(mx.isfinite(weights[n].astype(dtype)).all() for n in expected))
+    if bad := [name for name, ok in zip(expected, finite, strict=True) if not ok]:
+        raise UserError(f"{where}: {', '.join(bad)} holds NaN or infinite values as {dtype}")
+    casts = getattr(head, "casts", lambda name: True)
+    is_cast = lambda name, x: mx.issubdtype(x.dtype, mx.floating) and casts(name)
+    head.load_weights([(n, x.astype(dtype) if is_cast(n, x) else x) for n, x in weights.items()])
+    device.finish(head.parameters())
 
 
 def check_names_and_shapes(

@@ -18,7 +18,7 @@ from redrafter_mlx.rounds.round import Trail, Transcript, View
 
 
 class TextMemory:
-    """The places that a head can look back at in one text, taken in as it grows.
+    """The places that a head can look back at in one text, taken in as the text grows.
 
     Buffers double, so that few sizes of them are compiled for.
     """
@@ -95,7 +95,7 @@ class OwnVocabulary:
         self._ids = ids
 
     def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
-        """Token ids (D,); no rows are to be lent."""
+        """Token ids (D,); `project` needs no parameters."""
         return self._ids, {}
 
     def fork(self) -> OwnVocabulary:
@@ -122,16 +122,6 @@ class SharedVocabulary(OwnVocabulary):
         return self._logits(features)
 
 
-class WholeVocabulary(SharedVocabulary):
-    """All ids of the target, scored by the target's own head.
-
-    logits  (R, h) -> (R, V)
-    """
-
-    def __init__(self, vocab_size: int, logits: Callable[[mx.array], mx.array]):
-        super().__init__(mx.arange(vocab_size, dtype=mx.int32), logits)
-
-
 class TextVocabulary:
     """The ids that a tied output proposes in one text: a static set and the ids of the text.
 
@@ -151,11 +141,11 @@ class TextVocabulary:
         self._static = np.array(static)
         self._vocab_size = vocab_size
         self._output = output
-        self._linear = output(mx.array([0]))  # lends its shape; the rows are those it is given
+        self._linear = output(mx.array([0]))  # whose rows each text replaces by its own
         self._transcript: Transcript | None = None
 
     def of(self, transcript: Transcript) -> tuple[mx.array, dict]:
-        """Token ids (D',) and the parameters of the linear layer that scores them."""
+        """Token ids (D',), and the parameters of the linear layer that scores them."""
         if transcript is not self._transcript:
             self._transcript, self._seen = transcript, 0
             self._ids, self._known = self._static, set(self._static.tolist())

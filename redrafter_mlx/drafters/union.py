@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from copy import copy
 
 import numpy as np
 
-from redrafter_mlx.drafters.protocol import Drafter, candidates_of, readers_of
+from redrafter_mlx.drafters.protocol import Combined, candidates_of
 from redrafter_mlx.pricing.budget import Budget
-from redrafter_mlx.rounds.round import Context, Step
+from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.rounds.tree import Candidates, TokenTree, Trie
 
 
-class UnionDrafter:
+class UnionDrafter(Combined):
     """Asks each of its drafters and verifies the likeliest of all their candidates.
 
-    Whatever two of them propose is verified once, and is likelier for it. Which nodes are worth a
-    row of the pass is the budget's decision, by their probabilities. A search of no width asks
-    those only that find something without one (`needs_no_search`).
+    What two of them propose is verified once, and counts as likelier for it. The budget decides by
+    probability which nodes are worth a row of the pass. A search of width 0 asks only those that
+    need none (`needs_no_search`).
     """
-
-    def __init__(self, members: Sequence[Drafter]):
-        self.members = list(members)
-
-    @property
-    def readers(self) -> int:
-        return readers_of(self.members)
 
     def propose(self, context: Context, budget: Budget) -> TokenTree:
         free = [m for m in self.members if getattr(m, "needs_no_search", False)]
@@ -38,32 +30,13 @@ class UnionDrafter:
             parts += [ask(m) for m in rest]
         return budget.tree(pooled(parts))
 
-    def observe(self, step: Step) -> None:
-        for member in self.members:
-            member.observe(step)
-
-    def reset(self) -> None:
-        for member in self.members:
-            member.reset()
-
-    def fork(self, length: int) -> UnionDrafter:
-        other = copy(self)
-        other.members = [member.fork(length) for member in self.members]
-        return other
-
-    def save(self) -> None:
-        """Let members that remember write what they remember to their files."""
-        for member in self.members:
-            if hasattr(member, "save"):
-                member.save()
-
 
 SHARING = 0.7
 """How much of what two drafters know both know: 1 all of it, 0 none."""
 UNNAMED = 0.3
-"""Share of what a drafter leaves over that a token has which it does not name."""
+"""Share of a drafter's remaining probability that goes to a token that it does not name."""
 OTHERS = 0.6
-"""Weight of all tokens that none names."""
+"""Weight of all tokens that no drafter names."""
 
 
 def pooled(parts: Sequence[Candidates]) -> Candidates:
@@ -72,7 +45,7 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     Where only one has children of a node, their probabilities are its. Where k have, each child's
     is the product of what they give it, to the power of k^-SHARING, over the sum of all (a
     logarithmic opinion pool: Genest and Zidek, Statistical Science 1 (1986) 114). So a token that
-    one is sure of and another does not name falls, and one that both name rises.
+    one is sure of and another does not name loses, and one that both name gains.
     """
     if len(parts) == 1:
         return parts[0]
@@ -80,9 +53,8 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
     def pool(trie: Trie, places: list[list[int]]) -> None:
         opinions = []
         for part, place in zip(parts, places, strict=True):
-            said: dict[int, dict] = defaultdict(
-                dict
-            )  # node -> {its child: log-probability of the step}
+            # node -> {its child: log-probability of the step}
+            said: dict[int, dict[int, float]] = defaultdict(dict)
             before = np.append(part.logprobs, 0.0)[part.parents]  # the root's lies at -1
             for node, step in zip(place, (part.logprobs - before).tolist(), strict=True):
                 said[trie.parents[node]][node] = step
@@ -95,7 +67,7 @@ def pooled(parts: Sequence[Candidates]) -> Candidates:
 
 
 def _pool(opinions: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Child -> log-probability of a step to it, of the same by each who has an opinion."""
+    """Child -> log-probability of a step to it, from those by each drafter with an opinion."""
     if len(opinions) < 2:
         return opinions[0] if opinions else {}
     children = list({child: None for said in opinions for child in said})

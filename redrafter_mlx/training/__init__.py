@@ -1,1 +1,1 @@
-"""Training a draft head for a target, from what the target itself says."""
+"""Trains a draft head for a target, on text that the target writes itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redrafter_mlx.training.shards import parts
 
@@ -17,7 +17,7 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
 
     model    the target as the user named it
     command  that made it
-    table    of its report, and what the time went into
+    table    of its report, and how the time was spent
     drawn    whether there is a picture
     """
     c, progress = run.config, run.progress
@@ -28,6 +28,7 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
         if run.recipe.tied
         else "rows of its own"
     )
+    shape = {k: v for k, v in dataclasses.asdict(c).items() if v not in (None, False, ())}
     base = [f"base_model: {model}"] if "/" in model and not model.startswith((".", "/")) else []
     lines = [
         "---", "library_name: mlx", "pipeline_tag: text-generation", *base, "tags:", "- mlx",
@@ -36,7 +37,7 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
         f"{run.recipe.about}: it proposes tokens that its target then checks. It drafts well only "
         "for the target it was trained with, at that quantisation.", "",
         f"- Head: {run.parameters / 1e6:.2f} M parameters; output: {output}. Its shape: "
-        f"`{_summary(c)}`.",
+        f"`{json.dumps(shape, default=str)}`.",
         f"- Draft vocabulary: {c.draft_vocab_size:,} of {c.vocab_size:,} ids, "
         f"{run.vocabulary.coverage:.1%} of held-out answers (with the prompt's ids "
         f"{run.vocabulary.with_prompt:.1%}).",
@@ -51,9 +52,3 @@ def card(run: TrainingRun, model: str, command: str, table: str, drawn: bool) ->
     if drawn:
         lines += ["", "![loss and tokens per round over time](training.png)"]
     return "\n".join(lines) + "\n"
-
-
-def _summary(config: Any) -> str:
-    """A head's shape on one line, for its card."""
-    values = dataclasses.asdict(config)
-    return json.dumps({k: v for k, v in values.items() if v not in (None, False, ())}, default=str)

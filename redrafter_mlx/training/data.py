@@ -1,16 +1,15 @@
 """The first stage of training: the target writes what the head will learn from.
 
-Batches of conversations are played and written one after the other, until there are enough
-tokens, or no time, or no questions left. What a batch holds depends on the target, the options,
-its number and the batches before it and on nothing else, so a run that was killed goes on to the
-same files as one that was not. `data.json` says what a directory was made with.
+Batches of conversations are played and written one after another, until there are enough tokens,
+the time is up or no questions are left. What a batch holds depends only on the target, the options,
+its number and the batches before it, so a run that was killed ends with the same files as one that
+was not. `data.json` says what a directory was made with.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -26,12 +25,14 @@ from redrafter_mlx.machine.storage import in_use, one_line
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.deadline import NEVER, Deadline
 from redrafter_mlx.training.estimate import share
-from redrafter_mlx.training.filters import Sieve, loop_end
+from redrafter_mlx.training.filters import Sieve, loop_end, stretches
 from redrafter_mlx.training.lockstep import Conversation, Role, can_stagger, play
 from redrafter_mlx.training.manifest import note_counts, settle
 from redrafter_mlx.training.options import DataOptions
 from redrafter_mlx.training.scripts import Template
 from redrafter_mlx.training.shards import (
+    COLUMNS,
+    conversations,
     held_out_path,
     map_shard,
     shard_count,
@@ -42,9 +43,9 @@ from redrafter_mlx.training.shards import (
 from redrafter_mlx.training.sources import Given, LeftOut, Own
 
 LEAST = 8
-"""Tokens of answers a row, on average, before which the first batch is not cut."""
+"""Tokens of answers that the first batch has per row, on average, before a deadline may cut it."""
 WORTH = 0.5
-"""With a deadline no batch is begun of which there is not time for this share."""
+"""With a deadline, a batch is begun only if there is time for at least this share of it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Counts:
     conversations  kept
     tokens         of the target's answers, kept
     near_repeats   left out because their question was much like an earlier one
-    loops          cut where an answer went round in circles
+    loops          cut where an answer began to repeat itself
     unanswered     left out because the columns ended before an answer began
     """
 
@@ -71,7 +72,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the stage stands: tokens kept of the goal; batches done, and share of the next."""
+    """Where the stage stands: what was kept, and the goal in tokens; batches, share of the next."""
 
     counts: Counts
     goal: int
@@ -130,14 +131,14 @@ def write_data(
 
     target     with the layers to keep in `taps`
     progress   called after every column
-    job, jobs  which of several that share the work this is: its part of the tokens and of the
-               questions, and a seed of its own
-    until      by when to have done: the batch under way is then cut where it is, unless it is the
-               first and there is hardly an answer yet
+    job, jobs  which of several jobs this is: it has its share of the tokens and of the questions,
+               and a seed of its own
+    until      when to stop: the batch under way is cut there, unless it is the first and holds
+               hardly an answer yet
 
-    Batches are whole otherwise: the goal is overshot by less than one, and with `data_minutes` none
-    is begun that would end later, except the first. Raises UserError when the directory is in use,
-    was made with another target or other options, or the disk is full.
+    Otherwise batches are whole: the goal is overshot by less than one, and with `data_minutes` no
+    batch but the first is begun that would end later. Raises UserError when the directory is in
+    use, was made with another target or other options, or the disk is full.
     """
     with in_use(directory):
         template = Template.of(tokenizer)
@@ -179,7 +180,7 @@ class _Stage:
                     self._remember(held_out_path(directory, number))
 
     def run(self) -> str:
-        """Write batches; why there are no more of them."""
+        """Write batches; returns why there are no more of them."""
         took = 0.0
         while self.state.counts.tokens < self._options.data_tokens:
             minutes, begun = self._options.data_minutes, time.monotonic()
@@ -222,7 +223,7 @@ class _Stage:
         return kept, _State(counts, self.state.next + taken_anew, again + left)
 
     def _cuts(self, answered: int) -> bool:
-        """Whether the batch ends here, with so many tokens of answers."""
+        """Whether to end the batch here, after so many tokens of answers."""
         return self._until.passed and (self.batches > 0 or answered >= LEAST * self._rows)
 
     def _filter(self, played: Sequence[Conversation]) -> tuple[list[Conversation], Counts]:
@@ -256,11 +257,10 @@ class _Stage:
             ) from error
 
     def _remember(self, path: Path) -> None:
-        arrays = map_shard(path)
-        starts = [*arrays["starts"].tolist(), len(arrays["tokens"])]
-        for first, last in itertools.pairwise(starts):
-            span = slice(first, last)
-            self._sieve.remember(_question(arrays["tokens"][span], arrays["roles"][span]))
+        shard = map_shard(path)
+        for first, end in conversations(shard):
+            question = _question(shard["tokens"][first:end], shard["roles"][first:end])
+            self._sieve.remember(question)
 
     def _tell(self, done: int, total: int) -> None:
         seconds = time.monotonic() - self._begun
@@ -277,17 +277,13 @@ def _answered(conversation: Conversation) -> bool:
 
 def _question(tokens: np.ndarray, roles: np.ndarray) -> np.ndarray:
     """What the user first asks, or how a text begins."""
-    role = Role.USER if (roles == Role.USER).any() else Role.ASSISTANT
-    first = int(np.argmax(roles == role))
-    ends = np.flatnonzero(roles[first:] != role)
-    return tokens[first : first + int(ends[0]) if len(ends) else len(tokens)][:256]
+    first, end = stretches(roles == (Role.USER if Role.USER in roles else Role.ASSISTANT))[0]
+    return tokens[first:end][:256]
 
 
 def _loop_end(conversation: Conversation) -> int | None:
-    """Where the first answer that goes round in circles is to be cut."""
-    speaks = np.concatenate([[False], conversation.roles == Role.ASSISTANT, [False]])
-    edges = np.flatnonzero(speaks[1:] != speaks[:-1])
-    for first, last in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+    """Where to cut the first answer that repeats itself; None if none does."""
+    for first, last in stretches(conversation.roles == Role.ASSISTANT):
         end = loop_end(conversation.tokens[first:last])
         if end is not None:
             return first + end
@@ -295,6 +291,5 @@ def _loop_end(conversation: Conversation) -> int | None:
 
 
 def _cut(conversation: Conversation, end: int) -> Conversation:
-    names = ("tokens", "roles", "hidden", "top_ids", "top_logits")
-    parts = {name: getattr(conversation, name)[:end] for name in names}
+    parts = {name: getattr(conversation, name)[:end] for name in COLUMNS}
     return dataclasses.replace(conversation, **parts)

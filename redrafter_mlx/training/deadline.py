@@ -1,7 +1,7 @@
-"""How --minutes are kept: every stage knows the moment by which it has to be done.
+"""How --minutes is kept: every stage knows the moment by which it must be done.
 
-Moments, not durations: what an earlier stage, a slow start or a pause took is then missing from
-the stages after it, and the end stays where it is.
+Moments rather than durations: time lost to an earlier stage, a slow start or a pause is then taken
+from the stages after it, and the end does not move.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 
 SHARES = {"data": 0.4, "training": 0.52, "report": 0.08}
-"""Of --minutes, in the order of the stages; what one does not need is the next one's."""
+"""Of --minutes, in the order of the stages; what one does not need, the next one gets."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float) -> Deadline:
-        """The moment that comes so many seconds from now."""
+        """The moment that is so many seconds from now."""
         return cls(time.monotonic() + seconds)
 
     @property
@@ -45,9 +45,9 @@ NEVER = Deadline()
 
 
 class Budget:
-    """The time of a whole run, and what it went into.
+    """The time of a whole run, and how it was spent.
 
-    minutes  for everything, None: as long as it takes
+    minutes  for everything; None: as long as it takes
     """
 
     def __init__(self, minutes: float | None):
@@ -57,7 +57,7 @@ class Budget:
 
     @property
     def end(self) -> Deadline:
-        """By when all has to be done."""
+        """By when everything must be done."""
         return self.by("report")
 
     @property
@@ -66,7 +66,7 @@ class Budget:
         return time.monotonic() - self._began
 
     def by(self, stage: str) -> Deadline:
-        """By when a stage has to be done."""
+        """By when a stage must be done."""
         if self.minutes is None:
             return NEVER
         names = list(SHARES)
@@ -78,13 +78,13 @@ class Budget:
         return 60 * SHARES[stage] * (self.minutes or 0.0)
 
     def note(self, stage: str) -> None:
-        """All time since the last note went into this stage."""
+        """Count all time since the last note as spent on this stage."""
         now = time.monotonic()
         self._spent[stage] = self._spent.get(stage, 0.0) + now - self._noted
         self._noted = now
 
     def __str__(self) -> str:
-        """For the report: what the time went into, and whether it was enough."""
+        """For the report: how the time was spent, and whether it was enough."""
         total = sum(self._spent.values())
         parts = ", ".join(
             f"{stage} {seconds / 60:.1f} ({seconds / max(total, 1e-9):.0%})"

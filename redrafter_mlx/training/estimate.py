@@ -49,7 +49,7 @@ class Estimate:
 
 
 def estimate(target: Target, options: DataOptions) -> Estimate:
-    """Measure a few columns, half-way through a batch, and reckon the whole stage from them."""
+    """Measure a few columns, half-way through a batch, and extrapolate to the whole stage."""
     rows = choose_rows(target, options)
     probe = Probe(target, rows, options.columns // 2)
     seconds = []
@@ -59,27 +59,22 @@ def estimate(target: Target, options: DataOptions) -> Estimate:
         seconds.append(time.perf_counter() - start)
     column = min(seconds[1:])
     batches = -(-options.data_tokens // max(1, int(ANSWERS * rows * options.columns)))
-    tokens = batches * rows * options.columns
-    per_token = 2 * probe.hidden_size + VIEW
-    whole = batches * options.columns * column
-    if options.data_minutes is not None and whole > 60 * options.data_minutes:
-        share = 60 * options.data_minutes / whole
-        batches = max(1, int(batches * share))
-        tokens = batches * rows * options.columns
-        whole = batches * options.columns * column
+    if options.data_minutes is not None:
+        in_time = int(60 * options.data_minutes / (options.columns * column))
+        batches = max(1, min(batches, in_time))
     return Estimate(
         rows,
         options.columns,
         batches,
-        memory_needed(target, rows, options.columns),
-        tokens * per_token,
-        whole,
-        ANSWERS * rows / column,
+        memory=memory_needed(target, rows, options.columns),
+        disk=batches * rows * options.columns * (2 * probe.hidden_size + VIEW),
+        seconds=batches * options.columns * column,
+        tokens_per_second=ANSWERS * rows / column,
     )
 
 
 def share(options: DataOptions, job: int, jobs: int) -> DataOptions:
-    """What one of several jobs does: its part of tokens and memory, and a seed of its own."""
+    """The options of one of several jobs: its share of tokens and memory, and a seed of its own."""
     return replace(
         options,
         seed=(options.seed + (job << 32)) % 2**64,

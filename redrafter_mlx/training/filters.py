@@ -1,4 +1,4 @@
-"""What is left out of the training data: answers that go round in circles, questions seen before.
+"""What is left out of the training data: answers that repeat themselves, questions seen before.
 
 Both rules look at token ids only, so a resumed run that reads them back from the shards decides
 as the first run did.
@@ -14,7 +14,7 @@ import numpy as np
 PERIODS = 64
 """Longest stretch (in tokens) whose repetition counts as a loop."""
 LOOP = 16
-"""Fewest repeated tokens of a loop: rules of a table and indents repeat shorter ones."""
+"""Fewest repeated tokens of a loop: table rules and indents repeat fewer."""
 SHINGLE = 3
 BANDS, ROWS = 6, 6
 """Bands of min-hashes, and hashes of a band: a question that shares a share s of its 3-grams with
@@ -24,7 +24,7 @@ SLOTS = 1 << 20
 
 
 def loop_end(tokens: Sequence[int]) -> int | None:
-    """Where a loop has been said twice, so that all after it says nothing new; None without one.
+    """Where a loop has been said twice, so that nothing new follows; None without a loop.
 
     tokens  (T,) token ids of one answer
 
@@ -34,21 +34,24 @@ def loop_end(tokens: Sequence[int]) -> int | None:
     said = np.asarray(tokens)
     ends = []
     for period in range(1, min(PERIODS, len(said) // 2) + 1):
-        same = np.concatenate([[False], said[period:] == said[:-period], [False]])
-        edges = np.flatnonzero(same[1:] != same[:-1])
-        first, last = edges[::2], edges[1::2]
-        long = first[last - first >= max(2 * period, LOOP)]
-        if len(long):
-            ends.append(int(long[0]) + 2 * period)
+        least = max(2 * period, LOOP)
+        repeats = stretches(said[period:] == said[:-period])
+        ends += [first + 2 * period for first, end in repeats if end - first >= least][:1]
     return min(ends, default=None)
 
 
+def stretches(flags: np.ndarray) -> list[tuple[int, int]]:
+    """Beginning and end of each unbroken stretch of true values in (T,) bool, in order."""
+    edges = np.flatnonzero(np.diff(np.r_[False, flags, False].astype(np.int8))).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 class Sieve:
-    """Remembers questions, in bounded memory and whatever order they came in, to tell new ones.
+    """Tells new questions from near-duplicates of earlier ones, in bounded memory.
 
     Rule: min-hashes over the 3-grams of token ids, in bands. A question that shares a band with a
     remembered one is a near-duplicate. Each slot of the table keeps the largest hash that fell
-    into it, so a table that was filled from the same questions is always the same.
+    into it, so the order of the questions does not matter.
     """
 
     def __init__(self):
@@ -58,7 +61,7 @@ class Sieve:
         self._table = np.zeros(SLOTS, np.uint64)
 
     def admits(self, question: Sequence[int]) -> bool:
-        """Whether no near-duplicate is remembered; the question (token ids) then is."""
+        """Whether no near-duplicate is remembered; if so, remember the question (token ids)."""
         bands = self._bands(question)
         slots = bands % np.uint64(SLOTS)
         if (self._table[slots] == bands).any():
@@ -88,6 +91,6 @@ class Sieve:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Scatter 64-bit numbers: multiplications alone keep their order in the low bits."""
+    """Scatter 64-bit numbers; multiplying alone would leave an order in the low bits."""
     values = (values ^ (values >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
     return values ^ (values >> np.uint64(29))

@@ -1,7 +1,7 @@
 """What --dry-run says: what a training run will take, and whether --minutes can be kept.
 
-Everything is done once, as small as it goes: columns of a batch are measured in as many processes
-as will write data, and a head is set up, taught and tried on made-up conversations.
+Everything is done once, as small as possible: columns of a batch are timed in as many processes as
+will write data, and a head is set up, trained and evaluated on made-up conversations.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from redrafter_mlx.training.windows import LENGTH
 FIRST_ANSWERS = 64
 """Columns of a batch after which enough rows answer for it to be cut, as the demo target writes."""
 CONVERSATIONS = 32
-"""Made-up ones."""
+"""How many are made up."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Seconds of what comes after the data, each as short as it can be.
+    """What follows the data costs at the least, in seconds.
 
     setting_out  until the first step: the other processes, the head's first weights, compiling
     step         of training
-    report       of one answer, tried with the usual beams
+    report       on one answer, with the usual beams
     memory       bytes
     """
 
@@ -96,7 +96,7 @@ def _estimate(source: Any, options: DataOptions, jobs: int, job: int, tell) -> t
 
 
 def _kept(budget: Budget, loading: float, parts: list[Estimate], rehearsal: Rehearsal) -> str:
-    """How --minutes will be spent; UserError if that is more than they are."""
+    """How --minutes will be spent; UserError if they are too few."""
     whole = 60 * budget.minutes
     first = max(
         min(FIRST_ANSWERS, part.columns) * part.seconds / part.batches / part.columns
@@ -130,7 +130,7 @@ def rehearse(
     jobs: int,
     start: str | None,
 ) -> Rehearsal:
-    """Set up a head, teach it and try it, on made-up conversations."""
+    """Set up a head, train it and evaluate it on made-up conversations."""
     with TemporaryDirectory() as scratch:
         places = Places(Path(scratch))
         part = part_path(places.data, 0)
@@ -151,7 +151,7 @@ def rehearse(
 
 
 def _made_up(target: Target, length: int) -> list[Conversation]:
-    """Conversations of random tokens that a target of no sense would write greedily."""
+    """Conversations of random tokens, marked as what the target would write greedily."""
     draw = np.random.default_rng(0)
     caches = target.empty_caches()
     caches.begin(1, certain=True)

@@ -2,8 +2,8 @@
 
 An update sums over `accumulate` batches, its parts. On a CPU MLX runs all but matrix products in
 one thread, so parts go to several processes; each reads its own batches from the shards, and only
-weights and gradients pass between them, through shared memory. What comes out does not depend on
-how many processes there are.
+weights and gradients pass between them, through shared memory. The result does not depend on how
+many processes there are.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from redrafter_mlx.machine import blas, device
 from redrafter_mlx.training.jobs import blas_threads
 from redrafter_mlx.training.objective import Objective, candidates
 from redrafter_mlx.training.options import TrainingOptions
-from redrafter_mlx.training.windows import Past, Shards, Window
+from redrafter_mlx.training.windows import Shards, Window
 
 Parameters = Any
 """A tree of arrays, as `nn.Module.trainable_parameters` gives it."""
@@ -33,7 +33,7 @@ Parameters = Any
 class Gradients:
     """Losses and gradients of parts.
 
-    head       whose shape counts; its weights are replaced by those asked about
+    head       only its shape matters: its weights are replaced by those that `of` is given
     objective  the loss of a batch
     shards     training data
     allowed    (D,) token ids the soft-max may run over
@@ -74,6 +74,7 @@ class Gradients:
         windows = self._windows(step * o.accumulate + part)
         batch = self.shards.batch(windows, self._objective.steps, self._objective.past)
         chosen = candidates(batch, self._allowed, o.candidates, [self._seed, step, part])
+        past = batch.past
         return (
             batch.hidden,
             mx.array(batch.tokens),
@@ -82,11 +83,11 @@ class Gradients:
             chosen.teacher,
             chosen.columns,
             mx.array(batch.weights),
-            *(_arrays_of(batch.past) if batch.past else ()),
+            *((past.hidden, mx.array(past.tokens), mx.array(past.visible)) if past else ()),
         )
 
     def _windows(self, index: int) -> list[Window]:
-        """The windows of a batch; asked for in order, it costs nothing to go on."""
+        """The windows of a batch; cheap as long as batches are asked for in order."""
         if index < self._next or self._next < 0:
             self._batches = self.shards.draws(
                 f"{self._seed}", self.shards.at_once(self._options.windows), index
@@ -98,17 +99,13 @@ class Gradients:
         return windows
 
 
-def _arrays_of(past: Past) -> tuple[mx.array, ...]:
-    return past.hidden, mx.array(past.tokens), mx.array(past.visible)
-
-
 class Crew:
     """`Gradients` shared by several processes.
 
     own   this process's
     make  makes the others' in their processes; must be picklable
     jobs  how many processes, this one included
-    parts of an update
+    parts how many an update has
 
     A context: the other processes end with it, and with this process.
     """
@@ -162,7 +159,7 @@ class Crew:
             for part, loss in zip(share, losses, strict=True):
                 found[part] = mx.array(loss), _read(self._gradients[part], self._layout)
         losses, gradients = zip(*(found[part] for part in range(self._parts)), strict=True)
-        return _mean(losses), _mean_of_trees(gradients)
+        return _mean(*losses), tree_map(_mean, *gradients)
 
 
 def _alive(process, ask: Callable, *arguments):
@@ -178,7 +175,7 @@ def _alive(process, ask: Callable, *arguments):
 
 def _serve(make: Callable[[], Gradients], share: Sequence[int], connection, weights, slots) -> None:
     """Another process: answer each step with the losses of the share, gradients in their slots."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it too and ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process gets it too and ends this one
     gradients = make()
     layout = [(n, a.shape) for n, a in tree_flatten(gradients.head.trainable_parameters())]
     while True:
@@ -208,12 +205,5 @@ def _read(memory, layout: Sequence[tuple[str, tuple[int, ...]]]) -> Parameters:
     return tree_unflatten(arrays)
 
 
-def _mean(values: Sequence[mx.array]) -> mx.array:
-    return sum(values[1:], values[0]) / len(values)
-
-
-def _mean_of_trees(trees: Sequence[Parameters]) -> Parameters:
-    flat = [tree_flatten(tree) for tree in trees]
-    return tree_unflatten(
-        [(pairs[0][0], _mean([array for _, array in pairs])) for pairs in zip(*flat, strict=True)]
-    )
+def _mean(first: mx.array, *others: mx.array) -> mx.array:
+    return sum(others, first) / (1 + len(others))

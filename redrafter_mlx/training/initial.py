@@ -30,7 +30,7 @@ TOKEN_LIKENESS, CONTEXT_LIKENESS, CARRY, NOTHING = 20.0, 10.0, 1.0, 14.0
 """A new lookback: likeness of a place with the same token, with the same context, share of the
 step before, and likeness of nothing. benchmarks/LOG.md says how they were chosen."""
 HEARD = 15.0
-"""By how much a token heard with all its weight raises its own logit in a new lookback."""
+"""By how much a token that gets all the attention raises its own logit in a new lookback."""
 
 
 def initial_head(
@@ -72,13 +72,20 @@ def initial_head(
         if e == h and inputs <= LARGEST_FIT:
             _fit_projection(head, embed, batches, steps)
     if not config.tied_output:
-        layer = layer_of(d2t)
-        layer.pop("bias", None)
-        output = layer(mx.eye(h)).T.astype(mx.float32)  # also of quantised rows
         padding = max(0, e - h)
-        head.lm_head[-1].weight = mx.pad(output, [(0, 0), (0, padding)])[:, :e]
+        output = mx.pad(output_rows(layer_of, d2t, h), [(0, 0), (0, padding)])
+        head.lm_head[-1].weight = output[:, :e]
     mx.eval(head.parameters())
     return head
+
+
+def output_rows(
+    layer_of: Callable[[mx.array], nn.Module], ids: mx.array, hidden_size: int
+) -> mx.array:
+    """(D, h) float32 rows of the target's own head for token ids (D,), unpacked, without a bias."""
+    layer = layer_of(ids)
+    layer.pop("bias", None)
+    return layer(mx.eye(hidden_size)).T.astype(mx.float32)
 
 
 def with_lookback(
@@ -92,13 +99,13 @@ def with_lookback(
 
 
 def start_lookback(head: RecurrentHead, embed, layer_of, batch: Batch, key: mx.array) -> None:
-    """A lookback that finds like tokens in like contexts, and makes what followed them likelier.
+    """Set a lookback to find like tokens in like contexts and make what followed them likelier.
 
     Queries and keys are the same random projections, which preserve likeness. A tied output reads
     out through the target's head: `out` turns the embedding of a token into its row there, as
-    nearly as a linear map can, so long that hearing it is worth HEARD.
+    nearly as a linear map can, scaled so that hearing it is worth HEARD.
     """
-    lookback, config = head.lookback, head.config
+    lookback, config, hidden_size = head.lookback, head.config, head.config.hidden_size
     asked = config.lookback_heads * config.lookback_size
     seen = {
         "token": (embed(mx.array(batch.tokens)), TOKEN_LIKENESS),
@@ -112,13 +119,13 @@ def start_lookback(head: RecurrentHead, embed, layer_of, batch: Batch, key: mx.a
         lookback[f"key_{part}"].weight = lookback[f"query_{part}"].weight = weight
     lookback.carry = mx.full(lookback.carry.shape, CARRY)
     lookback.nothing = mx.full(lookback.nothing.shape, NOTHING)
-    lookback.query_state.weight = mx.zeros((asked, config.hidden_size))
+    lookback.query_state.weight = mx.zeros((asked, hidden_size))
     lookback.out.weight = mx.zeros_like(lookback.out.weight)
     if config.tied_output:
         ids = mx.array(np.unique(batch.tokens))
-        rows = layer_of(ids)(mx.eye(config.hidden_size)).T.astype(mx.float32)
+        embedded, rows = embed(ids).astype(mx.float32), output_rows(layer_of, ids, hidden_size)
         length = (rows**2).sum(axis=-1).mean()
-        said = _least_squares(embed(ids).astype(mx.float32), rows) * (HEARD / length)
+        said = _solve(embedded.T @ embedded, embedded.T @ rows) * (HEARD / length)
         lookback.out.weight = mx.tile(said.T / config.lookback_heads, (1, config.lookback_heads))
     mx.eval(lookback.parameters())
 
@@ -148,9 +155,10 @@ def _fit_projection(head: RecurrentHead, embed, batches: Iterable[Batch], steps:
 
 
 def read_out(batches: Sequence[Batch], size: int) -> mx.array:
-    """(h,) the scale of the target's final hidden states, which come first of what was captured.
+    """(h,) the scale of the target's final hidden states, which stand first in what was captured.
 
-    A head's last norm of this weight reads out through the target's own head as the target does.
+    With it as the weight of its last norm, a head reads out through the target's own head as the
+    target does.
     """
     hidden = mx.concatenate([b.hidden[..., :size].reshape(-1, size) for b in batches])
     return mx.sqrt((hidden.astype(mx.float32) ** 2).mean(axis=0) + 1e-6)
@@ -173,11 +181,7 @@ def fit_reading(batches: Sequence[Batch], view: View, scale: mx.array) -> mx.arr
     return _solve(gram, moment).T
 
 
-def _least_squares(x: mx.array, y: mx.array) -> mx.array:
-    """(h, k) that maps rows x (R, h) as nearly as it can to y (R, k)."""
-    return _solve(x.T @ x, x.T @ y)
-
-
 def _solve(gram: mx.array, moment: mx.array) -> mx.array:
+    """(h, k) that maps rows x (R, h) as nearly as it can to y (R, k): gram x'x, moment x'y."""
     ridge = _PENALTY * mx.diag(gram).mean() * mx.eye(len(gram))
     return mx.linalg.solve(gram + ridge, moment, stream=mx.cpu)

@@ -1,7 +1,7 @@
 """The same work by several processes side by side.
 
-On a CPU MLX runs all but matrix products in one thread. Two processes of one BLAS thread each
-then write half as many tokens again as one process of two.
+On a CPU MLX runs all but matrix products in one thread, so two processes with one BLAS thread each
+write half as many tokens again as one process with two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def side_by_side(jobs: int, work: Work, tell: Callable[[int, Any], None]) -> lis
 
     tell  called here with a job's number and whatever that job told
 
-    A job's UserError ends all and is raised here; so does a job that dies, with RuntimeError.
+    A UserError in one job ends all of them and is raised here; a job that dies raises RuntimeError.
     Jobs end with this process, however it ends.
     """
     if jobs == 1:
@@ -67,7 +67,7 @@ def side_by_side(jobs: int, work: Work, tell: Callable[[int, Any], None]) -> lis
 
 
 def _run(work: Work, job: int, parent: int, messages) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and ends the jobs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too and ends the jobs
 
     def tell(told: Any) -> None:
         if os.getppid() != parent:
@@ -96,7 +96,7 @@ def _next(messages, processes, results) -> tuple[int, int, Any]:
 
 @contextmanager
 def blas_threads(jobs: int) -> Iterator[None]:
-    """Each of so many processes started in the block has its share of the cores for its BLAS."""
+    """Gives each of so many processes started in the block its share of the cores for BLAS."""
     count = max(1, (os.cpu_count() or 1) // jobs)
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, str(count)))

@@ -1,7 +1,7 @@
-"""Many conversations decoded side by side by one target, with all that a head learns from.
+"""Many conversations decoded side by side by one target, with everything that a head learns from.
 
 A conversation is a script of parts: tokens that are given, and stretches that the target writes.
-Each row of the batch plays one script after the other, one column per token, until the columns
+Each row of the batch plays one script after another, one column per token, until the columns
 are used up. A row that starts later does not see what lies before and counts its positions from
 its own start, so nothing is padded or shifted.
 
@@ -46,7 +46,7 @@ class Part:
     limit     most tokens to write; a conversation that reaches it ends there
     temp      temperature to write at
     stops     token ids that end what the target writes
-    goes_on   the other way round: the next part follows at the limit, and a stop ends all
+    goes_on   at the limit the next part follows and a stop ends all, instead of the reverse
     """
 
     role: Role
@@ -69,8 +69,8 @@ class Conversation:
     roles         (T,) uint8
     hidden        (T, E) 16 bits: the final norm's output after each token, then the tapped layers'
     top_ids       (T, K) int32 likeliest next tokens, in no order
-    top_logits    (T, K) float16 their logits below the highest; all zero after given tokens that
-                  were taken in many at once, where nobody asked
+    top_logits    (T, K) float16 their logits less the highest; all zero after given tokens that
+                  were read many at once, where no logits were computed
     """
 
     number: int
@@ -162,8 +162,8 @@ def play(
                `can_stagger`
     enough     asked after every column, with the tokens of answers so far: whether to end there
 
-    The last conversation of each row is cut where the columns end, or where it goes round in
-    circles. A script begins with at least one given token.
+    The last conversation of each row is cut where the columns end, or where it repeats itself.
+    A script begins with at least one given token.
     """
     caches = target.empty_caches()
     numbered = enumerate(scripts)
@@ -178,7 +178,7 @@ def play(
         fed = [row.feed(count) if row else [0] * count for row in stage]
         starts = [(row.start if row else column) if staggered else 0 for row in stage]
         batch = _Rows(caches, column, starts)
-        for first, last in ((0, count - 1), (count - 1, count)):  # the head reads the last one only
+        for first, last in ((0, count - 1), (count - 1, count)):  # only the last one needs logits
             if first < last:
                 ids = mx.array([tokens[first:last] for tokens in fed])
                 views = _forward(target, batch, ids, last == count)
@@ -220,13 +220,10 @@ def can_stagger(target: Target) -> bool:
     ]  # fmt: skip
     try:
         played = play(target, iter(scripts), 3, 12, mx.random.key(0))
-        return all(_difference(target, c) <= _tolerance(target) for c in played)
+        tolerance = TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
+        return all(_difference(target, conversation) <= tolerance for conversation in played)
     except Exception:  # whatever a model file raises when it meets a mask for each row
         return False
-
-
-def _tolerance(target: Target) -> float:
-    return TOLERANCE.get(target.dtype, LOW_PRECISION_TOLERANCE)
 
 
 def _difference(target: Target, conversation: Conversation) -> float:

@@ -27,11 +27,11 @@ _BETAS = (0.9, 0.98)
 class Progress:
     """Where a run stands; kept in its checkpoints.
 
-    steps    all that the run will take; with a deadline only a forecast until the last one
-    seconds  trained so far, evaluation not counted
-    places   of the learning rate's course from its beginning to its end
-    place    where on it the next step is: steps that are left go through what is left of it in
-             equal strides, of one place each unless their number changed on the way
+    steps    that the run takes in all; with a deadline only a forecast until the last one
+    seconds  of training so far, without evaluation
+    places   of the learning rate schedule, from its beginning to its end
+    place    of the next step on it: the steps that are left go through the rest in equal strides,
+             of one place each unless their number has changed on the way
     """
 
     steps: int
@@ -60,9 +60,9 @@ class Trainer:
         self.plan(progress.steps)
 
     def plan(self, steps: int, places: int | None = None) -> None:
-        """Set out to take so many steps: the learning rate rises and falls over them.
+        """Plan so many steps: the learning rate rises and falls over them.
 
-        places  of its course, by default one for each step
+        places  of its schedule, by default one for each step
         """
         done = self.progress
         done.steps, done.places, done.place = steps, places or steps, 0.0
@@ -70,7 +70,7 @@ class Trainer:
         self._optimizer.init(self.head.trainable_parameters())
 
     def plan_more(self, steps: int, places: int) -> None:
-        """After the last step set out to take so many more: the learning rate begins anew."""
+        """After the last step, plan so many more: the learning rate begins anew."""
         state = self._optimizer.state
         self.plan(self.progress.step + steps, places)
         self._optimizer.state = state
@@ -133,7 +133,7 @@ class Trainer:
         return mx.compile(update, inputs=state, outputs=state)
 
     def save(self, path: Path, settings: dict) -> None:
-        """Everything needed to go on, whole or not at all; `settings` must match on resuming."""
+        """Write everything needed to resume, whole or not at all; `settings` must match then."""
         arrays = {f"head.{k}": v for k, v in tree_flatten(self.head.parameters())}
         arrays |= {f"optimizer.{k}": v for k, v in tree_flatten(self._optimizer.state)}
         metadata = {
@@ -145,7 +145,7 @@ class Trainer:
         os.replace(partial, path)
 
     def restore(self, path: Path, settings: dict) -> None:
-        """Go on from what `save` wrote; UserError if it was made with other settings."""
+        """Resume from what `save` wrote; UserError if it was made with other settings."""
         arrays, metadata = read_checkpoint(path)
         if different := differences(json.loads(metadata["settings"]), settings):
             raise UserError(

@@ -12,6 +12,8 @@ import mlx.core as mx
 from redrafter_mlx.machine import device
 
 Loss = Callable[[mx.array, mx.array], mx.array]
+TOP = 10
+"""Tokens that `top_k` counts twice."""
 
 
 def log_normaliser(logits: mx.array) -> mx.array:
@@ -42,14 +44,12 @@ def acceptance(logits: mx.array, teacher: mx.array) -> mx.array:
     return 0.5 * kl(logits, teacher) - mx.log(mx.maximum(overlap, 1e-6))
 
 
-def top_k(logits: mx.array, teacher: mx.array, k: int = 10, weight: float = 1.0) -> mx.array:
-    """`kl`, and once more on the teacher's k likeliest tokens alone (HASS, arXiv 2408.15766)."""
-    kth = -mx.sort(mx.stop_gradient(-teacher), axis=-1)[:, k - 1 : k]
-    of_top = mx.where(teacher >= kth, teacher, 0.0)
+def top_k(logits: mx.array, teacher: mx.array) -> mx.array:
+    """`kl`, and once more on the teacher's TOP likeliest tokens alone (HASS, arXiv 2408.15766)."""
+    last = -mx.sort(mx.stop_gradient(-teacher), axis=-1)[:, TOP - 1 : TOP]
+    of_top = mx.where(teacher >= last, teacher, 0.0)
     normaliser = log_normaliser(logits)
-    return (1 + weight * of_top.sum(axis=-1)) * normaliser - (
-        (teacher + weight * of_top) * logits
-    ).sum(axis=-1)
+    return (1 + of_top.sum(axis=-1)) * normaliser - ((teacher + of_top) * logits).sum(axis=-1)
 
 
 LOSSES: dict[str, Loss] = {"kl": kl, "hard": hard, "acceptance": acceptance, "top_k": top_k}

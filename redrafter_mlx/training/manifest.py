@@ -34,12 +34,12 @@ def settle(
     data: str | None,
     jobs: int,
 ) -> int:
-    """Write the manifest or check it; the rows of a batch.
+    """Write the manifest or check it; returns the rows of a batch.
 
-    data  what tells the questions of --data from others
-    jobs  that share the work
+    data  a hash of the questions of --data; None without
+    jobs  how many share the work
 
-    Raises UserError that says what differs when the directory was made otherwise.
+    Raises UserError that says what differs if the directory was made with something else.
     """
     path = directory / MANIFEST
     try:
@@ -76,12 +76,12 @@ def _pieces(template: Template) -> tuple:
 
 def _compare(directory: Path, there: dict, here: dict) -> None:
     flat = lambda manifest: (
-        {
+        {"format": manifest["format"]}
+        | {
             f"{group} {name}": value
             for group in ("target", "options")
             for name, value in manifest[group].items()
         }
-        | {"format": manifest["format"]}
     )
     old, new = flat(there), flat(here)
     different = [
@@ -91,8 +91,8 @@ def _compare(directory: Path, there: dict, here: dict) -> None:
     ]
     if different:
         raise UserError(
-            f"{directory} holds data made otherwise: {'; '.join(different)}; "
-            "give what was given then, or another directory"
+            f"{directory} holds data made with other settings: {'; '.join(different)}; "
+            "give the same ones, or another directory"
         )
 
 
@@ -118,7 +118,7 @@ def _digest(text: str) -> str:
 
 
 def note_counts(directory: Path, counts: dict[str, int]) -> None:
-    """Note in the manifest what has been written, for people: the shards know it themselves."""
+    """Note in the manifest what has been written, for people; the shards hold the same."""
     path = directory / MANIFEST
     _write_json(path, json.loads(path.read_text("utf-8")) | {"counts": counts})
 

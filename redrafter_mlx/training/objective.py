@@ -35,7 +35,7 @@ class Candidates:
     ids      (C,) token ids, distinct; the target's own come first
     bias     (C,) log of how many tokens each one stands for
     teacher  (B, L + n - 1, C) the target's distribution over them
-    columns  (B, L + n - 1) where among them the token that came is; -1 if it is not
+    columns  (B, L + n - 1) place among them of the token that followed; -1 if it is none of them
     """
 
     ids: mx.array
@@ -47,7 +47,7 @@ class Candidates:
 def candidates(batch: Batch, allowed: np.ndarray, size: int, seed: list[int]) -> Candidates:
     """Choose `size` candidates for a batch among the token ids `allowed` (D,).
 
-    Where the target's likely tokens are more than three quarters of `size`, the least likely go.
+    If the target's likely tokens exceed three quarters of `size`, the least likely are dropped.
     """
     where = batch.weights[..., None] > 0
     probs = np.exp(batch.top_logits.astype(np.float32)) * where
@@ -91,13 +91,13 @@ def _dense(top_ids, probs, column, size: int) -> np.ndarray:
 class Objective:
     """The loss as a function of arrays, to be differentiated and compiled.
 
-    loss    per row
-    steps   n predicted from each position
-    decay   a step weighs this much of the one before: it is reached only if that was accepted
-    lost    a step after a token that the head's own beams would not have kept weighs this much
+    loss      per row
+    steps     n predicted from each position
+    decay     weight of a step over that of the one before: it counts only if that was accepted
     features  of a batch, by the kind of head
-    output  the output layer
-    past    columns of the conversations before short windows that the features need
+    output    the output layer
+    past      columns of the conversations before short windows that the features need
+    lost      weight of a step after a token that the head's own beams would not have kept
     """
 
     loss: Loss
@@ -133,7 +133,7 @@ class Objective:
         """(n·B·L,) 1 where the beams would hold the tokens before a step, else `lost`.
 
         logits   (n·B·L, C)
-        columns  (n·B·L,) of the token that came after each step
+        columns  (n·B·L,) of the token that followed each step
         """
         logits = mx.stop_gradient(logits)
         own = mx.take_along_axis(logits, mx.maximum(columns, 0)[:, None], axis=-1)

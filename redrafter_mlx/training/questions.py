@@ -34,8 +34,8 @@ def read_questions(path: Path, skip_bad: bool = False) -> tuple[list[Question], 
 
     A .txt file holds texts with empty lines between them. Any other file holds one JSON value in
     each line: {"messages": [{"role": ..., "content": ...}, ...]}, {"turns": [...]},
-    {"prompt": ...}, {"text": ...} or a string, which is a text. Given answers are left out: the
-    target writes its own. Empty lines are no lines.
+    {"prompt": ...}, {"text": ...} or a string, which is a text. Answers in it are left out: the
+    target writes its own. Empty lines are skipped.
 
     Raises UserError for a file that cannot be read or holds nothing usable, and, unless
     `skip_bad`, for broken lines.
@@ -121,7 +121,7 @@ def _conversation(messages: Any) -> Question:
 
 def _said(text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("what is said is not a text")
+        raise ValueError("its content is empty or not a text")
     text.encode("utf-8")  # JSON can name half a surrogate pair, which no tokenizer takes
     return text.strip()
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,14 +21,15 @@ from redrafter_mlx.drafters.beams import BeamDrafter
 from redrafter_mlx.machine import device
 from redrafter_mlx.measuring.acceptance import Draft
 from redrafter_mlx.rounds.round import Transcript
+from redrafter_mlx.training.filters import stretches
 from redrafter_mlx.training.lockstep import Role
-from redrafter_mlx.training.shards import as_mlx, map_shard
+from redrafter_mlx.training.shards import as_mlx, conversations, map_shard
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 RECALL = (1, 2, 4, 8)
 LEAST, MOST = 16, 256
-"""Positions that are tried at once. Fewer are filled up to a power of two: few shapes are compiled,
-and a short answer does not cost what a long one does, each position a product with a vocabulary."""
+"""Positions searched at once. Fewer are padded to a power of two, so that few shapes are compiled
+and a short answer costs less than a long one: each position takes a product with a vocabulary."""
 UNSCORED = 2**30
 
 
@@ -82,16 +82,15 @@ class Answer:
 
 
 def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
-    """The answers in these shards that are the target's likeliest tokens throughout."""
+    """The answers in these shards that consist of the target's likeliest tokens throughout."""
     for path in paths:
         shard = map_shard(path)
         tokens, roles, hidden = shard["tokens"], shard["roles"], shard["hidden"]
         best = shard["top_logits"].argmax(axis=-1, keepdims=True)
         likeliest = np.take_along_axis(shard["top_ids"], best, axis=-1)[:, 0]
-        for start, end in pairwise([*shard["starts"].tolist(), len(tokens)]):
-            spoken = roles[start:end] == Role.ASSISTANT
-            turns = np.flatnonzero(np.diff(np.r_[False, spoken, False].astype(int)))
-            for first, last in zip(start + turns[::2], start + turns[1::2], strict=True):
+        for start, end in conversations(shard):
+            for turn in stretches(roles[start:end] == Role.ASSISTANT):
+                first, last = start + turn[0], start + turn[1]
                 if last - first < 2 or first - start < 2:
                     continue
                 if (likeliest[first - 1 : last - 1] == tokens[first:last]).all():
@@ -104,10 +103,10 @@ def greedy_answers(paths: Iterable[Path]) -> Iterator[Answer]:
 
 
 class Replayer:
-    """A drafter's search tried on one answer after the other, with the weights it has now.
+    """A drafter's search run on one answer after another, with its current weights.
 
-    found   what its rounds came to, of the answers that were added
-    drafts  all that it scored, if they are kept
+    found   the sums over the answers that were added
+    drafts  everything that it scored, if they are kept
     """
 
     def __init__(self, drafter: BeamDrafter, width: int, length: int, keep: bool = False):
@@ -208,7 +207,7 @@ def recall(drafter: BeamDrafter, answers: Iterable[Answer], depths: int) -> np.n
 
 @dataclass(frozen=True)
 class _Piece:
-    """`count` positions of an answer, filled up (`_filled`): begun (P, c), roots (P,), and the
+    """`count` positions of an answer, padded (`_filled`): begun (P, c), roots (P,), and the
     tokens after them, ahead (P, depths), -1 beyond the end; memory as in a Begun.
     """
 
@@ -242,7 +241,7 @@ def _pieces(drafter: BeamDrafter, answer: Answer, depths: int) -> Iterator[_Piec
 
 
 def _filled(count: int) -> int:
-    """Positions that `count` of them are filled up to, at most MOST: 16, 32, ..., 256."""
+    """Positions to which `count` of them are padded, at most MOST: 16, 32, ..., 256."""
     return max(LEAST, 1 << (count - 1).bit_length())
 
 
@@ -252,7 +251,7 @@ def path_ranks(
     """(P, L-1): how many candidates of its draft are likelier than the path's node of each depth.
 
     tokens, logprobs (P, M), survivors (P, L-1, W) as `beam_search` returns them
-    path             (P, L-1) token ids that came true
+    path             (P, L-1) token ids that actually followed
 
     UNSCORED where the path was not scored. `TokenTree.best` takes the budget's likeliest
     candidates, so a node is in the tree if and only if its rank is below the budget less one, the

@@ -1,7 +1,7 @@
-"""What came of a training run: how well the head drafts answers that were kept from it.
+"""The result of a training run: how well the head drafts held-out answers.
 
-With a deadline the report is as large as the time allows: one answer after the other is tried
-with all searches, and a search for whose first answer the time would not be enough is left out.
+With a deadline the report is as large as the time allows: one answer after another is tried with
+all searches, and a search that there is no time to try on the first answer is left out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Report:
 
 
 def held_out_answers(directory: Path) -> list[Answer]:
-    """The greedy answers of the conversations that are kept from training."""
+    """The greedy answers of the conversations that are held out from training."""
     return list(greedy_answers(held_out_shards(parts(directory))))
 
 
@@ -67,7 +67,7 @@ def first_tokens(answers: Sequence[Answer], tokens: int) -> list[Answer]:
 def report(drafter: BeamDrafter, answers: Sequence[Answer], until: Deadline = NEVER) -> Report:
     """Replay about ALL_TOKENS held-out tokens with beams of all SHAPES, or as many as time allows.
 
-    Of the usual beams one answer is tried in any case.
+    The usual beams are tried on one answer in any case.
     """
     trials: dict = {USUAL: Replayer(drafter, *USUAL, keep=True)}
     trials["recall"] = Recaller(drafter, BEAM_LENGTH - 1)
@@ -92,10 +92,10 @@ def report(drafter: BeamDrafter, answers: Sequence[Answer], until: Deadline = NE
 
 
 def _tried(trials: dict, answer: Answer, until: Deadline, first: bool) -> dict:
-    """By trial what it finds in an answer, of those that are begun in time.
+    """What trials find in an answer, by name: those that can be begun in time.
 
     first  each compiles now, so none is begun that would end late if it took as long as the
-           slowest so far; at least one is
+           slowest so far; but at least one is
     """
     found, slowest = {}, 0.0
     for name, trial in trials.items():
@@ -125,7 +125,7 @@ def tokens_per_round(
 
 
 def write_experience(directory: Path, found: Report) -> None:
-    """Leave beside a head what its drafts were worth in held-out greedy answers."""
+    """Write beside a head what its drafts were worth in held-out greedy answers."""
     if found.drafts:
         experience = experience_from(found.drafts, Setting(*USUAL))
         write_whole(directory / FILE, as_text({0.0: experience}))

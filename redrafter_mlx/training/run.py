@@ -1,4 +1,4 @@
-"""A whole training run in a directory: data, vocabulary, head, training, what came of it.
+"""A whole training run in a directory: data, vocabulary, head, training and measurements.
 
 OUTPUT/config.json, model.safetensors, experience.json, README.md, training.png     the drafter
 OUTPUT/training/data/         what the target wrote (training.data)
@@ -59,7 +59,7 @@ QUICK_TOKENS = 1500
 QUICK_SECONDS = 30.0
 """What a measurement during training may take of a run with a deadline."""
 COURSE = 10_000
-"""Places of the learning rate's course in a run whose number of steps is not known beforehand."""
+"""Places of the learning rate schedule where the number of steps is not known beforehand."""
 RECENT = 8
 """Steps whose times tell how many more a deadline leaves room for."""
 
@@ -117,7 +117,7 @@ class TrainingRun:
     jobs      processes that compute gradients; with several, `load` is called in each and must be
               picklable. The weights do not depend on it.
     start     a head to train further, as `drafters.load_head_of` takes it; None: a new one
-    until     by when all must be done, the report included; the steps are as many as that allows
+    until     by when everything, report included, must be done; as many steps as that allows
     reserve   seconds of it that the report may take; less if it turns out to need less
     settings  everything the weights depend on; a checkpoint made with others is refused
 
@@ -158,16 +158,8 @@ class TrainingRun:
         self.vocabulary = Vocabulary.measured(np.array(d2t), self.answers, target.vocab_size)
         gradients = gradients_of(self.recipe, self.head, d2t, self.shards, training, seed)
         self._trainer = Trainer(gradients, training, Progress(training.steps or 1))
-        make = partial(
-            make_gradients,
-            load,
-            places.data,
-            head,
-            self.config,
-            self.vocabulary.ids,
-            training,
-            seed,
-        )
+        ids = self.vocabulary.ids
+        make = partial(make_gradients, load, places.data, head, self.config, ids, training, seed)
         self._crew = Crew(gradients, make, jobs, training.accumulate)
         depends_on = {**asdict(head), **asdict(training), "seed": seed}
         depends_on["data_tokens"] = self.shards.tokens
@@ -204,13 +196,8 @@ class TrainingRun:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of the last ones of a run with a deadline; 0 before the first."""
+        """Mean of the latest steps of a run with a deadline; 0 before the first."""
         return sum(self._recent) / max(1, len(self._recent))
-
-    @property
-    def forecasts(self) -> bool:
-        """Whether the number of steps depends on how fast they turn out to be."""
-        return self._until.bounded
 
     @property
     def positions_per_step(self) -> int:
@@ -219,11 +206,11 @@ class TrainingRun:
 
     @property
     def parameters(self) -> int:
-        """How many the head has."""
+        """How many parameters the head has."""
         return sum(x.size for _, x in tree_flatten(self.head.parameters()))
 
     def _set_out(self) -> None:
-        """Go on from the checkpoint, or decide how many steps to take."""
+        """Resume from the checkpoint, or decide how many steps to take."""
         trainer, given = self._trainer, self._options.steps
         if self.places.checkpoint.exists():
             trainer.restore(self.places.checkpoint, self.settings)
@@ -245,11 +232,11 @@ class TrainingRun:
 
     @property
     def _seconds_left(self) -> float:
-        """For training."""
+        """Seconds until the report must begin."""
         return self._until.left - self._reserve
 
     def _steps_in_time(self) -> int:
-        """As many as can be done before the report, going by the last ones; those done included."""
+        """Steps in all: those done, and as many as there is time for before the report."""
         more = round(self._seconds_left / self.seconds_per_step)
         steps = self.progress.step + max(0, more)
         return min(steps, self._options.steps or steps)
@@ -261,8 +248,8 @@ class TrainingRun:
     ) -> bool:
         """Train to the end; False if `stopped()` ended it before, with a checkpoint written.
 
-        With a deadline the number of steps is settled anew after each one. What the report would
-        measure at once again is not measured at the end, nor is the beginning of a short run.
+        With a deadline the number of steps is settled anew after each one. Then nothing is measured
+        at the end, where the report does so at once, nor at the beginning of a short run.
         """
         last = dict.fromkeys(("saved", "measured", "told"), time.monotonic())
         last["seconds"] = self.progress.seconds
@@ -283,12 +270,9 @@ class TrainingRun:
             if self._until.bounded:
                 measures = due and not ended and self._seconds_left > QUICK_SECONDS
             if measures or ended or now - last["told"] >= TELL_SECONDS:
-                entry = {
-                    "loss": float(np.mean(losses)),
-                    "speed": len(losses)
-                    * self.positions_per_step
-                    / (progress.seconds - last["seconds"]),
-                }
+                positions = len(losses) * self.positions_per_step
+                speed = positions / (progress.seconds - last["seconds"])
+                entry = {"loss": float(np.mean(losses)), "speed": speed}
                 losses.clear()
                 last["seconds"] = progress.seconds
                 if measures:
@@ -307,8 +291,8 @@ class TrainingRun:
     def measure(self) -> dict[str, float]:
         """Tokens per round on held-out greedy answers: of a tree, and of a chain.
 
-        With a deadline the first time settles how many answers there is time for, and, from what
-        they took, how long the report can be at most.
+        With a deadline the first call settles how many answers there is time for and, from how
+        long they took, how long the report can take at most.
         """
         if not self._until.bounded:
             return tokens_per_round(self.drafter, self._quick)[0]
@@ -323,7 +307,7 @@ class TrainingRun:
         return rates
 
     def note(self, found: Report) -> None:
-        """Let the log end with what the report measured, where training did not."""
+        """Log what the report measured, if training did not measure at its end."""
         if self._until.bounded and CHAIN in found.tokens_per_round:
             usual, chain = (found.tokens_per_round[s][BUDGET] for s in (USUAL, CHAIN))
             self._note({"tree": usual, "chain": chain}, lambda progress, entry: None)
@@ -340,15 +324,15 @@ class TrainingRun:
         tell(progress, entry)
 
     def _worth_keeping(self, new: bool) -> dict[str, mx.array]:
-        """Weights from before training: of a new head those of its lookback, which works as it
-        begins; of one that is trained further all.
+        """Weights from before training: of a new head those of its lookback, which works from the
+        start; of a head that is trained further, all.
         """
         weights = tree_flatten(self.head.parameters())
         return {name: w for name, w in weights if not new or name.startswith("lookback.")}
 
     def blend(self, share: float) -> None:
         """Mix `share` of what the weights began as into the head (WiSE-FT, arXiv 2109.01903): the
-        last thing to do, after the last checkpoint.
+        last thing to do, after the last checkpoint is written.
         """
         now = dict(tree_flatten(self.head.parameters()))
         mixed = [

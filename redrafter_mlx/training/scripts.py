@@ -43,7 +43,7 @@ TOPICAL = (
     "Write an email about", "Can you explain", "I want to learn about", "The history of",
     "Where is", "When did", "Give me a list of", "Teach me about", "Is it true that",
 )  # fmt: skip
-"""First words that a word of the target's vocabulary follows, for topics without end."""
+"""First words that a word of the target's vocabulary follows: an endless supply of topics."""
 PASSAGES = (
     "Summarize the following article:", "Read the passage and answer the question.\n\n",
     "Summarize this text in one paragraph:", "Rewrite the following text:", "Context:", "Passage:",
@@ -89,7 +89,7 @@ class Template:
         ]
         try:
             first, whole = _render(tokenizer, messages[:1]), _render(tokenizer, messages)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template may raise anything
             raise UserError(
                 f"the chat template of the model cannot be used: {one_line(error)}"
             ) from error
@@ -112,13 +112,13 @@ class Template:
 
     @staticmethod
     def system_opening(tokenizer: TokenizerWrapper, system: str) -> str | None:
-        """The text before the first user turn with a system turn; None if that has no place."""
+        """The text before the first user turn, with a system turn; None if it has no place."""
         messages = [
             {"role": "system", "content": system}, {"role": "user", "content": _SAID[0]}
         ]  # fmt: skip
         try:
             opening, *rest = _render(tokenizer, messages).split(_SAID[0])
-        except Exception:  # templates without a system turn raise what they like
+        except Exception:  # a template without a system turn may raise anything
             return None
         return opening if system.strip() in opening and len(rest) == 1 else None
 
@@ -153,7 +153,7 @@ def text_opening(tokenizer: TokenizerWrapper) -> tuple[int, ...]:
 def own_conversations(
     template: Template, tokenizer: TokenizerWrapper, seed: str, limit: int
 ) -> Iterator[Script]:
-    """Conversations without end that the target writes alone.
+    """An endless supply of conversations that the target writes alone.
 
     seed   the same seed gives the same scripts
     limit  most tokens of an answer
@@ -162,7 +162,6 @@ def own_conversations(
     """
     draw = random.Random(seed)
     words = _words(tokenizer)
-    begun = lambda before, text: _after(tokenizer, before, text) if text else ()
 
     def opener() -> tuple[str, int]:
         """First words of a question, and how long it may become."""
@@ -183,16 +182,15 @@ def own_conversations(
         answer = Part(Role.ASSISTANT, (), limit, draw.choice(ANSWER_TEMPS), template.stops)
         script = []
         for turn in range(turns):
-            before, ids = (
-                template.texts[bool(turn)],
-                (template.opening, template.question)[bool(turn)],
-            )
-            first, most = (
-                opener() if turn == 0 else (draw.choice(("", *FOLLOW_UPS)), QUESTION_LIMIT)
-            )
+            if turn == 0:
+                before, ids = template.texts[0], template.opening
+                first, most = opener()
+            else:
+                before, ids = template.texts[1], template.question
+                first, most = draw.choice(("", *FOLLOW_UPS)), QUESTION_LIMIT
             script += [
                 Part(Role.TEMPLATE, ids),
-                Part(Role.USER, begun(before, first)),
+                Part(Role.USER, _after(tokenizer, before, first)),
                 Part(Role.USER, (), most, QUESTION_TEMP, template.asked),
                 Part(Role.TEMPLATE, template.reply),
                 answer,
@@ -208,9 +206,9 @@ def _words(tokenizer: TokenizerWrapper) -> list[str]:
 
 
 def own_texts(tokenizer: TokenizerWrapper, seed: str, limit: int) -> Iterator[Script]:
-    """Plain texts without end, for a target that has no chat template; arguments as above.
+    """An endless supply of plain texts, for a target without a chat template; arguments as above.
 
-    The beginning counts as given, since it was written at another temperature than the rest.
+    The beginning counts as given, since it is written at another temperature than the rest.
     """
     draw = random.Random(seed)
     stops = frozenset(tokenizer.eos_token_ids)

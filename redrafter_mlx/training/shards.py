@@ -1,4 +1,4 @@
-"""Conversations on disk, as the target said them: safetensors files for each batch of rows.
+"""Conversations on disk, as the target wrote them: safetensors files for each batch of rows.
 
 A shard holds T tokens of several conversations end to end:
 
@@ -7,7 +7,7 @@ A shard holds T tokens of several conversations end to end:
     starts      (n,)    int32 first token of each conversation
     hidden      (T, E)  the target's hidden state after each token, 16 bits
     top_ids     (T, K)  int32 the likeliest next tokens, in no order
-    top_logits  (T, K)  float16 their logits below the highest
+    top_logits  (T, K)  float16 their logits less the highest
 
 Some whole conversations of each batch go into a file of their own and are never trained on. A
 file appears complete or not at all, so a killed run loses the batch that was under way.
@@ -15,10 +15,11 @@ file appears complete or not at all, so a killed run loses the batch that was un
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,9 +29,9 @@ from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.lockstep import Conversation
 
 HELD_OUT_EVERY = 16
-"""One of so many conversations is held out."""
+"""One conversation of so many is held out."""
 _NUMPY = {"I32": np.int32, "U8": np.uint8, "F16": np.float16, "BF16": np.uint16}
-_COLUMNS = ("tokens", "roles", "hidden", "top_ids", "top_logits")
+COLUMNS = ("tokens", "roles", "hidden", "top_ids", "top_logits")
 
 
 def shard_path(directory: Path, number: int) -> Path:
@@ -77,14 +78,14 @@ def write_shard(
     lengths = [len(c.tokens) for c in conversations]
     arrays = {
         name: mx.concatenate([mx.array(getattr(c, name)) for c in conversations])
-        for name in _COLUMNS
+        for name in COLUMNS
     }
     arrays["starts"] = mx.array(np.cumsum([0, *lengths[:-1]]).astype(np.int32))
     partial = path.with_name(f".{path.stem}.partial.safetensors")
     try:
         mx.save_safetensors(str(partial), arrays, metadata)
         if partial.stat().st_size < sum(array.nbytes for array in arrays.values()):
-            raise OSError(f"{partial} was cut short")  # not every mlx tells of a full disk
+            raise OSError(f"{partial} was cut short")  # not every mlx reports a full disk
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -93,7 +94,10 @@ def write_shard(
 def write_batch(
     directory: Path, number: int, conversations: Sequence[Conversation], metadata: dict[str, str]
 ) -> None:
-    """Write a batch's conversations, one or more: those held out first, for they do not count."""
+    """Write a batch's conversations, one or more.
+
+    The held-out ones come first: the other file is what marks a batch as complete.
+    """
     held_out = conversations[1::HELD_OUT_EVERY]
     rest = [c for i, c in enumerate(conversations) if i % HELD_OUT_EVERY != 1]
     if held_out:
@@ -112,7 +116,7 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
             if name != "__metadata__"
         }
         length = len(arrays["tokens"])
-        wrong = [name for name in _COLUMNS if len(arrays[name]) != length]
+        wrong = [name for name in COLUMNS if len(arrays[name]) != length]
         if wrong or not len(arrays["starts"]):
             raise ValueError(f"its {', '.join(wrong) or 'starts'} do not fit its tokens")
         return arrays
@@ -121,6 +125,11 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
             f"{path} is not a complete shard of training data ({type(error).__name__}: {error}); "
             "delete it and all later ones, they will be written again"
         ) from error
+
+
+def conversations(shard: dict[str, np.ndarray]) -> Iterator[tuple[int, int]]:
+    """First token and end of each conversation of a mapped shard."""
+    return itertools.pairwise([*shard["starts"].tolist(), len(shard["tokens"])])
 
 
 def as_mlx(hidden: np.ndarray) -> mx.array:

@@ -28,7 +28,7 @@ from redrafter_mlx.training.scripts import (
 
 BLOCK = 8
 """Batches' worth of questions that are sorted by length among themselves: rows whose prompts are
-alike take them in many tokens at once."""
+alike in length read them many tokens at once."""
 
 
 class Place(Protocol):
@@ -55,7 +55,7 @@ class LeftOut:
 
 
 class Own:
-    """What the target makes up itself."""
+    """Questions that the target makes up itself."""
 
     left_out = LeftOut()
     digest = None

@@ -1,4 +1,4 @@
-"""A head that is trained further: its shape, as options, and what tells it from others."""
+"""A head that is trained further: its shape as options, and a fingerprint of its weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redrafter_mlx.training.options import HeadOptions
 
 
 def shape_of(name: str, given: HeadOptions) -> HeadOptions:
-    """The options that describe an existing head; UserError where `given` ones say otherwise."""
+    """The options that describe an existing head; UserError if `given` ones contradict them."""
     c = load_head(drafters.resolve_drafter(name), mx.float32)[2]
     output_layer = "tied" if c.tied_output else "trained"
     lookback_heads = c.lookback_heads or given.lookback_heads or 0  # it can learn to look back

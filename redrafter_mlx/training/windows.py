@@ -1,16 +1,15 @@
 """Batches for training: short windows from random places of the shards, or whole conversations.
 
-Random windows, where a head can be taught by them: neighbouring positions teach much the same, and
-batches of many places made a prototype learn several times faster. Within a window the positions
-share what is dear, the target's distributions. A head that attends to the text with layers of its
-own needs all of it before a position, so it is taught whole conversations.
+Random windows where the head allows it: neighbouring positions teach much the same, and batches
+from many places made a prototype learn several times faster. Positions within a window share what
+is costly, the target's distributions. A head that attends to the text with layers of its own needs
+all of the text before a position, so it is trained on whole conversations.
 
 Shape letters: B windows, L positions of a window, n steps predicted at each, K likeliest tokens.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.training.lockstep import Role
-from redrafter_mlx.training.shards import as_mlx, map_shard
+from redrafter_mlx.training.shards import as_mlx, conversations, map_shard
 
 LENGTH = 16
 PAST = 128
@@ -88,28 +87,28 @@ class Shards:
         draw = np.random.default_rng(list(seed.encode()))
         found = []
         for f, file in enumerate(self._files):
-            starts = [*file["starts"].tolist(), len(file["tokens"])]
-            for start, end in itertools.pairwise(starts):
+            for start, end in conversations(file):
                 if self._whole:
                     found.append((f, start, start, end))
                     continue
                 phase = int(draw.integers(LENGTH))
                 for first in range(start - phase, end - 2, LENGTH):
-                    if _speaks(file["roles"][max(first + 2, start) : first + 2 + LENGTH]):
+                    predicted = file["roles"][max(first + 2, start) : first + 2 + LENGTH]
+                    if (predicted != Role.TEMPLATE).any():
                         found.append((f, start, max(first, start), end))
         return [found[i] for i in draw.permutation(len(found))]
 
     def at_once(self, windows: int) -> int:
-        """How many windows have about as many positions as so many short ones."""
+        """How many windows have about as many positions as this many short ones."""
         if not self._whole:
             return windows
-        conversations = sum(len(file["starts"]) for file in self._files)
-        return max(1, round(windows * LENGTH * conversations / self.tokens))
+        count = sum(len(file["starts"]) for file in self._files)
+        return max(1, round(windows * LENGTH * count / self.tokens))
 
     def batch(self, windows: Sequence[Window], steps: int, past: slice | None = None) -> Batch:
-        """Cut the windows out; what lies beyond a conversation's end weighs nothing.
+        """Cut the windows out; what lies beyond a conversation's end has weight 0.
 
-        past  columns of hidden states to cut out of the conversations before them, too
+        past  columns of hidden states to cut out of the conversations before them as well
         """
         length = LENGTH
         if self._whole:
@@ -161,7 +160,7 @@ class Shards:
             epoch += 1
 
     def batches(self, seed: str, size: int, steps: int) -> Iterator[Batch]:
-        """Batches without end, in the order of `draws`."""
+        """An endless supply of batches, in the order of `draws`."""
         return (self.batch(windows, steps) for windows in self.draws(seed, size))
 
     def counts(self, vocab_size: int) -> np.ndarray:
@@ -178,7 +177,3 @@ def frequent_ids(shards: Shards, most: int, vocab_size: int) -> np.ndarray:
     if not most or most >= vocab_size:
         return np.arange(vocab_size)
     return np.argsort(-shards.counts(vocab_size), kind="stable")[:most]
-
-
-def _speaks(roles: np.ndarray) -> bool:
-    return bool(((roles == Role.ASSISTANT) | (roles == Role.USER)).any())

@@ -1,4 +1,4 @@
-"""How each kind of head is made, taught, tried and kept: the only kinds that the trainer knows."""
+"""How each kind of head is created, trained, evaluated and saved: all kinds that can be trained."""
 
 from redrafter_mlx.target.adapter import Target
 from redrafter_mlx.training.options import HeadOptions

@@ -1,6 +1,8 @@
-"""How a DFlash head is made, taught, tried and kept."""
+"""How a DFlash head is created, trained, evaluated and saved."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.models import qwen3
@@ -17,12 +19,13 @@ from redrafter_mlx.training.options import HeadOptions
 from redrafter_mlx.training.recipes.layers import LayersRecipe
 
 LAYERS = 2
-"""Of a new head, if nothing else is asked for."""
+"""Of a new head, by default."""
 
 
 class DFlash(LayersRecipe):
     name = "dflash"
     about = "A DFlash head ([arXiv 2602.06036](https://arxiv.org/abs/2602.06036))"
+    empty = BlockHead
     takes = ("draft_vocab", "fused_layers", "layers")
 
     @classmethod
@@ -41,9 +44,6 @@ class DFlash(LayersRecipe):
             mask_token_id=0,
         )
 
-    def empty(self, config: BlockConfig) -> BlockHead:
-        return BlockHead(config)
-
     def new(self, config, ids, shards, ahead, key):
         head = super().new(config, ids, shards, ahead, key)
         head.norm.weight = read_out(self._some(shards, ahead), self.view.size)
@@ -51,7 +51,7 @@ class DFlash(LayersRecipe):
         return head
 
     def features(self, steps: int) -> Features:
-        return features.dflash(self.target.embed, self.view, steps)
+        return partial(features.dflash, self.target.embed, self.view, steps)
 
     def drafter(self, head: BlockHead, ids: mx.array) -> DFlashDrafter:
         return DFlashDrafter(head, self._vocabulary(ids), self.target.embed, self.view, {})

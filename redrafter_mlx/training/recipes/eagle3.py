@@ -1,6 +1,8 @@
-"""How an EAGLE-3 head is made, taught, tried and kept."""
+"""How an EAGLE-3 head is created, trained, evaluated and saved."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.models import llama
@@ -20,11 +22,12 @@ from redrafter_mlx.training.recipes.layers import LayersRecipe
 class Eagle3(LayersRecipe):
     name = "eagle3"
     about = "An EAGLE-3 head ([arXiv 2503.01840](https://arxiv.org/abs/2503.01840))"
+    empty = Eagle3Head
     takes = ("draft_vocab", "output_layer", "fused_layers")
 
     @classmethod
     def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
-        """Ascending, as every reader takes for granted; of few layers fewer than three."""
+        """Ascending, as every reader assumes; fewer than three if the target has few layers."""
         asked = options.fused_layers or (max(1, layer) for layer in reads_by_default(layers))
         return tuple(sorted(set(asked)))
 
@@ -47,11 +50,8 @@ class Eagle3(LayersRecipe):
             own_output=not self.tied,
         )
 
-    def empty(self, config: Eagle3Config) -> Eagle3Head:
-        return Eagle3Head(config)
-
     def new(self, config, ids, shards, ahead, key):
-        """A layer that does nothing yet, after the best linear guess from what it reads."""
+        """A layer that does nothing yet, on the best linear prediction from what it reads."""
         head = super().new(config, ids, shards, ahead, key)
         batches = self._some(shards, ahead)
         layer, head.norm.weight = head.layers[0], read_out(batches, self.view.size)
@@ -65,7 +65,7 @@ class Eagle3(LayersRecipe):
         return head
 
     def features(self, steps: int) -> Features:
-        return features.eagle3(self.target.embed, self.view, steps)
+        return partial(features.eagle3, self.target.embed, self.view, steps)
 
     def drafter(self, head: Eagle3Head, ids: mx.array) -> AttentionDrafter:
         return AttentionDrafter(head, self._vocabulary(ids), self.target.embed, self.view)
@@ -88,7 +88,7 @@ class Eagle3(LayersRecipe):
             name.replace("layers.0.", "midlayer.", 1): x for name, x in self._written(head).items()
         }
         order = mx.argsort(ids)
-        ids = ids[order]  # readers take ascending ids for granted
+        ids = ids[order]  # readers assume ascending ids
         tensors["lm_head.weight"] = head.lm_head.weight[order] if c.own_output else self._rows(ids)
         tensors["t2d"] = mx.zeros(c.vocab_size, mx.bool_)
         tensors["t2d"][ids] = True

@@ -1,4 +1,4 @@
-"""What heads with decoder layers of their own share in training: they read layers of the target."""
+"""What heads with decoder layers of their own share in training: they read the target's layers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from redrafter_mlx.training.windows import Shards
 
 @dataclass(frozen=True)
 class ScaledView(View):
-    """What a head reads, each column over its usual size.
+    """What a head reads, each column divided by its usual size.
 
-    Some columns of a layer's output are a thousand times as large as others: steps that suit the
-    small ones would throw the sum about. What is learnt is written for the columns as they are.
+    Some columns of a layer's output are a thousand times as large as others, and a learning rate
+    that suits the small ones is too high for them. A saved head reads the columns as they are.
     """
 
     scale: mx.array
@@ -31,7 +31,7 @@ class ScaledView(View):
 
 
 class LayersRecipe(Recipe):
-    """Of heads that read layers of the target through `fc`, and are taught whole conversations."""
+    """For heads that read layers of the target through `fc`, trained on whole conversations."""
 
     whole, reads_final = True, False
 
@@ -44,7 +44,7 @@ class LayersRecipe(Recipe):
         device.finish(scale)
 
     def _written(self, head: nn.Module) -> dict[str, mx.array]:
-        """The head's tensors, for what it reads as it is."""
+        """The head's tensors, for columns that are not scaled."""
         tensors = dict(tree_flatten(head.parameters()))
         if isinstance(self.view, ScaledView):
             tensors["fc.weight"] = tensors["fc.weight"] / self.view.scale
@@ -71,7 +71,7 @@ class LayersRecipe(Recipe):
         }
 
     def _sizes(self, head: nn.Module) -> dict[str, Any]:
-        """Those of a head and its layers, as config.json has them."""
+        """Sizes of a head and its layers, as config.json has them."""
         layer = head.config.layer
         return {
             "vocab_size": head.config.vocab_size,

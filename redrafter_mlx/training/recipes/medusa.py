@@ -1,6 +1,8 @@
-"""How Medusa heads are made, taught, tried and kept."""
+"""How Medusa heads are created, trained, evaluated and saved."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -16,6 +18,7 @@ from redrafter_mlx.training.recipes.recipe import Recipe
 class Medusa(Recipe):
     name = "medusa"
     about = "Medusa heads ([arXiv 2401.10774](https://arxiv.org/abs/2401.10774))"
+    empty = MedusaHead
     takes = ("draft_vocab", "output_layer", "blocks")
 
     def config(self, draft_vocab_size: int, ahead: int) -> MedusaConfig:
@@ -24,9 +27,6 @@ class Medusa(Recipe):
         return MedusaConfig(
             target.vocab_size, target.hidden_size, ahead, blocks, draft_vocab_size, self.tied
         )  # fmt: skip
-
-    def empty(self, config: MedusaConfig) -> MedusaHead:
-        return MedusaHead(config)
 
     def new(self, config, ids, shards, ahead, key):
         """Blocks that do nothing yet, as the reference has it, and the target's output layer."""
@@ -41,7 +41,7 @@ class Medusa(Recipe):
         return head
 
     def features(self, steps: int) -> Features:
-        return features.medusa(self.target.embed, self.view, steps)
+        return partial(features.medusa, self.view, steps)
 
     def output(self, head: MedusaHead, ids: mx.array) -> Output:
         if head.config.shared:

@@ -1,4 +1,4 @@
-"""What the trainer knows of a kind of head: how it is made, taught, tried and kept.
+"""What the trainer knows about a kind of head: how it is created, trained, evaluated and saved.
 
 Shape letters: D draft vocabulary, h hidden size.
 """
@@ -6,6 +6,7 @@ Shape letters: D draft vocabulary, h hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,57 +21,57 @@ from redrafter_mlx.drafters.text import OwnVocabulary, TextVocabulary
 from redrafter_mlx.machine import device
 from redrafter_mlx.rounds.round import View
 from redrafter_mlx.target.adapter import Target
+from redrafter_mlx.training.initial import output_rows
 from redrafter_mlx.training.objective import Features, Output, tied_output, trained_output
 from redrafter_mlx.training.options import HeadOptions
 from redrafter_mlx.training.windows import Batch, Shards
 
 FIT_BATCHES = 24
-"""Of which a head learns before training what its inputs look like."""
+"""Batches that show a head before training what its inputs look like."""
 
 
 class Recipe(ABC):
     """One kind of head for one target.
 
-    name   of the kind; about and source say in a model card what it is
-    whole  whether it is taught whole conversations
-    takes  names of the HeadOptions that mean something to it
+    name         of the kind
+    about        what a model card calls such a head
+    empty        a head of a shape, with parameters still to be set
+    whole        whether it is trained on whole conversations
+    reads_final  whether it reads the target's final hidden state
+    takes        names of the HeadOptions that mean something to it
     """
 
     name: str
     about: str
+    empty: Callable[[Any], nn.Module]
     whole = False
-    takes: tuple[str, ...] = ("draft_vocab", "output_layer")
+    reads_final = True
+    takes: tuple[str, ...]
 
     def __init__(self, target: Target, options: HeadOptions):
         self.target, self.options = target, options
         layers = self.reads(len(target.model.layers), options)
         self.view: View = target.tap(layers, final=self.reads_final)
 
-    reads_final = True
-
     @classmethod
     def reads(cls, layers: int, options: HeadOptions) -> tuple[int, ...]:
-        """Of a target with so many layers, those whose outputs the head reads."""
+        """Those of a target's so many layers whose outputs the head reads."""
         return tuple(options.fused_layers)
 
     @property
     def tied(self) -> bool:
-        """Whether it is taught with rows of the target's own output layer."""
+        """Whether it is trained with rows of the target's own output layer."""
         return self.options.output_layer == "tied"
 
     def prepare(self, shards: Shards) -> None:  # noqa: B027
-        """Learn of the data what the head's inputs look like."""
+        """Learn from the data what the head's inputs look like."""
 
     @abstractmethod
     def config(self, draft_vocab_size: int, ahead: int) -> Any:
-        """The shape that the options mean; UserError if they do not fit together.
+        """The shape that the options ask for; UserError if they do not fit together.
 
         ahead  tokens that a position predicts
         """
-
-    @abstractmethod
-    def empty(self, config: Any) -> nn.Module:
-        """A head of a shape."""
 
     def new(self, config: Any, ids: mx.array, shards: Shards, ahead: int, key: mx.array):
         """An untrained head in float32 that proposes the token ids (D,)."""
@@ -80,7 +81,7 @@ class Recipe(ABC):
         return head
 
     def past(self, head: nn.Module) -> slice | None:
-        """Columns of the text before short windows that it reads, too."""
+        """Columns that it also reads of the text before short windows; None: none."""
         return None
 
     @abstractmethod
@@ -95,7 +96,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def drafter(self, head: nn.Module, ids: mx.array) -> BeamDrafter:
-        """Drafts with the weights that it has now."""
+        """A drafter with the head's current weights."""
 
     @abstractmethod
     def save(self, path: Path, head: nn.Module, ids: mx.array, dtype: mx.Dtype) -> None:
@@ -111,6 +112,5 @@ class Recipe(ABC):
         return targets_vocabulary(self.target, np.array(ids))
 
     def _rows(self, ids: mx.array) -> mx.array:
-        """(D, h) of the target's own output layer, unpacked."""
-        layer = self.target.output_layer(ids)
-        return layer(mx.eye(self.target.hidden_size, dtype=mx.float32)).T.astype(mx.float32)
+        """(D, h) of the target's own output layer."""
+        return output_rows(self.target.output_layer, ids, self.target.hidden_size)

@@ -1,8 +1,9 @@
-"""How a recurrent head is made, taught, tried and kept."""
+"""How a recurrent head is created, trained, evaluated and saved."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from itertools import islice
 
 import mlx.core as mx
@@ -17,12 +18,13 @@ from redrafter_mlx.training.objective import Features, Output, tied_output, trai
 from redrafter_mlx.training.recipes.recipe import FIT_BATCHES, Recipe
 
 LOOKBACK_HEADS = 2
-"""Of a new head, if nothing else is asked for."""
+"""Of a new head, by default."""
 
 
 class Recurrent(Recipe):
     name = "recurrent"
     about = "A recurrent draft head ([ReDrafter](https://arxiv.org/abs/2403.09919))"
+    empty = RecurrentHead
     takes = (
         "draft_vocab", "output_layer", "exit_dim", "blocks", "no_rnn", "fused_layers",
         "lookback_heads",
@@ -49,9 +51,6 @@ class Recurrent(Recipe):
             lookback_heads=LOOKBACK_HEADS if lookback is None else lookback,
         )
 
-    def empty(self, config: HeadConfig) -> RecurrentHead:
-        return RecurrentHead(config)
-
     def new(self, config, ids, shards, ahead, key):
         fit = islice(shards.batches("fit", 64, 2 * ahead), FIT_BATCHES)
         viewed = (dataclasses.replace(b, hidden=self.view(b.hidden)) for b in fit)
@@ -60,14 +59,14 @@ class Recurrent(Recipe):
         )
 
     def past(self, head: RecurrentHead) -> slice | None:
-        """Of what was captured: `lookback_columns` counts in what the head reads."""
+        """Columns of what was captured; `lookback_columns` are those of what the head reads."""
         if not head.config.lookback_heads:
             return None
         part = self.view.parts[1 if head.config.fused_layers else 0]
         return slice(part * self.view.size, (part + 1) * self.view.size)
 
     def features(self, steps: int) -> Features:
-        return features.recurrent(self.target.embed, self.view, steps)
+        return partial(features.recurrent, self.target.embed, self.view, steps)
 
     def output(self, head: RecurrentHead, ids: mx.array) -> Output:
         if head.config.tied_output:
