@@ -123,22 +123,29 @@ def _is_fused_on_cpu() -> bool:
     return _fuses.get() and mx.default_device() == mx.cpu
 
 
+LEAST_POWER = -64.0
+"""Of 2. A million millions of such numbers do not change a float32 of 1."""
+
+
 def exp(x: mx.array) -> mx.array:
     """e to the power of `x` <= 0, float32; without a gradient.
 
     On a CPU mlx's own takes 13 to 19 ns for each element, this one 3 ns when fused. The relative
     error is 3e-7, or that of `x` where that is larger: 2**n is set as bits, 2**r with r in
-    [-1/2, 1/2] is a Taylor polynomial.
+    [-1/2, 1/2] is a Taylor polynomial. What is too small to count beside 1 is 0: shares of a
+    soft-max would become denormal numbers, with which products are several times as slow.
     """
     if not _is_fused_on_cpu():
         return mx.exp(x)
-    power = mx.maximum(x * math.log2(math.e), -126.0)
+    power = x * math.log2(math.e)
+    counts = power > LEAST_POWER
+    power = mx.maximum(power, LEAST_POWER)
     n = mx.floor(power + 0.5)
     r = power - n
     y = mx.zeros_like(r)
     for k in range(6, -1, -1):
         y = y * r + math.log(2) ** k / math.factorial(k)
-    return y * ((n.astype(mx.int32) + 127) << 23).view(mx.float32)
+    return mx.where(counts, y * ((n.astype(mx.int32) + 127) << 23).view(mx.float32), 0.0)
 
 
 @mx.custom_function
