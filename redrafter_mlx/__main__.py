@@ -43,14 +43,14 @@ def main(args: list[str] | None = None) -> int:
         print(f"{NAME} {version(NAME)}")
         return 0
     if command not in COMMANDS:
-        return _unknown(f"{command!r} is no command", COMMANDS)
+        return _unknown(f"{command!r} is not a command", COMMANDS)
     module = COMMANDS[command][0]
     if command == "bench":
         if not args or args[0] in ("-h", "--help"):
             print(_listed(f"usage: {NAME} bench BENCHMARK ...", BENCHMARKS))
             return 0
         if args[0] not in BENCHMARKS:
-            return _unknown(f"{args[0]!r} is no benchmark", BENCHMARKS)
+            return _unknown(f"{args[0]!r} is not a benchmark", BENCHMARKS)
         command = f"bench {args[0]}"
         module = f"{module}.{args.pop(0)}"
     cli.called_as = sys.argv[0] = f"{NAME} {command}"

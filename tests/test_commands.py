@@ -48,8 +48,8 @@ def test_each_calls_itself_what_the_user_called_it(words, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["gnerate"], "'gnerate' is no command; there are: generate, chat, serve"),
-        (["bench", "sped"], "'sped' is no benchmark; there are: speed, drafters"),
+        (["gnerate"], "'gnerate' is not a command; there are: generate, chat, serve"),
+        (["bench", "sped"], "'sped' is not a benchmark; there are: speed, drafters"),
     ],
 )
 def test_wrong_names_are_one_line(words, told, capsys):

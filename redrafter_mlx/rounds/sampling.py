@@ -241,7 +241,7 @@ def _penalties(o: SamplingOptions) -> list[Callable[[np.ndarray, Sequence[int]],
     def bias(logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
         biases = o.logit_bias or {}
         if beyond := [token for token in biases if not 0 <= token < len(logits)]:
-            raise UserError(f"--logit-bias: {beyond[0]} is no token id below {len(logits)}")
+            raise UserError(f"--logit-bias: {beyond[0]} is not a token id below {len(logits)}")
         np.add.at(logits, list(biases.keys()), list(biases.values()))
         return logits
 

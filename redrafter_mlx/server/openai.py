@@ -100,7 +100,7 @@ def _tokens(served: Served, prompt: str | Sequence[int]) -> Prompt:
         return Prompt(served.tokenizer.encode(prompt))
     size = served.target.vocab_size
     if beyond := [token for token in prompt if not 0 <= token < size]:
-        message = f"prompt: {beyond[0]} is no token id below {size}"
+        message = f"prompt: {beyond[0]} is not a token id below {size}"
         raise ApiError(400, message, "invalid_value", "prompt")
     return Prompt(list(prompt))
 

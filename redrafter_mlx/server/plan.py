@@ -311,7 +311,7 @@ def _bias(bias: Mapping[str, float], vocabulary: int) -> dict[int, float]:
     found = {}
     for token, added in bias.items():
         if not (token.isascii() and token.isdigit() and int(token[:12]) < vocabulary):
-            message = f"logit_bias: {token!r} is no token id below {vocabulary}"
+            message = f"logit_bias: {token!r} is not a token id below {vocabulary}"
             raise ApiError(400, message, "invalid_value", "logit_bias")
         found[int(token)] = added
     return found
