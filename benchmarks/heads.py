@@ -107,6 +107,7 @@ def train_all(flags: argparse.Namespace) -> None:
             "kind": head.head,
             "parameters": run.parameters,
             "steps": run.progress.steps,
+            "jobs": flags.jobs,
             "seconds": run.progress.seconds,
             "wall_seconds": time.perf_counter() - began,
             "loss": run.log[-1]["loss"],

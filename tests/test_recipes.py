@@ -118,7 +118,7 @@ def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     shards = Shards([shard_path(directory, 1)], recipe.whole)
     steps = 100 if options.head == "medusa" else 60
     training = TrainingOptions(
-        steps=steps, windows=16, candidates=64, learning_rate=3e-3, ahead=STEPS, accumulate=1
+        steps=steps, windows=8, candidates=64, learning_rate=3e-3, ahead=STEPS, accumulate=1
     )
     recipe.prepare(shards)
     d2t = mx.arange(target.vocab_size, dtype=mx.int32)

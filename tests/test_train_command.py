@@ -21,7 +21,7 @@ from redrafter_mlx.training import run as training_run
 from support import TinyTokenizer, generation, ids, tiny_prompt
 from test_generate_command import build as build_words
 
-SMALL = ["--data-tokens", "1500", "--rows", "8", "--columns", "96", "--answer-tokens", "24",
+SMALL = ["--data-tokens", "800", "--rows", "8", "--columns", "96", "--answer-tokens", "24",
          "--jobs", "1", "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
 
 
