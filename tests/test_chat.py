@@ -415,6 +415,27 @@ def test_log_messages_are_notes(colours):
     assert logging.getLogger().handlers is root
 
 
+@pytest.mark.parametrize("place", ["pipes", "a file"])
+def test_a_note_in_the_middle_breaks_no_line_elsewhere(tmp_path, place):
+    """Answers that go into a file stay as they were said, unless the notes go there too."""
+    with open(tmp_path / "said", "w+") as file:
+        err = os.fdopen(os.dup(file.fileno()), "w") if place == "a file" else io.StringIO()  # 2>&1
+        screen = Screen(file, err)
+        screen.answer([(PLAIN, "in the ")])
+        screen.note("a note")
+        screen.answer([(PLAIN, "middle")])
+        screen.end_answer()
+        screen.note("done")
+        notes = "" if place == "a file" else err.getvalue()
+        err.close()
+    said = (tmp_path / "said").read_text()
+    if place == "a file":
+        assert said == "in the \na note\nmiddle\ndone\n"
+    else:
+        assert said == "in the middle\n"
+        assert notes == "a note\ndone\n"
+
+
 # ---------------------------------------------------------------------------------------------
 # A chat with a scripted engine
 

@@ -75,9 +75,13 @@ class Screen:
         gap  whether an empty line follows
         """
         with self._lock:
-            self.end_line()
+            answering = self._open is self._out and not self._is_one_place()
+            if not answering:
+                self.end_line()
             ends = "\n\n" if gap else "\n"
             self._write(self._err, self._painted(self._err, _FAINT, self._wrapped(text)) + ends)
+            if answering:  # elsewhere, as into a file: a note on the terminal breaks no line there
+                self._open = self._out
 
     def tell(self, text: str) -> None:
         """Write what a command was asked to show."""
@@ -98,6 +102,15 @@ class Screen:
             yield
         finally:
             root.handlers = before
+
+    def _is_one_place(self) -> bool:
+        """Whether answers and notes go to the same terminal or file."""
+        if self._out is self._err or (self._out.isatty() and self._err.isatty()):
+            return True
+        try:
+            return os.path.sameopenfile(self._out.fileno(), self._err.fileno())
+        except OSError:  # not files of the system
+            return False
 
     def _marked(self, style: str, text: str) -> str:
         if style == PLAIN or not text:
