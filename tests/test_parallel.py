@@ -53,8 +53,9 @@ def answer(done: str) -> dict:
     return json.loads(found[0])
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("budget", ["8", "auto"])
+@pytest.mark.parametrize(
+    ("budget", "sampling"), [("8", GREEDY), ("auto", SAMPLED)], ids=["8-greedy", "auto-sampled"]
+)
 def test_two_processes_say_what_one_says(tiny, sampling, budget):
     flags = ["--drafter", f"union:[max_gram,{tiny / 'drafter'}]", "--budget", budget, *sampling]
     given = words(tiny, *flags)
