@@ -26,7 +26,8 @@ def decode(
         drafts = budget.plan(context)
         began = time.perf_counter()
         if drafts:
-            context.transcript.tokens  # noqa: B018  waits for the plain pass under way, which is not part of the draft's time
+            # Waits for the plain pass under way, whose time is not the draft's.
+            context.transcript.tokens  # noqa: B018
         ready = time.perf_counter()
         tree = drafter.propose(context, budget) if drafts else TokenTree.root()
         if not target.takes(context, tree):
