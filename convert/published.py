@@ -156,7 +156,7 @@ def read_published(source: Source, kind: Kind) -> Published:
     if packing:
         _check_packed_alike(source, known, packing)
     for name, tensor in tensors.items():
-        packed = name.endswith(".weight") and name.replace(".weight", ".scales") in tensors
+        packed = name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in tensors
         check_type(where, tensor, tensor.name, packed)
         if 0 in tensor.shape:
             raise UserError(f"{where}: {tensor.name} has shape {tensor.shape}")

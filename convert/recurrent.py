@@ -236,7 +236,7 @@ class _Sizes:
         if len(shape) != 2 or 0 in shape:
             raise UserError(f"{self._source.path}: {self._name_of(name)} has shape {shape}")
         rows, columns = shape
-        if self._packing and name.replace(".weight", ".scales") in self._tensors:
+        if self._packing and f"{name.removesuffix('.weight')}.scales" in self._tensors:
             columns = columns * 32 // self._packing.bits
         return check_size(self._source.path, name, rows), columns
 

@@ -1,13 +1,15 @@
-"""MTP heads of Qwen3-Next and Qwen3.5, dense and with experts, in PyTorch and in MLX.
+"""Multi-token-prediction heads in PyTorch and in MLX.
 
-A text of ROWS tokens. A router decides which experts compute, and rounding may turn its near ties;
-so its scores are compared by themselves, and the experts are those that MLX chose.
-
-Shape letters: R rows, h hidden size, m size of an expert.
+A text of ROWS tokens, for each head on states of its own. A router decides which experts compute,
+and rounding may turn its near ties; so that by which it chooses is compared by itself, and the
+experts are those that MLX chose. What chooses the places of sparse attention is not compared: among
+so few places it chooses all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,105 +18,170 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from redrafter_mlx.drafters.mtp import KIND
+from redrafter_mlx.drafters.mtp import KIND, MTPHead
 from redrafter_mlx.drafters.published import load_published
+from redrafter_mlx.errors import UserError
 
 from .formula import ROWS, Formula, Inputs, normal
 from .head import Head
-from .torch_parts import Attention, Shape, Weights, gated, mlp
+from .torch_experts import experts, ranks
+from .torch_parts import (
+    YARN,
+    Attention,
+    LatentAttention,
+    Rotary,
+    Shape,
+    Weights,
+    mlp,
+    rotary_of,
+    yarn_stretch,
+)
 
-ROUTER = "router"
+LATENT = "layer.self_attn.kv_b_proj.weight"
 
 
 def _inputs(config: Any, generator: np.random.Generator) -> Inputs:
-    shape = ROWS, config.hidden_size
+    shape = config.depths, ROWS, config.hidden_size
     return {"embedded": normal(generator, *shape), "states": normal(generator, *shape)}
 
 
 def _in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
-    torch, layer = weights.torch, weights.head.config.layer
-    eps, attn = layer.input_layernorm.eps, layer.self_attn
-    # published weights of norms leave out a one, which MLX checkpoints may have added
-    centred = float(weights.vector("layer.input_layernorm.weight").mean() < 0.5)
-    norm = lambda name, x: weights.normed(name, x, eps, centred)
-    embedded, hidden = (torch.from_numpy(given[key]) for key in ("embedded", "states"))
-    joined = [norm("norm_embedding", embedded), norm("norm_hidden", hidden)]
-    hidden = weights.linear("fc", torch.cat(joined, dim=-1))
-    steps = torch.arange(0, attn.rope.dims, 2) / attn.rope.dims
-    heads = attn.num_attention_heads, attn.num_key_value_heads
-    shape = Shape(*heads, eps, attn.rope.base**-steps, centred=centred, gated=True)
-    read = norm("layer.input_layernorm", hidden)
-    hidden = hidden + Attention(weights, shape)("layer.self_attn", read)
-    read = norm("layer.post_attention_layernorm", hidden)
-    if ROUTER not in given:
-        return {"hidden": norm("norm", hidden + mlp(weights, "layer.mlp", read))}
-    scores = weights.linear("layer.mlp.gate", read)
-    hidden = hidden + _experts(weights, read, scores, torch.from_numpy(given[ROUTER]))
-    return {"hidden": norm("norm", hidden), ROUTER: scores}
-
-
-def _experts(weights: Weights, x: Any, scores: Any, choosing: Any) -> Any:
-    """(R, h) the sum of the chosen experts, by their shares, and the expert that all rows share.
-
-    scores    (R, experts) of the router, of which the shares are made
-    choosing  (R, experts) whose largest say which experts are chosen
-    """
-    block = weights.head.config.layer.mlp
-    shares = scores.softmax(dim=-1)
-    chosen = choosing.topk(block.top_k, dim=-1).indices
-    shares = shares.gather(-1, chosen)
-    if block.norm_topk_prob:
-        shares = shares / shares.sum(dim=-1, keepdim=True)
-    found = weights.linear("layer.mlp.shared_expert_gate", x).sigmoid()
-    found = found * mlp(weights, "layer.mlp.shared_expert", x)
-    for number in chosen.unique().tolist():
-        rows, places = (chosen == number).nonzero(as_tuple=True)
-        each = gated(weights.torch, x[rows], *_expert(weights, number))
-        found[rows] += shares[rows, places, None] * each
+    found = {}
+    for depth in range(weights.head.config.depths):
+        inputs = {
+            name: weights.torch.from_numpy(x[depth] if name in ("embedded", "states") else x)
+            for name, x in given.items()
+        }
+        found |= _head(_of_depth(weights, depth), inputs, depth)
     return found
 
 
-def _expert(weights: Weights, number: int) -> list[Any]:
-    """Gate (m, h), up (m, h) and down (h, m) of one expert: published alone, fused, or stacked."""
-    place = "layer.mlp"
-    if f"{place}.experts.gate_up_proj" in weights:
-        both, down = (
-            weights.rows(f"{place}.experts.{name}", number, number + 1)[0]
-            for name in ("gate_up_proj", "down_proj")
-        )
-        return [*both.chunk(2), down]
-    names = ("gate_proj", "up_proj", "down_proj")
-    if f"{place}.switch_mlp.gate_proj.weight" in weights:
-        each = (weights.rows(f"{place}.switch_mlp.{n}", number, number + 1)[0] for n in names)
-    else:
-        each = (weights.whole(f"{place}.experts.{number}.{n}") for n in names)
-    return list(each)
+def _of_depth(weights: Weights, depth: int) -> Weights:
+    """The weights of one head; what several share is the first one's."""
+    head = weights.head
+    if head.config.depths == 1:
+        return weights
+    of = lambda depth: {
+        name.removeprefix(f"depths.{depth}."): tensor
+        for name, tensor in head.tensors.items()
+        if name.startswith(f"depths.{depth}.")
+    }
+    return Weights(weights.torch, replace(head, tensors=of(0) | of(depth)))
+
+
+def _head(weights: Weights, given: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """What one head computes, by part."""
+    torch, config, found = weights.torch, weights.head.config, {}
+    family, eps, centred = config.family, config.first_norm.eps, 0.0
+    if family.centred:  # published norms leave out a one, which MLX checkpoints may have added
+        centred = float(weights.vector("layer.input_layernorm.weight").mean() < 0.5)
+    norm = lambda name, x: weights.normed(name, x, eps, centred)
+    joined = [norm("norm_embedding", given["embedded"]), norm("norm_hidden", given["states"])]
+    hidden = weights.linear("fc", torch.cat(joined[:: -1 if family.hidden_first else 1], dim=-1))
+    for place, layer in config.layers(depth).items():
+        for before, part in _parts(layer).items():
+            name, x = f"{place}.{part}", norm(f"{place}.{before}", hidden)
+            if "o_proj" in layer[part]:
+                hidden = hidden + _attention(weights, layer[part], centred)(name, x)
+            elif "gate" not in layer[part]:
+                hidden = hidden + mlp(weights, name, x)
+            else:
+                found[f"router {depth}"] = ranks(weights, name, x)
+                found[f"chosen {depth}"] = chosen = given[f"chosen {depth}"]
+                hidden = hidden + experts(weights, name, layer[part], x, chosen)
+    last = "norm" in family.parts
+    return found | {f"hidden {depth}": norm("norm", hidden) if last else hidden}
+
+
+def _parts(layer: nn.Module) -> dict[str, str]:
+    """The norms of a layer, or of a block, and what reads each of them."""
+    if "mixer" in layer:
+        return {"norm": "mixer"}
+    return {"input_layernorm": "self_attn", "post_attention_layernorm": "mlp"}
+
+
+def _attention(weights: Weights, attn: nn.Module, centred: float) -> Attention | LatentAttention:
+    """The attention that mlx-lm's module describes."""
+    torch, model = weights.torch, weights.head.config.model
+    args = getattr(model, "language_model", model).args
+    setting = lambda *names: next(getattr(attn, name) for name in names if hasattr(attn, name))
+    heads = setting("num_attention_heads", "num_heads", "n_heads")
+    rotary = _rotary(torch, attn, args)
+    if LATENT in weights:
+        scaling = args.rope_scaling or {}
+        scale = attn.q_head_dim**-0.5
+        if scaling.get("mscale_all_dim"):
+            scale *= yarn_stretch(scaling, "mscale_all_dim", 0) ** 2
+        eps, plain = attn.kv_a_layernorm.eps, attn.qk_nope_head_dim
+        return LatentAttention(weights, heads, attn.kv_lora_rank, plain, eps, scale, rotary)
+    shared = setting("num_key_value_heads", "n_kv_heads")
+    eps = attn.q_norm.eps if "q_norm" in attn else 0.0
+    gated = weights.head.config.family.centred  # Qwen's
+    return Attention(weights, Shape(heads, shared, eps, rotary, centred, gated))
+
+
+def _rotary(torch: Any, attn: nn.Module, args: Any) -> Rotary:
+    if "rope" not in attn:
+        return Rotary(torch.zeros(0))
+    rope = attn.rope
+    if isinstance(rope, nn.RoPE):
+        steps = torch.arange(0, rope.dims, 2) / rope.dims
+        return Rotary(rope.scale * rope.base**-steps, rope.traditional)
+    kind = (args.rope_scaling or {}).get("rope_type", (args.rope_scaling or {}).get("type"))
+    if kind not in YARN:
+        raise UserError(f"--verify has no formula for rope scaling {kind}: leave it out")
+    return rotary_of(torch, args, rope.dims, rope.traditional)
 
 
 class _Heard(nn.Module):
-    """A layer whose last output is kept."""
+    """A block's router, of which is kept what it says of the last rows.
 
-    def __init__(self, layer: nn.Module):
+    ranks   (R, E) by what experts are chosen
+    chosen  (R, k) their numbers
+    """
+
+    def __init__(self, block: nn.Module):
         super().__init__()
-        self.layer = layer
+        self.router, self._count = block.gate, getattr(block, "top_k", 0)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        self.last = self.layer(x)
-        return self.last
+    def __call__(self, x: mx.array):
+        found = self.router(x)
+        if isinstance(found, mx.array):
+            self.ranks = found[0]
+            self.chosen = mx.argpartition(-self.ranks, kth=self._count - 1, axis=-1)
+            self.chosen = self.chosen[:, : self._count]
+        else:
+            bias = self.router.e_score_correction_bias
+            self.ranks = mx.sigmoid(x[0] @ self.router.weight.T) + bias
+            self.chosen = found[0][0]
+        return found
 
 
 def _in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
     head, _ = load_published(KIND, directory, mx.float32)
-    block = head.layer.mlp
-    if "gate" in block:
-        block.gate = _Heard(block.gate)
-    embedded, hidden = (mx.array(given[key])[None] for key in ("embedded", "states"))
-    found = {"hidden": head(embedded, head.read(hidden), "causal", [KVCache()])[0]}
-    return found | ({ROUTER: block.gate.last[0]} if "gate" in block else {})
+    found, heads = {}, [head] if isinstance(head, MTPHead) else head.depths
+    for depth, one in enumerate(heads):
+        blocks = one.layer if isinstance(one.layer, list) else [one.layer]
+        routed = [block[part] for block in blocks for part in _parts(block).values()]
+        routed = [block for block in routed if "gate" in block]
+        for block in routed:
+            block.gate = _Heard(block)
+        embedded, states = (mx.array(given[key][depth])[None] for key in ("embedded", "states"))
+        caches = [KVCache() for _ in range(one.caches)]
+        found[f"hidden {depth}"] = one(embedded, one.read(states), "causal", caches)[0]
+        for block in routed:
+            found[f"router {depth}"] = block.gate.ranks
+            found[f"chosen {depth}"] = block.gate.chosen.astype(mx.int64)
+    return found
 
 
-def _is_qwen(head: Head) -> bool:
-    return "qwen3_5" in head.config.family.model_types and head.config.depths == 1
+def _is_known(head: Head) -> bool:
+    """Keys and values must be as published; mlx-lm's own files have them apart."""
+    config, place = head.config, "" if head.config.depths == 1 else "depths.0."
+    attn = config.layer.get("self_attn", {})
+    latent = "kv_a_proj_with_mqa" in attn
+    sparse = attn["indexer"].index_topk < ROWS if "indexer" in attn else False
+    return not sparse and (not latent or place + LATENT in head.tensors)
 
 
-MTP = Formula(_inputs, _in_torch, _in_mlx, depth=lambda config: 2, knows=_is_qwen)
+MTP = Formula(_inputs, _in_torch, _in_mlx, depth=lambda config: 2, knows=_is_known)

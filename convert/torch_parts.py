@@ -6,6 +6,7 @@ Shape letters: P places, h hidden size of the head, d size of an attention head.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -96,23 +97,41 @@ def mlp(weights: Weights, name: str, x: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Rotary:
+    """Rotary positions of the first columns of a head.
+
+    frequencies  (n,) of pairs of columns
+    interleaved  whether neighbouring columns are rotated together, instead of distant ones
+    stretch      what these columns are multiplied by
+    """
+
+    frequencies: Any
+    interleaved: bool = False
+    stretch: float = 1
+
+    def turned(self, torch: ModuleType, y: Any, places: Any) -> Any:
+        """Queries or keys (P, heads, d), rotated by their places."""
+        angles = (places[:, None] * self.frequencies)[:, None]
+        size = 2 * angles.shape[-1]
+        turned = self.stretch * _rotated(torch, y[..., :size], angles, self.interleaved)
+        return torch.cat([turned, y[..., size:]], dim=-1)
+
+
+@dataclass(frozen=True)
 class Shape:
     """Of an attention layer.
 
     heads, shared  of queries, and of keys and values
-    frequencies    of rotary positions, for the first columns of a head
     centred        what is added to the weights of the norms of queries and keys
     gated          whether queries come with gates for the output
-    interleaved    whether neighbouring columns are rotated together, instead of distant ones
     """
 
     heads: int
     shared: int
     eps: float
-    frequencies: Any
+    rotary: Rotary
     centred: float = 0
     gated: bool = False
-    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,17 +170,55 @@ class Attention:
         """Queries or keys (P, heads, d), normed if their layer does so, rotated by their places."""
         if f"{norm}.weight" in self.weights:
             y = self.weights.normed(norm, y, self.shape.eps, self.shape.centred)
-        angles = (places[:, None] * self.shape.frequencies)[:, None]
-        torch, size = self.weights.torch, 2 * angles.shape[-1]
-        turned = _rotated(torch, y[..., :size], angles, self.shape.interleaved)
-        return torch.cat([turned, y[..., size:]], dim=-1)
+        return self.shape.rotary.turned(self.weights.torch, y, places)
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Attention whose keys and values are made of a latent vector (arXiv 2405.04434, 2.1).
+
+    heads   of queries, keys and values
+    latent  size of that vector; after it comes the part of the keys that has a position
+    plain   columns of a query or key without a position, the first ones
+    scale   of the scores
+    """
+
+    weights: Weights
+    heads: int
+    latent: int
+    plain: int
+    eps: float
+    scale: float
+    rotary: Rotary
+
+    def __call__(self, name: str, x: Any) -> Any:
+        """Attention of P places (P, h) to each other."""
+        torch, weights, places = self.weights.torch, self.weights, self.weights.torch.arange(len(x))
+        split = lambda y: y.unflatten(-1, (self.heads, -1))
+        turned = lambda y: self.rotary.turned(torch, y, places)
+        if f"{name}.q_proj.weight" in weights:
+            q = split(weights.linear(f"{name}.q_proj", x))
+        else:
+            low = weights.linear(f"{name}.q_a_proj", x)
+            low = weights.normed(f"{name}.q_a_layernorm", low, self.eps)
+            q = split(weights.linear(f"{name}.q_b_proj", low))
+        q = torch.cat([q[..., : self.plain], turned(q[..., self.plain :])], dim=-1)
+        both = weights.linear(f"{name}.kv_a_proj_with_mqa", x)
+        latent = weights.normed(f"{name}.kv_a_layernorm", both[:, : self.latent], self.eps)
+        kv = split(weights.linear(f"{name}.kv_b_proj", latent))
+        shared = turned(both[:, None, self.latent :]).expand(-1, self.heads, -1)
+        k, v = torch.cat([kv[..., : self.plain], shared], dim=-1), kv[..., self.plain :]
+        scores = self.scale * q.transpose(0, 1) @ k.permute(1, 2, 0)
+        scores = scores.masked_fill(places > places[:, None], -math.inf)
+        y = (scores.softmax(dim=-1) @ v.transpose(0, 1)).transpose(0, 1)
+        return weights.linear(f"{name}.o_proj", y.flatten(1))
 
 
 def shape_of(torch: ModuleType, args: Any, interleaved: bool = False) -> Shape:
     """The shape that mlx-lm's ModelArgs describe."""
-    frequencies = _frequencies(torch, args, args.head_dim)
     heads = args.num_attention_heads, args.num_key_value_heads
-    return Shape(*heads, args.rms_norm_eps, frequencies, interleaved=interleaved)
+    rotary = rotary_of(torch, args, args.head_dim, interleaved)
+    return Shape(*heads, args.rms_norm_eps, rotary)
 
 
 def _rotated(torch: ModuleType, x: Any, angles: Any, interleaved: bool) -> Any:
@@ -175,11 +232,38 @@ def _rotated(torch: ModuleType, x: Any, angles: Any, interleaved: bool) -> Any:
     return torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
 
 
-def _frequencies(torch: ModuleType, args: Any, size: int) -> Any:
-    """Of rotary positions (d / 2), scaled as config.json says."""
-    found = args.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+def rotary_of(torch: ModuleType, args: Any, size: int, interleaved: bool = False) -> Rotary:
+    """Positions for `size` columns, scaled as config.json says."""
     scaling = args.rope_scaling or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    found = args.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    if kind in YARN:
+        found = _yarn(torch, found, args.rope_theta, size, scaling)
+        stretch = yarn_stretch(scaling, "mscale", 1) / yarn_stretch(scaling, "mscale_all_dim", 0)
+        return Rotary(found, interleaved, stretch)
+    return Rotary(_scaled(found, kind, scaling), interleaved)
+
+
+YARN = ("yarn", "deepseek_yarn")
+
+
+def yarn_stretch(scaling: Mapping[str, Any], key: str, default: float) -> float:
+    """By what YaRN makes up for longer texts (arXiv 2309.00071, 3.4), weighed by that setting."""
+    return 0.1 * scaling.get(key, default) * math.log(max(scaling["factor"], 1)) + 1
+
+
+def _yarn(torch: ModuleType, found: Any, base: float, size: int, scaling: Mapping[str, Any]) -> Any:
+    """Frequencies that YaRN slows down: by all of its factor where a text holds few turns."""
+    length = scaling.get("original_max_position_embeddings", 4096)
+    place = lambda turns: size * math.log(length / (2 * math.pi * turns)) / (2 * math.log(base))
+    first = max(math.floor(place(scaling.get("beta_fast", 32))), 0)
+    last = min(math.ceil(place(scaling.get("beta_slow", 1))), size - 1)
+    steps = torch.arange(len(found), dtype=torch.float32)
+    slowed = ((steps - first) / max(last - first, 1e-3)).clamp(0, 1)
+    return found * (1 - slowed + slowed / scaling["factor"])
+
+
+def _scaled(found: Any, kind: str, scaling: Mapping[str, Any]) -> Any:
     if kind == "linear":
         return found / scaling["factor"]
     if kind == "llama3":  # long waves are slowed down, short ones are not, those between partly

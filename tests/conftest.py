@@ -8,6 +8,9 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with a thread for each core get stuck
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # here, and in the processes that tests start
+
+import mlx.core as mx
 import pytest
 
 from redrafter_mlx.loading import hub
@@ -22,6 +25,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.removeprefix("tests/") in listed:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Functions are compiled, as for a user, here and in the processes that are started.
+
+    On a CPU a C++ compiler takes more than half a second for each fused kernel, the first time on a
+    machine: a third of the time of all tests.
+    """
+    monkeypatch.delenv("MLX_DISABLE_COMPILE")
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture(scope="session")

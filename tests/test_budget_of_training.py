@@ -57,12 +57,6 @@ class Clock:
         monkeypatch.setattr(owner, name, slow)
 
 
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
-    """A compiler would take longer than all that is compiled."""
-    monkeypatch.setattr(mx, "compile", lambda work, **options: work)
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """What --model loads, whatever its name."""

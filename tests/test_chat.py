@@ -690,6 +690,7 @@ def test_save_and_load_bring_everything_back(tmp_path):
     chat.take("a")
     assert "name of a file" in refusal(chat.take, "/save")
     chat.take(f"/save {path}")
+    assert path.stat().st_mode & 0o077 == 0, "what was said is the user's own"
     chat.take("/undo")
     chat.take("/save")  # the same one
     other, _ = scripted()

@@ -450,15 +450,19 @@ def test_verify_prints_the_difference(name, flags, tmp_path, capsys):
     assert relative < (0.5 if "4" in flags else 0.1 if "8" in flags else 0.06 if flags else 1e-5)
 
 
-@pytest.mark.parametrize("name", SWAPPED)
-def test_verify_finds_a_converter_that_confuses_tensors(name, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("torch", reason="--verify needs PyTorch")
+def confuse(monkeypatch, one: str, other: str) -> None:
+    """Make the converter write each of two tensors by the other's name."""
     from convert.published import Published
 
-    one, other = SWAPPED[name]
     theirs = Published._theirs
     swap = lambda self, n: theirs(self, {one: other, other: one}.get(n, n))
     monkeypatch.setattr(Published, "_theirs", swap)
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_verify_finds_a_converter_that_confuses_tensors(name, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    confuse(monkeypatch, *SWAPPED[name])
     source = HEADS / name.split()[0]
     words = ("--input", source, "--output", tmp_path / "out", "--dtype", "bfloat16")
     found = refused(capsys, *words, "--verify")
@@ -517,12 +521,76 @@ def test_verify_of_norms_that_the_one_was_added_to(name, copied, tmp_path, capsy
     assert relative_of(capsys, path, tmp_path / "out") < 1e-5
 
 
-def test_verify_of_another_family_of_mtp_heads_is_refused(tmp_path, capsys):
-    pytest.importorskip("torch", reason="--verify needs PyTorch")
+MTP_FAMILIES = {
+    "deepseek_v3": ("mlp.shared_experts.up_proj", "mlp.shared_experts.gate_proj"),
+    "deepseek_v32": ("input_layernorm", "post_attention_layernorm"),
+    "glm4_moe": ("self_attn.k_proj", "self_attn.v_proj"),
+    "glm4_moe_lite": ("mlp.shared_experts.up_proj", "mlp.shared_experts.gate_proj"),
+    "glm_moe_dsa": ("mlp.experts.0.down_proj", "mlp.experts.1.down_proj"),
+    "mimo": ("mlp.up_proj", "mlp.gate_proj"),
+    "ernie4_5_moe": ("self_attn.k_proj", "self_attn.v_proj"),
+}
+"""Of each family two modules of the layer that have one shape."""
+
+
+def mtp_head(path: Path, name: str, **given) -> Path:
+    """A head of a family, as its authors publish it; its sparse attention chooses all places."""
     from test_heads_mtp import made
 
-    made(tmp_path / "head", "mimo", build("mimo"))
-    words = ("--input", tmp_path / "head", "--output", tmp_path / "out", "--verify")
+    made(path, name, build(name, **given))
+    configure(path, index_topk=2048, **given)
+    return path
+
+
+@pytest.mark.parametrize("name", MTP_FAMILIES)
+def test_verify_of_every_family_of_mtp_heads(name, tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    path = mtp_head(tmp_path / "head", name)
+    assert relative_of(capsys, path, tmp_path / "out") < 1e-5
+    assert relative_of(capsys, path, tmp_path / "small", "--quantize", 8, "--group-size", 32) < 0.1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mimo", "qwen3_5"])
+def test_verify_of_several_mtp_heads(name, tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    from test_heads_mtp_depths import write_heads
+
+    write_heads(tmp_path / "head", name)
+    assert relative_of(capsys, tmp_path / "head", tmp_path / "out") < 1e-5
+
+
+@pytest.mark.parametrize("latent", [None, 32])
+def test_verify_of_the_mtp_head_of_nemotron_h(latent, tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    from test_heads_mtp_nemotron import made
+
+    made(tmp_path / "head", build("nemotron_h", moe_latent_size=latent), moe_latent_size=latent)
+    assert relative_of(capsys, tmp_path / "head", tmp_path / "out") < 1e-5
+
+
+@pytest.mark.parametrize("settings", [{"mscale": 1.0, "mscale_all_dim": 0.7}, {"beta_fast": 8}])
+def test_verify_of_stretched_positions(settings, tmp_path, capsys):
+    """YaRN, as DeepSeek has it, which weighs scores too."""
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, **settings}
+    path = mtp_head(tmp_path / "head", "deepseek_v3", rope_scaling=scaling)
+    assert relative_of(capsys, path, tmp_path / "out") < 1e-5
+
+
+@pytest.mark.parametrize("name", MTP_FAMILIES)
+def test_verify_finds_confused_tensors_of_every_family(name, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    path = mtp_head(tmp_path / "head", name)
+    confuse(monkeypatch, *(f"layer.{part}.weight" for part in MTP_FAMILIES[name]))
+    words = ("--input", path, "--output", tmp_path / "out", "--verify")
+    assert refused(capsys, *words).startswith("--verify: the result does not compute")
+
+
+def test_verify_of_sparse_attention_that_chooses_is_refused(tmp_path, capsys):
+    pytest.importorskip("torch", reason="--verify needs PyTorch")
+    path = mtp_head(tmp_path / "head", "glm_moe_dsa")
+    configure(path, index_topk=8)
+    words = ("--input", path, "--output", tmp_path / "out", "--verify")
     assert refused(capsys, *words) == (
         "--verify has no formula for this head of the kind mtp: leave it out"
     )

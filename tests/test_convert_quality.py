@@ -28,8 +28,8 @@ def states(demo_path):
     texts = (ROOT / "benchmarks" / "prompts.jsonl").read_text().splitlines()
     messages = [[{"role": "user", "content": json.loads(text)["turns"][0]}] for text in texts]
     prompts = [tokenizer.apply_chat_template(m, add_generation_prompt=True) for m in messages]
-    prompts = sorted(prompts, key=len)[:8]
-    answers = batch_generate(model, tokenizer, prompts, max_tokens=40).texts
+    prompts = sorted(prompts, key=len)[:6]
+    answers = batch_generate(model, tokenizer, prompts, max_tokens=32).texts
     hidden, embeddings, says = [], [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = mx.array(prompt + tokenizer.encode(answer, add_special_tokens=False))

@@ -18,10 +18,11 @@ from redrafter_mlx.machine import device
 from redrafter_mlx.machine.storage import CACHE_VARIABLE
 from support import generation, random_drafter, tiny_prompt
 
+pytestmark = pytest.mark.usefixtures("compiled")
 X = np.concatenate([np.linspace(-100, 100, 4001), [-1e30, -0.0, 0.0, 1e4]]).astype(np.float32)
 
 
-def compiled(function):
+def with_gradient(function):
     return device.fused(mx.value_and_grad(lambda x: function(x).sum()))
 
 
@@ -44,8 +45,8 @@ def test_what_is_masked_is_no_denormal_number():
 
 
 def test_silu():
-    value, gradient = compiled(device.silu)(mx.array(X[:4001]))
-    expected, slope = compiled(nn.silu)(mx.array(X[:4001]))
+    value, gradient = with_gradient(device.silu)(mx.array(X[:4001]))
+    expected, slope = with_gradient(nn.silu)(mx.array(X[:4001]))
     assert mx.allclose(value, expected, rtol=1e-6)
     assert mx.allclose(gradient, slope, atol=1e-6)
     assert mx.allclose(device.silu(mx.array(X)), nn.silu(mx.array(X)), rtol=2e-5, atol=1e-7)
@@ -55,8 +56,8 @@ def test_silu():
 def test_softmax(shape):
     draw = np.random.default_rng(0)
     x = mx.array(draw.normal(size=shape).astype(np.float32) * 30)
-    value, gradient = compiled(lambda x: device.softmax(x)[0])(x)
-    expected, probs = compiled(lambda x: mx.logsumexp(x, axis=-1))(x)
+    value, gradient = with_gradient(lambda x: device.softmax(x)[0])(x)
+    expected, probs = with_gradient(lambda x: mx.logsumexp(x, axis=-1))(x)
     assert mx.allclose(value, expected, rtol=1e-6)
     assert mx.allclose(gradient, probs, atol=1e-6)
     assert mx.allclose(device.softmax(x)[1], mx.softmax(x, axis=-1), atol=1e-6)

@@ -118,17 +118,18 @@ def demo(demo_path):
         )
         for name, text in PROMPTS.items()
     }
-    plain = {name: ids(generation(model, p, max_tokens=32)) for name, p in prompts.items()}
+    plain = {name: ids(generation(model, p, max_tokens=24)) for name, p in prompts.items()}
     return model, prompts, plain
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("name", ["max_gram", "auto", "cascade:[demo,max_gram]"])
 def test_demo_target(demo, name, prompt):
     model, prompts, plain = demo
     drafter = drafters.load_drafter(name, model)
-    run = generation(model, prompts[prompt], drafter, max_tokens=32)
-    reference = generation(model, prompts[prompt], max_tokens=32)
+    run = generation(model, prompts[prompt], drafter, max_tokens=24)
+    reference = generation(model, prompts[prompt], max_tokens=24)
     text = ids(run)
     assert text == plain[prompt], str(compare_with_plain(text, reference))
 
@@ -141,7 +142,7 @@ def test_the_union_needs_no_more_rounds_than_its_members(demo, prompt):
     for name in ("demo", "max_gram", "auto"):
         drafter = drafters.load_drafter(name, model)
         draft = DraftOptions(beam_width=2, beam_length=4, budget=24)
-        run = generation(model, prompts[prompt], drafter, max_tokens=32, draft=draft)
+        run = generation(model, prompts[prompt], drafter, max_tokens=24, draft=draft)
         ids(run)
         rounds[name] = run.stats.rounds
     assert rounds["auto"] <= min(rounds["demo"], rounds["max_gram"]) + 1

@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("name", ["generate", "drafter"])
 def test_an_example_runs(name, demo_path):
     done = subprocess.run(

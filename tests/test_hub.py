@@ -605,3 +605,12 @@ def test_no_connection_is_one_line(tmp_path):
     print(message)
     assert "refused" in message
     assert "\n" not in message
+
+
+def test_a_file_that_is_written_whole_can_be_read_like_any_other(tmp_path):
+    storage.write_whole(tmp_path / "one", "text")
+    storage.write_whole(tmp_path / "own", "text", private=True)
+    (tmp_path / "usual").touch()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["one"] == modes["usual"]
+    assert modes["own"] == 0o600

@@ -104,6 +104,7 @@ def demo(demo_path: Path):
     return model, tokenizer, drafters.load_drafter("demo", model)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("message", "sampling"),
     [*((message, {}) for message in PROMPTS), (PROMPTS[1], SAMPLING[1]), (PROMPTS[2], SAMPLING[2])],
@@ -115,13 +116,13 @@ def test_demo_target(demo, message, sampling):
         [{"role": "user", "content": message}], add_generation_prompt=True
     )
     eos = tokenizer.eos_token_ids
-    plain = ids(generation(model, prompt, max_tokens=32, eos=eos, **sampling))
+    plain = ids(generation(model, prompt, max_tokens=24, eos=eos, **sampling))
     if not sampling:
-        steps = generate_step(mx.array(prompt), model, max_tokens=32)
+        steps = generate_step(mx.array(prompt), model, max_tokens=24)
         for ours, (theirs, _) in zip(plain, steps, strict=False):
             assert ours == theirs
     for draft in (BUDGETS[1], BUDGETS[2], BUDGETS[4]):
-        run = generation(model, prompt, drafter, max_tokens=32, eos=eos, draft=draft, **sampling)
+        run = generation(model, prompt, drafter, max_tokens=24, eos=eos, draft=draft, **sampling)
         drafted = ids(run)
-        reference = generation(model, prompt, max_tokens=32, eos=eos, **sampling)
+        reference = generation(model, prompt, max_tokens=24, eos=eos, **sampling)
         assert drafted == plain, str(compare_with_plain(drafted, reference))

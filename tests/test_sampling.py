@@ -20,14 +20,6 @@ from redrafter_mlx.rounds.sampling import Noise, Sampler, gumbel, seed_key, thre
 DRAWS = 100_000
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """mlx-lm compiles its filters: for each new shape that takes longer than running them."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 def words(values) -> np.ndarray:
     return np.array(values, np.uint32)
 

@@ -1,4 +1,4 @@
-"""Forty requests, eight at a time, in conversations: each is answered as if it had come alone."""
+"""Many requests, eight at a time, in conversations: each is answered as if it had come alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from redrafter_mlx.engine import Engine, Served
 from scripted_engine import CHAT, byte_tokenizer, serving, wait_until
 from support import random_drafter
 
-CLIENTS, TURNS = 8, 5
+CLIENTS, TURNS = 8, 4
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
@@ -92,7 +92,7 @@ def converse(address, number, ends_reasoning) -> list[Told]:
 
 @pytest.mark.parametrize(
     ("family", "thinks"),
-    [("llama", False), ("gemma3_text", False), ("gemma3_text", True), ("qwen3_5", True)],
+    [("llama", False), ("gemma3_text", True), ("qwen3_5", True)],
 )  # gemma's has windows, qwen's recurrent layers
 def test_each_of_many_conversations_is_what_it_is_alone(family, thinks, tmp_path):
     template = THINKING if thinks else CHAT

@@ -25,16 +25,6 @@ SMALL = ["--data-tokens", "800", "--rows", "8", "--columns", "96", "--answer-tok
          "--jobs", "1", "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_kernels_are_compiled():
-    """A step is compiled for each shape of head, half a minute each; test_recipes trains so."""
-    os.environ["MLX_DISABLE_COMPILE"] = "1"  # for the processes that are started
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-    del os.environ["MLX_DISABLE_COMPILE"]
-
-
 @pytest.fixture(autouse=True)
 def target(monkeypatch):
     """What --model loads, whatever its name."""

@@ -125,6 +125,7 @@ def test_a_head_learns_a_known_grammar(grammar, tied, loss):
     assert found.tokens_per_round[16] >= 0.95 * (STEPS + 1) * 30 / 32  # 30 tokens: 6 full rounds
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("stopped_at", [1, 7])
 def test_a_resumed_run_ends_with_the_same_weights(grammar, stopped_at, tmp_path):
     options = replace(OPTIONS, steps=12, accumulate=2)
@@ -144,6 +145,7 @@ def test_a_resumed_run_ends_with_the_same_weights(grammar, stopped_at, tmp_path)
         assert (np.array(a) == np.array(b)).all(), name
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_weights_do_not_depend_on_how_many_processes_compute_them(grammar):
     options = replace(OPTIONS, steps=6, accumulate=3)
     one, two = trainer(grammar, options), trainer(grammar, options)
@@ -214,6 +216,7 @@ def test_replay_counts_the_rounds_of_real_generation(grammar, width, length, bud
     assert min(lengths) < 30
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_normaliser_has_the_value_and_gradient_of_logsumexp():
     draw = np.random.default_rng(0)
     logits = mx.array(draw.normal(size=(6, 50)).astype(np.float32) * 8)

@@ -89,7 +89,7 @@ class Conversation:
         }
         try:
             text = json.dumps(content, ensure_ascii=False, indent=1)
-            write_whole(path.resolve(), text + "\n")
+            write_whole(path.resolve(), text + "\n", private=True)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 

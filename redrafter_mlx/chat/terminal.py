@@ -173,7 +173,7 @@ def _history(path: Path):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # private to the user
         if path.stat().st_size > MOST_HISTORY:
             old = path.read_text(encoding="utf-8", errors="replace")
-            write_whole(path, old[old.index("\n# ", len(old) // 2) :])
+            write_whole(path, old[old.index("\n# ", len(old) // 2) :], private=True)
     except (OSError, ValueError):
         _log.debug("no history in %s", path, exc_info=True)
         return InMemoryHistory()

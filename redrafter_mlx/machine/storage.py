@@ -9,7 +9,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -82,20 +84,21 @@ def _fill(destination: Path, build: Callable[[Path], None]) -> None:
         os.replace(complete, destination)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; OSError if it cannot."""
+def write_whole(path: Path, text: str, private: bool = False) -> None:
+    """Write a file that appears whole or not at all; OSError if it cannot.
+
+    private  only the user may read it
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        scratch = Path(file.name)
-        try:
+    scratch = path.with_name(f".{uuid4().hex}.tmp")
+    mode = 0o600 if private else 0o666  # less what the user's umask forbids
+    try:
+        with open(scratch, "x", encoding="utf-8", opener=partial(os.open, mode=mode)) as file:
             file.write(text)
-            file.close()
-            scratch.replace(path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
