@@ -14,13 +14,14 @@ def table(result: dict) -> str:
     heads = sorted(result["heads"], key=lambda head: -head["tree"]["16"])
     budgets = list(heads[0]["tree"])
     names = [
-        "head", "M parameters", "MB", "steps", "minutes x processes", "loss", "draft, ms",
+        "head", "M parameters", "MB", "MB in memory", "steps", "minutes x processes", "loss", "draft, ms",
         "top-1 by depth",
         *(f"tokens a round at {budget}" for budget in budgets), "chain",
     ]  # fmt: skip
     rows = [
         [
             head["name"], f"{head['parameters'] / 1e6:.2f}", f"{head['bytes'] / 1e6:.1f}",
+            f"{head['read_bytes'] / 1e6:.1f}",
             f"{head['steps']:,}", f"{head['seconds'] / 60:.1f} x {head['jobs']}",
             f"{head['loss']:.2f}",
             f"{head['draft_ms']:.1f}", " ".join(f"{share:.0%}" for share in head["recall"]),
