@@ -10,7 +10,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with a thread for e
 
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")  # here, and in the processes that tests start
 
-import mlx.core as mx
 import pytest
 
 from redrafter_mlx.loading import hub
@@ -34,6 +33,8 @@ def compiled(monkeypatch):
     On a CPU a C++ compiler takes more than half a second for each fused kernel, the first time on a
     machine: a third of the time of all tests.
     """
+    import mlx.core as mx  # only now: redrafter_mlx loads a BLAS before it
+
     monkeypatch.delenv("MLX_DISABLE_COMPILE")
     mx.enable_compile()
     yield

@@ -11,6 +11,7 @@ from families import build
 from redrafter_mlx.target.adapter import adapt
 from support import random_drafter
 
+pytestmark = pytest.mark.usefixtures("compiled")
 HAS_KERNEL = {
     "Add", "AddMM", "Arange", "ArgPartition", "ArgReduce", "ArgSort", "AsType", "Compiled",
     "Concatenate", "Cos", "CustomTransforms", "Divide", "Exp", "FloorDivide", "Full", "Gather",
