@@ -14,8 +14,8 @@ def table(result: dict) -> str:
     heads = sorted(result["heads"], key=lambda head: -head["tree"]["16"])
     budgets = list(heads[0]["tree"])
     names = [
-        "head", "M parameters", "MB", "MB in memory", "steps", "minutes x processes", "loss", "draft, ms",
-        "top-1 by depth",
+        "head", "M parameters", "MB", "MB in memory", "steps", "minutes x processes", "loss",
+        "draft, ms", "top-1 by depth",
         *(f"tokens a round at {budget}" for budget in budgets), "chain",
     ]  # fmt: skip
     rows = [
