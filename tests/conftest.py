@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,7 +20,9 @@ SLOW = Path(__file__).parent / "slow.txt"
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the slow ones."""
+    """Mark the slow ones. What was imported lives on: collecting garbage need not look at it."""
+    gc.collect()
+    gc.freeze()
     listed = set(SLOW.read_text(encoding="utf-8").splitlines()) if SLOW.exists() else set()
     for item in items:
         if item.nodeid.removeprefix("tests/") in listed:
