@@ -109,7 +109,6 @@ def grammar(tmp_path_factory):
     return model, directory
 
 
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("options", KINDS[2:], ids=name_of)
 def test_it_learns_a_known_grammar_and_is_kept(options, grammar, tmp_path):
     """And what is written drafts as what was trained, read as any published head is."""

@@ -19,6 +19,7 @@ from redrafter_mlx.rounds.verification import Match, Rejection, Typical
 from support import ScriptedDrafter, generation, ids, random_drafter, tiny_prompt
 
 V, DRAWS, TEMP = 8, 100_000, 0.8
+pytestmark = pytest.mark.usefixtures("compiled")
 WIDTH = 3
 
 RNG = np.random.default_rng(5)

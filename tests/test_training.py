@@ -187,6 +187,7 @@ def test_a_damaged_checkpoint_is_one_line(grammar, tmp_path, damage):
         trainer(grammar, OPTIONS).restore(path, {})
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("width", "length", "budget"), [(1, 5, 5), (2, 4, 4), (3, 5, 8)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_replay_counts_the_rounds_of_real_generation(grammar, width, length, budget, tied):
