@@ -21,7 +21,8 @@ Inputs = Mapping[str, np.ndarray]
 
 SCORES = "scores"
 """Of what a head computes, the part with a column for each of its draft ids, (R, D). Other parts
-are `hidden` (R, h), what the target's output layer reads, and `router` (R, experts)."""
+are `hidden` (R, h), what the target's output layer reads, and, of each head with experts, by what
+its router chooses, (R, experts), and what it chose."""
 
 
 @dataclass(frozen=True)

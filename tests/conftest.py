@@ -34,7 +34,7 @@ def compiled(monkeypatch):
     """Functions are compiled, as for a user, here and in the processes that are started.
 
     On a CPU a C++ compiler takes more than half a second for each fused kernel, the first time on a
-    machine: a third of the time of all tests.
+    machine.
     """
     import mlx.core as mx  # only now: redrafter_mlx loads a BLAS before it
 
