@@ -149,7 +149,7 @@ class BeamDrafter(Unheeding, ABC):
             logits = self.logits(steps, state, rows)
             if coupled:
                 logits = logits + noise[depth - 1]
-            return logits - device.softmax(logits)[0]
+            return logits - device.logsumexp(logits)
 
         return beam_search(
             advance=steps.advance,

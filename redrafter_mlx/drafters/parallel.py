@@ -96,7 +96,7 @@ class ParallelDrafter(BeamDrafter):
         logits = self.project(self.predict(begun, memory, root, depths)[:, 0], rows)
         if coupled:
             logits = logits + known_noise(ids, key, temp, position, depths + 1)
-        found, own = top_k(logits - device.softmax(logits)[0], min(width, ids.size))
+        found, own = top_k(logits - device.logsumexp(logits), min(width, ids.size))
         return ids[found], own
 
     def candidates(self, root: int, *found: np.ndarray) -> Candidates:

@@ -167,6 +167,11 @@ def _(x, cotangents, outputs):
     return cotangents[0] * outputs[1]
 
 
+def logsumexp(x: mx.array) -> mx.array:
+    """log(sum(exp(x))) (..., 1) of (..., D) float32, where no gradient is asked for."""
+    return softmax(x)[0] if _is_fused_on_cpu() else mx.logsumexp(x, axis=-1, keepdims=True)
+
+
 @mx.custom_function
 def probabilities(x: mx.array) -> mx.array:
     """The soft-max (..., D) of (..., D) float32, to be differentiated."""
