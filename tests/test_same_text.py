@@ -36,21 +36,26 @@ D2T = np.arange(0, 97, 2)
 name_of = lambda value: "-".join(f"{k}{v}" for k, v in value.items()) or "greedy"
 
 
-@pytest.fixture(scope="module", params=["llama", "exaone4", "deepseek_v2"])
+TARGETS = ["llama", "exaone4", "deepseek_v2"]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
 def model(request):
     return build(request.param)
 
 
 @pytest.mark.parametrize("sampling", SAMPLING, ids=name_of)
-def test_tiny_targets(model, sampling):
+def test_tiny_targets(request, model, sampling):
+    """Each sampling, drafter and budget meet on one target at least."""
+    first = TARGETS.index(request.node.callspec.params["model"]) + SAMPLING.index(sampling)
     prompt = tiny_prompt(9)
     plain = ids(generation(model, prompt, **sampling))
     assert len(set(plain)) > 3, "a text this dull would hide differences"
     reduced = random_drafter(model, seed=1, d2t=D2T, rnn=False, exit_dim=24)
     tied = random_drafter(model, seed=2, d2t=D2T[:20], tied_output=True, fused_layers=(0, 1))
     looks_back = random_drafter(model, seed=3, fused_layers=(0, 1), lookback_heads=2)
-    for drafter in (random_drafter(model), reduced, tied, looks_back):
-        for draft in BUDGETS:
+    for i, drafter in enumerate([random_drafter(model), reduced, tied, looks_back], first):
+        for draft in (BUDGETS[i % 5], BUDGETS[(i + 3) % 5]):  # 3 targets: all five of them
             assert ids(generation(model, prompt, drafter, draft=draft, **sampling)) == plain
     for script in ({"right": 3, "wrong": 1, "decoys": True}, {"right": 0, "wrong": 3}):
         drafter = ScriptedDrafter(prompt + plain, **script)
@@ -91,11 +96,7 @@ def without_noise(context):
     return replace(context, noise=None)
 
 
-PROMPTS = [
-    "What is the capital of France?",
-    "Write a haiku about rain.",
-    "Copy this list: 12, 47, 305, 9, 86.",
-]
+PROMPTS = ["Write a haiku about rain.", "Copy this list: 12, 47, 305, 9, 86."]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def demo(demo_path: Path):
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("message", "sampling"),
-    [*((message, {}) for message in PROMPTS), (PROMPTS[2], SAMPLING[1])],
+    [*((message, {}) for message in PROMPTS), (PROMPTS[1], SAMPLING[1])],
     ids=lambda value: value if isinstance(value, str) else name_of(value),
 )
 def test_demo_target(demo, message, sampling):
@@ -121,7 +122,7 @@ def test_demo_target(demo, message, sampling):
         steps = generate_step(mx.array(prompt), model, max_tokens=24)
         for ours, (theirs, _) in zip(plain, steps, strict=False):
             assert ours == theirs
-    for draft in (BUDGETS[1], BUDGETS[2], BUDGETS[4]):
+    for draft in (BUDGETS[1], BUDGETS[4]):
         run = generation(model, prompt, drafter, max_tokens=24, eos=eos, draft=draft, **sampling)
         drafted = ids(run)
         reference = generation(model, prompt, max_tokens=24, eos=eos, **sampling)
