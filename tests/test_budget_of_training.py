@@ -16,7 +16,16 @@ from redrafter_mlx import train
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.target.adapter import Target
-from redrafter_mlx.training import data, deadline, gradients, lockstep, loop, replay, report
+from redrafter_mlx.training import (
+    data,
+    deadline,
+    gradients,
+    lockstep,
+    loop,
+    picture,
+    replay,
+    report,
+)
 from redrafter_mlx.training import run as training_run
 from redrafter_mlx.training.data import LEAST, write_data
 from redrafter_mlx.training.deadline import NEVER, SHARES, Budget, Deadline
@@ -64,6 +73,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, TinyTokenizer()))
     monkeypatch.setattr(report, "SHAPES", (report.CHAIN, report.USUAL))
     monkeypatch.setattr(report, "ALL_TOKENS", 100)
+    monkeypatch.setattr(picture, "draw", lambda *given: False)  # half a second each
     train._loaded.cache_clear()
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -16,13 +17,15 @@ from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.loading import drafters, hub
 from redrafter_mlx.machine.storage import in_use
 from redrafter_mlx.pricing.experience import read as read_experience
-from redrafter_mlx.training import report
+from redrafter_mlx.training import picture, report
 from redrafter_mlx.training import run as training_run
+from redrafter_mlx.training.picture import draw
 from support import TinyTokenizer, generation, ids, tiny_prompt
 from test_generate_command import build as build_words
 
 SMALL = ["--data-tokens", "800", "--rows", "8", "--columns", "96", "--answer-tokens", "24",
          "--jobs", "1", "--windows", "4", "--candidates", "64", "--draft-vocab", "48"]  # fmt: skip
+DATA: list[str] = []
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +33,26 @@ def target(monkeypatch):
     """What --model loads, whatever its name."""
     model = build("llama")
     monkeypatch.setattr(hub, "load", lambda *args, **kwargs: (model, TinyTokenizer()))
-    monkeypatch.setattr(report, "SHAPES", ((1, 5), (4, 5)))  # each is compiled anew
+    monkeypatch.setattr(report, "SHAPES", ((1, 5), (4, 5)))
+    monkeypatch.setattr(picture, "draw", lambda *given: False)  # half a second each
     train._loaded.cache_clear()
     return model
 
 
+@pytest.fixture(autouse=True)
+def prompts(tmp_path_factory, monkeypatch) -> None:
+    """Left alone, the target takes four times as many batches for as many answers."""
+    rng = np.random.default_rng(0)
+    words = ["the", "a", "list", "of", "red", "old", "small", "ships", "and", "what", "why", "how"]
+    texts = (" ".join(rng.choice(words, 6)) for _ in range(60))
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    monkeypatch.setattr(sys.modules[__name__], "DATA", ["--data", str(path)])
+
+
 def command(output, *more) -> int:
-    return train.main(["--model", "tiny", "--output", str(output), *SMALL, *map(str, more)])
+    given = [*SMALL, *DATA, *map(str, more)]
+    return train.main(["--model", "tiny", "--output", str(output), *given])
 
 
 @pytest.mark.parametrize(
@@ -69,6 +85,17 @@ def test_a_drafter_comes_out_that_loads_and_changes_no_text(tmp_path, target, sh
     entries = [json.loads(line) for line in (output / "training/log.jsonl").open()]
     assert entries[-1]["step"] == 6
     assert {"loss", "tree", "chain"} <= entries[-1].keys()
+
+
+def test_the_picture_of_a_run(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    log = [
+        {"seconds": 0.0, "tree": 1.2, "chain": 1.1},
+        {"seconds": 60.0, "loss": 3.0},
+        {"seconds": 90.0, "loss": 2.0, "tree": 1.8, "chain": 1.5},
+    ]
+    assert draw(log, tmp_path / "training.png", "drafter for tiny")
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_held_out_answers_says_so():
@@ -132,7 +159,8 @@ def test_a_head_is_trained_further(tmp_path, target, capsys):
     """In its shape and with its vocabulary, from where it was; resuming knows where it began."""
     first, second = tmp_path / "first", tmp_path / "second"
     shape = ["--fused-layers", 0, 1, "--blocks", 1]
-    assert command(first, "--steps", 6, "--dtype", "float32", "--keep", 0, *shape) == 0
+    given = ["--steps", 12, "--learning-rate", 0.01, "--dtype", "float32", "--keep", 0, *shape]
+    assert command(first, *given) == 0
     assert command(second, "--steps", 1, "--start-from", first) == 0
     ended, began = (
         [json.loads(line)["tree"] for line in (output / "training/log.jsonl").open()]
