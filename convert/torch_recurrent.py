@@ -52,7 +52,7 @@ def _recurrent_in_torch(weights: Weights, given: Inputs) -> dict[str, Any]:
 def _recurrent_in_mlx(directory: Path, given: Inputs) -> dict[str, mx.array]:
     written = read_head(open_source(str(directory)))
     if written.layout in ("apple", "mlx"):
-        head, _, _ = load_head(directory, mx.float32)  # what generate will do
+        head, _ = load_head(directory, mx.float32)  # what generate will do
     else:  # a layout that the package does not load itself
         head = RecurrentHead(written.config)
         arrays = {n: as_mlx(x.whole(), x).astype(mx.float32) for n, x in written.tensors.items()}

@@ -174,7 +174,7 @@ def test_a_head_is_trained_further(tmp_path, target, capsys):
         assert mx.allclose(weights(kept)[name], before, atol=1e-6)
     assert any(not mx.allclose(weights(second)[n], x, atol=1e-6) for n, x in weights(first).items())
     heads = [load_head(output, mx.float32) for output in (first, second)]
-    assert heads[0][2] == heads[1][2]
+    assert heads[0][0].config == heads[1][0].config
     assert heads[0][1].tolist() == heads[1][1].tolist()
     card = (second / "README.md").read_text()
     assert f"--start-from {first}" in card
@@ -188,8 +188,8 @@ def test_a_head_can_learn_to_look_back(tmp_path, capsys):
     assert command(first, "--steps", 2, "--lookback-heads", 0) == 0
     assert command(as_it_was, "--steps", 1, "--start-from", first) == 0
     assert command(grown, "--steps", 1, "--start-from", first, "--lookback-heads", 3) == 0
-    shapes = [load_head(output, mx.float32)[2] for output in (first, as_it_was, grown)]
-    assert [shape.lookback_heads for shape in shapes] == [0, 0, 3]
+    heads = [load_head(output, mx.float32)[0] for output in (first, as_it_was, grown)]
+    assert [head.config.lookback_heads for head in heads] == [0, 0, 3]
     kept, trained = tmp_path / "kept", tmp_path / "trained"
     for output, share in ((kept, 1), (trained, 0)):
         assert command(output, "--steps", 2, "--dtype", "float32", "--keep", share) == 0

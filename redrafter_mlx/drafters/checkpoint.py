@@ -47,8 +47,8 @@ LOOKBACK_MODULES = (
 _log = logging.getLogger("redrafter_mlx")
 
 
-def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, HeadConfig]:
-    """The head in `path`, its d2t as target token ids (D,) int32, and its shape.
+def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array]:
+    """The head in `path`, and its d2t as target token ids (D,) int32.
 
     Weights are cast to `dtype`, the target's. Raises UserError that says which file or tensor is
     wrong and how.
@@ -66,7 +66,7 @@ def load_head(path: Path, dtype: mx.Dtype) -> tuple[RecurrentHead, mx.array, Hea
     if "quantization" in settings:
         quantize_like(path, head, settings["quantization"], tensors)
     load_weights(path, head, tensors, dtype)
-    return head, mx.array(ids, dtype=mx.int32), config
+    return head, mx.array(ids, dtype=mx.int32)
 
 
 def empty_head(where: object, config: HeadConfig) -> RecurrentHead:

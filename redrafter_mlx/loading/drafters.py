@@ -219,10 +219,10 @@ def load_head_of(
         UserError: no such drafter, damaged files, or a drafter made for another target.
     """
     directory = resolve_drafter(name_or_path, revision)
-    head, d2t, config = load_head(directory, target.dtype)
+    head, d2t = load_head(directory, target.dtype)
     for name, found, needed in (
-        ("hidden_size", config.hidden_size, target.hidden_size),
-        ("vocab_size", config.vocab_size, target.vocab_size),
+        ("hidden_size", head.config.hidden_size, target.hidden_size),
+        ("vocab_size", head.config.vocab_size, target.vocab_size),
     ):
         if found != needed:
             raise UserError(

@@ -19,7 +19,7 @@ from redrafter_mlx.training.options import HeadOptions
 
 def shape_of(name: str, given: HeadOptions) -> HeadOptions:
     """The options that describe an existing head; UserError if `given` ones contradict them."""
-    c = load_head(drafters.resolve_drafter(name), mx.float32)[2]
+    c = load_head(drafters.resolve_drafter(name), mx.float32)[0].config
     output_layer = "tied" if c.tied_output else "trained"
     lookback_heads = c.lookback_heads or given.lookback_heads or 0  # it can learn to look back
     shape = HeadOptions(
