@@ -10,11 +10,13 @@ FLAGS = (
     "temp", "useless", "layers", "context", "clients", "requests", "history",
 )  # fmt: skip
 """The flags of benchmarks that tables name, as far as each has them."""
+POSITIONAL = "what", "directory"
 
 
 def command(result: dict, name: str) -> str:
     """The command that made a result."""
-    settings, shown = result["settings"], []
+    settings = result["settings"]
+    shown = [settings[word] for word in POSITIONAL if word in settings]
     for flag in FLAGS:
         given = settings.get(flag)
         values = given if isinstance(given, list) else [given]
@@ -26,7 +28,7 @@ def command(result: dict, name: str) -> str:
             values = [Path(path).name for path in values]
         texts = (f"{x:g}" if isinstance(x, float) else str(x) for x in values)
         shown.append(" ".join((f"--{flag.replace('_', '-')}", *texts)))
-    return f"python -m benchmarks.{result['kind']} {' '.join(shown)} --output {name}"
+    return " ".join((f"python -m benchmarks.{result['kind']}", *shown, "--output", name))
 
 
 def headline(result: dict, name: str) -> str:
