@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 
-from redrafter_mlx import analysis
 from redrafter_mlx.rounds.stats import Stats
 
+from . import analysis
 from .headline import headline
 from .markdown import table
 from .ratios import PLAIN

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from redrafter_mlx.analysis import (
+from benchmarks.analysis import (
     acceptance,
     break_even,
     curve,

@@ -56,7 +56,7 @@ LAYERS = [
     ["engine.served"],
     ["engine.request"],
     ["check", "loading.context"],
-    ["analysis", "measuring.tuning", "stream"],
+    ["measuring.tuning", "stream"],
     ["generation"],
     ["measuring.knowledge"],
     ["measuring.acceptance", "measuring.measure", "measuring.profile"],
