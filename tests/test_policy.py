@@ -209,6 +209,20 @@ def test_a_drafter_that_failed_in_other_texts_is_tried_in_a_new_one_before_long(
     assert drafted(logs[-1]) > 0.8 * len(logs[-1].settings)
 
 
+@pytest.mark.parametrize("texts", [1, 3, 9])
+@pytest.mark.parametrize("bad", [LIARS["clueless"], {"sure": 0.12}], ids=["clueless", "unsure"])
+def test_a_drafter_that_knew_nothing_of_other_texts_is_tried_in_a_new_one(bad, texts):
+    """What its searches found there tells little of what they find here."""
+    passes = CURVES["dip at 16"]
+    here, kept = machine(passes), policy(passes)
+    for _ in range(texts):
+        log = play(here, Guesser(**bad), auto(kept, here), 80)
+    assert log.rate() > 0.985 / passes(1, 0)
+    log = play(here, Guesser(**GUESSERS["sure"]), auto(kept, here), 80)
+    assert drafted(log) > 12
+    assert log.rate() > 1.5 / passes(1, 0)
+
+
 def test_sure_and_wrong_is_found_out_in_a_few_rounds():
     passes = CURVES["dip at 16"]
     here, kept = machine(passes), policy(passes)

@@ -93,7 +93,9 @@ class Policy:
 
     Each expectation combines what was seen with a prior, and what was seen fades with every round,
     drafted or not. So a drafter that lost is tried again once so little evidence against it is left
-    that the prior outweighs it; the more evidence there was, the later.
+    that the prior outweighs it; the more evidence there was, the later. What searches find does
+    not fade: of a text's own samples each counts, of all others together SAMPLES, and a search that
+    promises nothing is made now and then, so that a text does not go by those of others alone.
     """
 
     FADE = 0.98
@@ -102,6 +104,9 @@ class Policy:
     """Tokens that looking for candidates without a search is assumed to gain at first."""
     SAMPLES, EVERY = 4, 16
     """Samples that a choice needs, and drafts after which one more is taken."""
+    TRY = 128
+    """Seconds without a search, in units of its own, before one is made that promises nothing;
+    twice as many after each in the same text."""
     LOOK_AGAIN = 8
     """Rounds after which the promise of searches is computed anew."""
     SHARE = 1 / 8
@@ -132,7 +137,10 @@ class Policy:
         self._gained = self.EAGER
         self._tokens = self._seconds = 0.0  # of a round, fading averages
         self._rounds = 0
-        self._worth: np.ndarray | None = None
+        self._worth: np.ndarray | None = None  # of the samples, and how much each counts
+        self._weights = np.ones(0)
+        self._own = self._tries = 0  # samples of this text; searches made in vain
+        self._waited = 0.0  # seconds since the last search
 
     @property
     def rate(self) -> float:
@@ -172,6 +180,9 @@ class Policy:
         is_due = self._rounds % self.LOOK_AGAIN == 0 or self._worth is None
         if is_due and len(self.samples):
             self._worth = self.samples.worth(self.calibration, self._costs, self.rate)
+            others = max(len(self.samples) - self._own, 0)
+            self._weights = np.ones(len(self.samples))
+            self._weights[:others] = min(1.0, self.SAMPLES / max(others, 1))
         if self.looks and self._gained > 0:
             return self.no_search
         setting = self.search(None) if self.searches else None
@@ -189,12 +200,25 @@ class Policy:
         if self._worth is None:
             return self.full
         drafts = np.array([self.draft_costs.of(s) for s in self.samples.settings])
-        promised = np.maximum(self._worth, nothing).mean(axis=0) - self.rate * drafts
+        values = np.maximum(self._worth, nothing)
+        promised = np.average(values, axis=0, weights=self._weights) - self.rate * drafts
         best = int(np.argmax(promised))
         if promised[best] <= nothing:
-            return None
+            return self.full if self._tries_again(found, drafts[-1]) else None
         is_due = len(self.samples) < self.SAMPLES or self._since_sample >= self.EVERY
         return self.full if is_due else self.samples.settings[best]
+
+    def _tries_again(self, found: Candidates | None, seconds: float) -> bool:
+        """Whether to make a search of so many seconds although it promises nothing.
+
+        Not beside what was found already: what the search finds could not be told apart.
+        """
+        has_found = found is not None and len(found.tokens) > 0
+        if has_found or self._waited < self.TRY * 2**self._tries * seconds:
+            return False
+        self._tries += 1
+        self._worth = None
+        return True
 
     def choose(self, setting: Setting, candidates: Candidates, context: int) -> TokenTree:
         """The tree to verify, of the candidates found within a setting."""
@@ -211,8 +235,11 @@ class Policy:
             self._since_sample += 1
         if setting == self.full and not c.always.any():
             self.samples.add(c)
+            self._own += 1
             self._since_sample = 0
         self._count(tokens, self._costs[nodes] + draft)
+        if setting.width:
+            self._waited = 0.0
         self._candidates, self._verified = c, likeliest(probs, nodes)
         return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
 
@@ -224,6 +251,7 @@ class Policy:
 
     def _count(self, tokens: float, seconds: float) -> None:
         self._rounds += 1
+        self._waited += seconds
         share = max(self.SHARE, 1 / (1 + self._rounds))
         if self._rounds == 1:
             self._tokens, self._seconds = 1.0, self._costs[1]
