@@ -13,6 +13,7 @@ Shape letters: I samples, M candidates, N nodes, S settings, W beam width, L bea
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -104,9 +105,9 @@ class Policy:
     """Tokens that looking for candidates without a search is assumed to gain at first."""
     SAMPLES, EVERY = 4, 16
     """Samples that a choice needs, and drafts after which one more is taken."""
-    TRY = 128
-    """Seconds without a search, in units of its own, before one is made that promises nothing;
-    twice as many after each in the same text."""
+    TRY = 256
+    """Seconds without a search, in units of its own, before one is made that promises nothing: the
+    first in a text at once, then so many, twice as many, and so on."""
     LOOK_AGAIN = 8
     """Rounds after which the promise of searches is computed anew."""
     SHARE = 1 / 8
@@ -140,7 +141,7 @@ class Policy:
         self._worth: np.ndarray | None = None  # of the samples, and how much each counts
         self._weights = np.ones(0)
         self._own = self._tries = 0  # samples of this text; searches made in vain
-        self._waited = 0.0  # seconds since the last search
+        self._waited = math.inf  # seconds since the last search
 
     @property
     def rate(self) -> float:
@@ -214,7 +215,7 @@ class Policy:
         Not beside what was found already: what the search finds could not be told apart.
         """
         has_found = found is not None and len(found.tokens) > 0
-        if has_found or self._waited < self.TRY * 2**self._tries * seconds:
+        if has_found or self._waited < self.TRY / 2 * 2**self._tries * seconds:
             return False
         self._tries += 1
         self._worth = None
