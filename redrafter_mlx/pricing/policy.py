@@ -215,7 +215,7 @@ class Policy:
         Not beside what was found already: what the search finds could not be told apart.
         """
         has_found = found is not None and len(found.tokens) > 0
-        if has_found or self._waited < self.TRY / 2 * 2**self._tries * seconds:
+        if has_found or self._waited < self.TRY * 2 ** (self._tries - 1) * seconds:
             return False
         self._tries += 1
         self._worth = None
