@@ -23,7 +23,7 @@ class TextMemory:
     Buffers double, so that few sizes of them are compiled for.
     """
 
-    ROOM = 512
+    ROOM = 128
 
     def __init__(self, head: RecurrentHead, embed: Callable[[mx.array], mx.array], view: View):
         self._head, self._embed, self._view = head, embed, view
