@@ -22,6 +22,7 @@ from redrafter_mlx.drafters.mtp import KIND
 from redrafter_mlx.drafters.published import load_published, shards_of
 from redrafter_mlx.drafters.text import SharedVocabulary
 from redrafter_mlx.errors import UserError
+from redrafter_mlx.loading.drafters import load_drafter
 from redrafter_mlx.rounds.round import Trail, View
 from redrafter_mlx.target.adapter import Target, adapt
 from support import generation, ids, tiny_prompt
@@ -447,6 +448,28 @@ def shipped(path: Path, name: str) -> dict[str, str]:
     for file, tensors in files.items():
         write(path, tensors, config(name), file)
     return {tensor: file for file, tensors in files.items() for tensor in tensors}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "deepseek_v3"])
+def test_taken_out_without_its_settings_the_targets_describe_it(name, tmp_path):
+    """A repo with nothing but the head's tensors, as some publish it."""
+    model = build(name)
+    plain = ids(generation(model, tiny_prompt()))
+    alone = tmp_path / "head"
+    write(alone, published(name, model, random_parts(0)), None, "mtp.safetensors")
+    with pytest.raises(UserError, match=r"head/config\.json: cannot be read"):
+        load_drafter(f"mtp:{alone}", model)
+
+    write(tmp_path / "target", {}, config(name))
+    model._redrafter_directory = tmp_path / "target"
+    drafter = load_drafter(f"mtp:{alone}", model)
+    assert ids(generation(model, tiny_prompt(), drafter)) == plain
+
+    other = build("llama")
+    write(tmp_path / "other", {}, {"model_type": "llama"})
+    other._redrafter_directory = tmp_path / "other"
+    with pytest.raises(UserError, match="of a 'llama' model"):
+        load_drafter(f"mtp:{alone}", other)
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -14,3 +14,8 @@ KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in (dflash, e
 def recognised(settings: Mapping[str, Any], names: Collection[str]) -> Kind | None:
     """The kind of head that a checkpoint holds, by its config.json and its tensors' names."""
     return next((kind for kind in KINDS.values() if kind.recognises(settings, names)), None)
+
+
+def is_taken_out(names: Collection[str]) -> bool:
+    """Whether these tensors are a head that lies inside targets: their config.json is its own."""
+    return any(kind.inside and kind.recognises({}, names) for kind in KINDS.values())

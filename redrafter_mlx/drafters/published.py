@@ -108,13 +108,17 @@ def unwrapped(names: Collection[str], known: Callable[[str], str | None]) -> dic
     return max(map(under, WRAPPERS), key=len)
 
 
-def load_published(kind: Kind, path: Path, dtype: mx.Dtype) -> tuple[nn.Module, np.ndarray]:
+def load_published(
+    kind: Kind, path: Path, dtype: mx.Dtype, settings: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, np.ndarray]:
     """The head in a directory, and the target's token id of each of its draft ids (D,).
+
+    settings  instead of its config.json
 
     Weights are cast to `dtype`, the target's, except those that the head does not cast. Raises
     UserError that says what is wrong and where.
     """
-    settings = read_json(path / "config.json")
+    settings = read_json(path / "config.json") if settings is None else settings
     tensors = read_tensors(path, kind.ours if kind.inside else None)
     names = kind.ours(tensors)
     refuse_strangers(kind, path, tensors, names)

@@ -15,7 +15,7 @@ from redrafter_mlx.config import DrafterOptions, parse_keywords
 from redrafter_mlx.drafters.cascade import CascadeDrafter
 from redrafter_mlx.drafters.checkpoint import load_head
 from redrafter_mlx.drafters.head import RecurrentHead
-from redrafter_mlx.drafters.kinds import recognised
+from redrafter_mlx.drafters.kinds import is_taken_out, recognised
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter, Memory, count_bigrams
 from redrafter_mlx.drafters.model import ModelDrafter, check_tokenizers, warn_if_larger
 from redrafter_mlx.drafters.protocol import Drafter
@@ -148,7 +148,7 @@ class _Loader:
     def _head(self, spec: Spec) -> Drafter:
         """A trained head, of the kind that its files show it to be."""
         directory = resolve_drafter(spec.name, self.revision)
-        settings = read_json(directory / "config.json")
+        settings = self._settings(directory)
         kind = recognised(settings, tensor_names(directory))
         found = RECURRENT if kind is None else kind.name
         if spec.kind not in (HEAD, found):
@@ -159,13 +159,19 @@ class _Loader:
         if kind is None:
             return _recurrent(directory, self.model)
         target = adapt(self.model)
-        head, ids = load_published(kind, directory, target.dtype)
+        head, ids = load_published(kind, directory, target.dtype, settings)
         if mx.default_device() == mx.cpu:
             compute_in_float32(head)
         try:
             return kind.drafter(target, head, ids, read_experience(directory))
         except UserError as error:
             raise UserError(f"{directory}: {error}") from error
+
+    def _settings(self, directory: Path) -> dict[str, Any]:
+        """config.json of a head; the target's, for one that was taken out of it without any."""
+        own = directory / "config.json"
+        of_target = getattr(self.model, "_redrafter_directory", None)
+        return read_json(own if own.exists() or of_target is None else of_target / "config.json")
 
     def _max_gram(self) -> MaxGramDrafter:
         o, vocab_size = self.options, adapt(self.model).vocab_size
@@ -233,7 +239,8 @@ def load_head_of(
 
 
 def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
-    """The local directory of a drafter: config.json and *.safetensors.
+    """The local directory of a drafter: *.safetensors, and config.json, which only heads may lack
+    that lie inside targets (MTP).
 
     Args:
         name_or_path: `demo` (the drafter shipped with this package, trained for the demo
@@ -254,7 +261,8 @@ def resolve_drafter(name_or_path: str, revision: str | None = None) -> Path:
         directory = local_directory(name, DRAFTER_NAMES) or download_head(
             name, revision, DRAFTER_NAMES
         )
-    check_config(directory, f"give {DRAFTER_NAMES}")
+    if (directory / "config.json").exists() or not is_taken_out(tensor_names(directory)):
+        check_config(directory, f"give {DRAFTER_NAMES}")
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"{directory} has no *.safetensors file, so it is not a drafter")
     return directory
