@@ -163,6 +163,11 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
     kind, text = model_type_of(settings), text_of(settings)
     family = next((family for family in FAMILIES if kind in family.model_types), None)
     if family is None:
+        if kind == "None":
+            raise UserError(
+                f"{where}: holds a multi-token-prediction head, and no config.json says of which "
+                "model; put that of its target there"
+            )
         known = ", ".join(sorted(name for each in FAMILIES for name in each.model_types))
         raise UserError(
             f"{where}: holds the multi-token-prediction head of a {kind!r} model, and how that "

@@ -159,7 +159,12 @@ class _Loader:
         if kind is None:
             return _recurrent(directory, self.model)
         target = adapt(self.model)
-        head, ids = load_published(kind, directory, target.dtype, settings)
+        try:
+            head, ids = load_published(kind, directory, target.dtype, settings)
+        except UserError as error:
+            if (directory / "config.json").exists():
+                raise
+            raise UserError(f"{error}; it has no config.json, so the target's was read") from error
         if mx.default_device() == mx.cpu:
             compute_in_float32(head)
         try:

@@ -45,7 +45,11 @@ def own_head(name: str | None, directory: Path | None) -> Path | None:
     cached = try_to_load_from_cache(head, "config.json")
     if isinstance(cached, str) and any(Path(cached).parent.glob("*.safetensors")):
         return Path(cached).parent
-    _log.info("there is a head for this model: --drafter union:[%s,max_gram] downloads it", head)
+    _log.info(
+        "there is a head for this model: --drafter union:[%s,max_gram] downloads the files that "
+        "hold it",
+        head,
+    )
     return None
 
 
