@@ -10,7 +10,14 @@ from redrafter_mlx.config import DraftOptions, SamplingOptions, TuneOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
 from redrafter_mlx.measuring.acceptance import best_choice, record, tokens_per_round
-from redrafter_mlx.measuring.measure import Timings, bushy_tree, measure_drafts, measure_passes
+from redrafter_mlx.measuring.measure import (
+    Timings,
+    bushy_tree,
+    look_at_drafts,
+    measure_drafts,
+    measure_passes,
+    time_of_draft,
+)
 from redrafter_mlx.measuring.tuning import tune, verdict
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.policy import settings_within
@@ -83,6 +90,32 @@ def test_drafts_are_timed(target, united):
     settings = settings_within(Setting(2, 3))
     found = measure_drafts(target, drafter, tiny_prompt(9), settings, turns=3, clock=ticking())
     assert found.seconds.tolist() == [[1.0] * 3] * len(settings)
+
+
+def test_a_timed_draft_comes_after_a_pass_as_in_a_round(target, monkeypatch):
+    """Else the head would lie in caches that a pass fills with the target's weights."""
+    drafter, seen = random_drafter(target.model), []
+
+    def noting(what, function):
+        def noted(*arguments):
+            seen.append(what)
+            return function(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(type(target), "verify", noting("pass", type(target).verify))
+    monkeypatch.setattr(drafter, "propose", noting("draft", drafter.propose))
+    settings = settings_within(Setting(2, 3))
+    measure_drafts(target, drafter, tiny_prompt(9), settings, turns=2)
+    assert seen == ["pass", "draft"] * len(settings) * 4
+    seen.clear()
+    context = target.prefill(tiny_prompt(9), chunk=512)
+    look_at_drafts(target, drafter, context, settings)
+    assert seen[:3] == ["draft", "pass", "draft"]  # the first reads the prompt and is not timed
+    assert seen[1:] == ["pass", "draft"] * (len(seen) // 2)
+    seen.clear()
+    time_of_draft(target, drafter, context, settings[-1])
+    assert seen == ["pass", "draft"] * 3
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 5}])

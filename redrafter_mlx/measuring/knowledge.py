@@ -142,7 +142,7 @@ class Knowledge:
             now += time_of_pass(self.target, context, rows)
         if self._draft_costs.untried.is_long and searches(self._drafter):
             known += self._draft_costs.of(full)
-            now += time_of_draft(drafter, context, full)
+            now += time_of_draft(self.target, drafter, context, full)
         return known > UNEVEN * now
 
     def _look(self, full: Setting, context: Context, tokens: int, drafter: Drafter) -> None:
@@ -187,7 +187,7 @@ class Knowledge:
         if looks(self._drafter):
             settings.insert(1, Setting(0, full.length))
         self._draft_costs = LiveDraftCosts(
-            least(known or {}, look_at_drafts(drafter, context, settings))
+            least(known or {}, look_at_drafts(self.target, drafter, context, settings))
         )
 
     def _look_at_passes(self, curve: CostCurve | None, context: Context, tokens: int = 0) -> None:
