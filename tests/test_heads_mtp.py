@@ -470,7 +470,7 @@ def test_taken_out_without_its_settings_the_targets_describe_it(name, tmp_path):
     other._redrafter_directory = tmp_path / "other"
     with pytest.raises(UserError, match=r"of a 'llama' model.*so the target's was read"):
         load_drafter(f"mtp:{alone}", other)
-    with pytest.raises(UserError, match="no config.json says of which model"):
+    with pytest.raises(UserError, match=r"no config\.json says of which model"):
         load_published(KIND, alone, mx.float32, {})
 
 
