@@ -470,7 +470,7 @@ def test_taken_out_without_its_settings_the_targets_describe_it(name, tmp_path):
     other._redrafter_directory = tmp_path / "other"
     with pytest.raises(UserError, match=r"of a 'llama' model.*so the target's was read"):
         load_drafter(f"mtp:{alone}", other)
-    with pytest.raises(UserError, match=r"no config\.json says of which model"):
+    with pytest.raises(UserError, match=r"no config\.json with a model_type says of which model"):
         load_published(KIND, alone, mx.float32, {})
 
 
@@ -579,7 +579,7 @@ def test_a_latent_projection_that_does_not_fit(tmp_path):
 
 SETTINGS = {
     "family": ({"model_type": "llama"}, "'llama' model, and how that computes is not"),
-    "no family": ({"model_type": None}, "'None' model"),
+    "no family": ({"model_type": None}, "no config.json with a model_type says of which model"),
     "sizes": ({"hidden_size": "many"}, "does not describe a qwen3_next model"),
     "missing": ({"num_attention_heads": None}, "does not describe a qwen3_next model"),
     "vocabulary": ({"vocab_size": 0}, "vocab_size is 0, not a positive number"),

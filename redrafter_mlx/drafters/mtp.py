@@ -165,8 +165,8 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
     if family is None:
         if kind == "None":
             raise UserError(
-                f"{where}: holds a multi-token-prediction head, and no config.json says of which "
-                "model; put that of its target there"
+                f"{where}: holds a multi-token-prediction head, and no config.json with a "
+                "model_type says of which model; put that of its target there"
             )
         known = ", ".join(sorted(name for each in FAMILIES for name in each.model_types))
         raise UserError(
