@@ -145,7 +145,7 @@ class Generation:
     @property
     def plain_tps(self) -> float | None:
         """Tokens per second that plain decoding would give here; None if that is not known."""
-        if not isinstance(self._budget, AutoBudget):
+        if not isinstance(self._budget, AutoBudget) or self._budget.survey is not None:
             return None
         costs = self._budget.policy.costs
         return None if costs.curve.is_disturbed else 1 / float(costs.at(len(self.said), 1)[1])
@@ -211,21 +211,18 @@ class Generation:
             yield None
 
     def _rounds(self, context: Context) -> Iterator[Step]:
-        self.stats.end_prompt()
         rule, budget = RULES[self.sampler.options.rule](self.sampler), self._budget_after(context)
         rounds = decode(self._target, self._drafter, rule, budget, context)
-        self.stats.start_decoding()
+        self.stats.end_prompt()
         most = self.options.max_tokens  # each round adds one token at least
         return islice(rounds, None if most < 0 else most)
 
     def _budget_after(self, context: Context) -> Budget:
         if self._knowledge is not None:
-            temp, tokens = self.sampler.options.temp, self.options.max_tokens
-            policy = self._knowledge.policy(
-                self._draft, temp, context, max(tokens, 0), self._drafter
-            )
+            policy = self._knowledge.policy(self._draft, self.sampler.options.temp)
+            survey = self._knowledge.survey(self._draft, context)
             again = partial(self._knowledge.look_again, self._draft, drafter=self._drafter)
-            self._budget = AutoBudget(policy, again, self._place.clock)
+            self._budget = AutoBudget(policy, survey, again, self._place.clock)
         assert self._budget is not None, "either it is given or follows from the options"
         return self._budget
 

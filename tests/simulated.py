@@ -15,6 +15,7 @@ from benchmarks.policy import At, Told
 from redrafter_mlx.drafters.beam_search import collect
 from redrafter_mlx.pricing.budget import AutoBudget, FixedBudget
 from redrafter_mlx.pricing.curve import Setting
+from redrafter_mlx.pricing.survey import Survey
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
 
@@ -161,6 +162,19 @@ def play(
         log.settings.append(setting)
         log.seconds.append(machine.now - began)
     return log
+
+
+def answer(
+    survey: Survey | None, passes: Callable[[int], float], drafts: Callable[[Setting], float]
+) -> list[int]:
+    """Tell a survey what its rounds take; returns their rows."""
+    rows = []
+    while survey is not None and (rung := survey.next()):
+        rows.append(rung.rows)
+        survey.passed(rung.rows, passes(rung.rows))
+        if rung.setting:
+            survey.drafted(rung.setting, drafts(rung.setting))
+    return rows
 
 
 def yields(guesser: Guesser, full: Setting, drafts: int = 400) -> dict[Setting, np.ndarray]:

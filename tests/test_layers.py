@@ -105,6 +105,7 @@ LAYERS = [
         "drafters.suffixes",
     ],
     ["pricing.budget", "pricing.experience"],
+    ["pricing.survey"],
     ["pricing.policy"],
     ["pricing.calibration"],
     ["target.adapter"],

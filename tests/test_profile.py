@@ -13,13 +13,14 @@ import pytest
 from families import build
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.measuring import profile as profiles
-from redrafter_mlx.measuring.knowledge import Knowledge
+from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
 from redrafter_mlx.measuring.profile import Profile, identify, load, profile_path, save
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.rounds.tree import Candidates
 from redrafter_mlx.target.adapter import adapt
+from simulated import answer
 from support import generation, ids, random_drafter, tiny_prompt
 
 FULL = Setting(4, 5)
@@ -172,13 +173,15 @@ def test_the_identity_knows_weights_and_types(model):
     assert identify(target, None)["drafter"] == "none"
 
 
-def known(model, drafter, temp=0.0, prompt=(1, 2, 3), **options):
+def known(model, drafter, temp=0.0, prompt=(1, 2, 3), passes=lambda rows: 0.01 * rows, **options):
     """What a process knows after a prompt, and its policy."""
     target = adapt(model)
     found = Knowledge(target, drafter)
     drafter.reset()
     context = target.prefill(prompt, chunk=512)
-    return found, found.policy(DraftOptions(**options), temp, context, 50)
+    policy = found.policy(DraftOptions(**options), temp)
+    answer(found.survey(DraftOptions(**options), context), passes, lambda setting: 0.003)
+    return found, policy
 
 
 def test_a_profile_is_used(model, drafter, profile, caplog):
@@ -190,39 +193,47 @@ def test_a_profile_is_used(model, drafter, profile, caplog):
     assert policy.draft_costs.of(FULL) == 0.002
     assert policy.calibration.accepted.sum() == pytest.approx(32)
     assert len(policy.samples) == 1
-    context = adapt(model).prefill([1, 2, 3], chunk=512)
-    assert found.policy(DraftOptions(), 0.04, context, 50) is policy
-    warm = found.policy(DraftOptions(), 0.8, context, 50)
+    assert found.policy(DraftOptions(), 0.04) is policy
+    warm = found.policy(DraftOptions(), 0.8)
     assert warm.costs is policy.costs
     assert not warm.calibration.predicted.any(), "another temperature"
-    wide = found.policy(DraftOptions(beam_width=8, beam_length=6), 0.0, context, 50)
+    wide = found.policy(DraftOptions(beam_width=8, beam_length=6), 0.0)
     assert wide.calibration.predicted.shape == (2, 5, 8)
 
 
 def test_what_is_missing_is_measured_once_and_said(model, drafter, caplog):
+    """In rounds whose tokens count, after which the line is said."""
+    prompt = tiny_prompt()
+    plain = ids(generation(model, prompt, max_tokens=60))
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
-        known(model, drafter)[0].keep(50)
-        known(model, drafter)
+        first, second = (
+            generation(model, prompt, drafter, max_tokens=60, draft=DraftOptions())
+            for _ in range(2)
+        )
+        tokens = first.turns()
+        told = [next(tokens) for _ in range(20)]
+        assert caplog.records == [], "not in the middle of the text"
+        assert [token.id for token in [*told, *tokens] if token is not None] == plain
+        assert ids(second) == plain
     (line,) = [r.getMessage() for r in caplog.records]
-    assert line.startswith("measured once what drafts and passes cost here")
+    assert line.endswith("rounds measured once what drafts and passes cost here")
     stored = load(identify(adapt(model), drafter))
-    assert stored.curve.contexts == [2]
+    assert stored.curve.contexts == [len(prompt) - 1]
     assert {1, 2, 4, 8, 16} <= set(stored.curve.rows)
-    assert FULL in stored.drafts
+    measured = knowledge_of(adapt(model), drafter)._draft_costs.measured
+    assert set(measured) == {FULL, Setting(1, 5), Setting(1, 2)}
 
 
-def test_a_look_at_a_machine_that_was_busy_is_not_kept(model, drafter, monkeypatch, caplog):
+def test_a_survey_of_a_machine_that_was_busy_is_not_kept(model, drafter, caplog):
     """Seen with another process on all cores: 114 ms for a row, 581 for two, never tried again."""
     busy = {1: 0.114, 2: 0.581, 4: 0.581, 8: 2.66, 16: 3.55}
     quiet = {1: 0.075, 2: 0.094, 4: 0.101, 8: 0.104, 16: 0.133}
-    looks = iter([busy, quiet])
-    monkeypatch.setattr("redrafter_mlx.measuring.knowledge.look_at_passes", lambda *_: next(looks))
-    found, _ = known(model, drafter)
-    assert "something else is using this machine" in caplog.text
+    found, policy = known(model, drafter, passes=busy.__getitem__)
     found.keep(20)
+    assert "something else is using this machine" in caplog.text
     assert load(found._identity) is None
     context = adapt(model).prefill([1, 2, 3], chunk=512)
-    policy = found.policy(DraftOptions(), 0.0, context, 50)
+    answer(found.survey(DraftOptions(), context), quiet.__getitem__, lambda setting: 0.003)
     assert policy.costs.at(3, 8)[8] == pytest.approx(0.104)
     found.keep(20)
     assert load(found._identity).curve.seconds[0][:2] == pytest.approx([0.075, 0.094])
@@ -242,9 +253,9 @@ def test_a_much_longer_prompt_is_looked_at_again(model, drafter, profile, caplog
     save(profile)
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
         found, policy = known(model, drafter, prompt=[1 + i % 7 for i in range(300)])
+        found.keep(310)
     assert "what passes cost" in caplog.text
     assert policy.costs.curve.contexts == [10, 100, 299]
-    found.keep(310)
     assert load(profile.identity).curve.contexts == [10, 100, 299]
 
 
@@ -332,12 +343,13 @@ def test_passes_are_known_from_a_profile_of_another_drafter(model, profile, capl
     (path.parent / "broken.json").write_text("nonsense")
     save(profile)
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
-        _, policy = known(model, random_drafter(model, seed=8))
+        found, policy = known(model, random_drafter(model, seed=8))
+        found.keep(50)
     assert policy.costs.at(10, 2).tolist() == pytest.approx([0, 0.01, 0.02])
     assert policy.draft_costs.of(FULL) != 0.002
     assert not policy.calibration.predicted.any()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("measured once what drafts cost here")
+    assert line.endswith("measured once what drafts cost here")
 
 
 def test_generation_with_a_bad_profile_says_so_once_and_gives_the_same_text(

@@ -13,19 +13,19 @@ from test_policy import policy as policy_of
 from families import build
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.measuring import knowledge as knowledge_module
-from redrafter_mlx.measuring import measure
 from redrafter_mlx.measuring.knowledge import Knowledge
 from redrafter_mlx.measuring.profile import load
 from redrafter_mlx.pricing.budget import AutoBudget
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Recent, Setting
+from redrafter_mlx.pricing.survey import Survey
 from redrafter_mlx.target.adapter import adapt
-from simulated import Guesser, Machine, play
+from simulated import Guesser, Machine, answer, play
 from support import random_drafter
 
 FULL, SHORT = Setting(4, 5), Setting(1, 2)
 ROWS = [1, 2, 4, 8, 16]
 RIGHT = [0.080, 0.096, 0.098, 0.107, 0.137]
-SLOW = [0.152, 0.214, 0.246, 0.476, 0.534]
+SLOW = [0.152, 0.214, 0.246, 0.476, 0.634]
 ODD = [0.080, 0.273, 0.281, 0.397, 0.666]
 DRAFTS = {FULL: 0.016, Setting(1, 5): 0.008, SHORT: 0.003}
 
@@ -96,9 +96,9 @@ def test_after_trouble_it_is_looked_at_again_and_drafts_pay(seconds, drafts):
     def look_again(context):
         looks.append(context.position)
         policy.costs, policy.draft_costs = live(RIGHT), LiveDraftCosts(DRAFTS)
-        return True
+        return Survey.confirmed()
 
-    budget = AutoBudget(policy, look_again, clock=lambda: here.now)
+    budget = AutoBudget(policy, None, look_again, clock=lambda: here.now)
     log = play(here, Guesser(sure=0.7), budget, 600)
     assert len(looks) <= 1, "of drafts, one that is made tells of the others"
     assert all(position <= 100 + Recent.STALE + 16 for position in looks)
@@ -117,9 +117,9 @@ def test_what_stays_dear_is_looked_at_ever_less_often():
         looks.append(context.position)
         policy.costs.untried.confirm()
         policy.draft_costs.untried.confirm()
-        return True
+        return Survey.confirmed()
 
-    budget = AutoBudget(policy, look_again, clock=lambda: here.now)
+    budget = AutoBudget(policy, None, look_again, clock=lambda: here.now)
     play(here, Guesser(sure=0.7), budget, 3000)
     assert len(looks) == 3  # after 128, 512 and 2,048 rounds
 
@@ -130,8 +130,6 @@ class Clocked:
     def __init__(self, monkeypatch, passes, drafts=DRAFTS):
         self.passes, self.drafts = passes, drafts
         given = {
-            "look_at_passes": lambda *_: dict(zip(ROWS, self.passes, strict=True)),
-            "look_at_drafts": lambda *_: self.drafts,
             "time_of_pass": lambda *_: self.passes[3],
             "time_of_draft": lambda *_: self.drafts[FULL],
         }
@@ -145,7 +143,13 @@ class Clocked:
         """Another process."""
         self.knows = Knowledge(adapt(self.model), self.drafter)
         self.context = adapt(self.model).prefill([1, 2, 3], chunk=512)
-        self.policy = self.knows.policy(DraftOptions(), 0.0, self.context, 50)
+        self.policy = self.knows.policy(DraftOptions(), 0.0)
+        self.measure(self.knows.survey(DraftOptions(), self.context))
+
+    def measure(self, survey):
+        """The rounds of a survey."""
+        times = dict(zip(ROWS, self.passes, strict=True))
+        answer(survey, times.__getitem__, self.drafts.__getitem__)
 
     def rounds(self, seconds, count=4):
         """Plain rounds, of which `seconds` is the time."""
@@ -157,7 +161,7 @@ class Clocked:
 
     def look_again(self):
         self.knows.PAUSE = 0
-        self.knows.look_again(DraftOptions(), self.context, self.drafter)
+        self.measure(self.knows.look_again(DraftOptions(), self.context, self.drafter))
 
     @property
     def kept(self):
@@ -174,7 +178,8 @@ def test_a_curve_of_a_slow_time_is_replaced_in_the_middle_of_a_text(monkeypatch,
     here.passes, here.drafts = RIGHT, DRAFTS
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
         here.look_again()
-    assert "measured again what drafts and passes cost here" in caplog.text
+        assert here.kept
+    assert "rounds measured again what drafts and passes cost here" in caplog.text
     assert here.policy.costs.at(10, 16)[ROWS].tolist() == pytest.approx(RIGHT)
     assert here.policy.draft_costs.of(FULL) == pytest.approx(0.016)
     assert here.kept.curve.seconds == [RIGHT]
@@ -198,7 +203,7 @@ def test_the_machine_is_not_looked_at_all_the_time(monkeypatch):
     here.rounds(RIGHT[0])
     here.passes = RIGHT
     here.knows._spent = 1000.0
-    here.knows.look_again(DraftOptions(), here.context, here.drafter)
+    assert here.knows.look_again(DraftOptions(), here.context, here.drafter) is None
     assert here.policy.costs.curve.seconds == [SLOW]
 
 
@@ -229,8 +234,8 @@ def test_a_look_at_a_busy_machine_in_the_middle_of_a_text_is_not_kept(monkeypatc
     here.rounds(RIGHT[0])
     here.passes = [0.08, 0.9, 0.9, 2.0, 3.0]
     here.look_again()
-    assert "something else is using this machine" in caplog.text
     assert here.kept.as_dict() == before
+    assert "something else is using this machine" in caplog.text
 
 
 def test_profiles_of_two_contexts_stay_apart(monkeypatch):
@@ -242,32 +247,3 @@ def test_profiles_of_two_contexts_stay_apart(monkeypatch):
         lambda p: replace(p, curve=stored.curve.with_context(4000, {1: 0.2, 16: 0.4})),
     )
     assert here.kept.curve.contexts == [2, 4000]
-
-
-def test_a_look_at_a_busy_machine_is_cut_short(monkeypatch):
-    """Seen: 15.6 s, where a second was promised."""
-    times = {1: 0.15, 2: 0.2, 4: 3.0, 8: 9.0, 16: 9.0}
-    timed = []
-
-    def pass_of(target, context, rows, clock):
-        timed.append(rows)
-        return times[rows]
-
-    monkeypatch.setattr(measure, "_timed_pass", pass_of)
-    found = measure.look_at_passes(None, None, 100, clock=lambda: 10.0 * len(timed))
-    assert timed == [1, 2, 4, 4], "once more, for it may have been a moment"
-    assert CostCurve([0], list(found), [list(found.values())]).is_disturbed
-
-
-def test_one_bad_moment_does_not_end_a_look(monkeypatch):
-    bad = iter([True, False])
-    right = dict(zip([*ROWS, 32, 64], [*RIGHT, 0.2, 0.4], strict=True))
-    spent = [0.0]
-
-    def pass_of(target, context, rows, clock):
-        spent[0] += (seconds := 3.0 if rows == 2 and next(bad, False) else right[rows])
-        return seconds
-
-    monkeypatch.setattr(measure, "_timed_pass", pass_of)
-    found = measure.look_at_passes(None, None, 100, clock=lambda: spent[0])
-    assert found == pytest.approx(dict(zip(ROWS, RIGHT, strict=True)))

@@ -66,7 +66,7 @@ def drawn_tree(
         return Candidates(root, tokens[kept], before[kept], odds[kept], beams=spine)
 
     chosen = budget.tree(candidates(np.ones(tokens.shape, bool)))
-    sizes = np.bincount(chosen.depths, minlength=depths + 1)[1:]
+    sizes = np.bincount(chosen.depths, minlength=depths + 1)[1 : depths + 1]
     c = candidates(rank < sizes[:, None])
     tree = TokenTree.best(root, c.tokens, c.parents, c.logprobs, len(chosen))
     has_children = np.isin(np.arange(len(tree)), tree.parents)

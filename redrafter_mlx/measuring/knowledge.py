@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.machine.storage import CACHE_VARIABLE, one_line
-from redrafter_mlx.measuring.measure import (
-    look_at_drafts,
-    look_at_passes,
-    time_of_draft,
-    time_of_pass,
-)
+from redrafter_mlx.measuring.measure import time_of_draft, time_of_pass
 from redrafter_mlx.measuring.profile import (
     Profile,
     experience_key,
@@ -30,6 +25,7 @@ from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import UNEVEN, CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.pricing.policy import Policy, Samples
+from redrafter_mlx.pricing.survey import Survey
 from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.target.adapter import Target
 
@@ -50,7 +46,7 @@ class Knowledge:
     """Of one drafter with one target on this machine.
 
     Costs and what is known of drafts come from the profile that earlier runs left; what is missing
-    is measured after the first prompt. Each temperature has a Policy of its own, and begins with
+    is measured in the first rounds. Each temperature has a Policy of its own, and begins with
     what is known at the nearest one, of the profile's or the head's own.
 
     Other work on the machine makes things take longer, never shorter. So if passes turn out to take
@@ -59,7 +55,7 @@ class Knowledge:
     """
 
     PAUSE = 8
-    """Pause between two looks at a machine, in units of the time that all looks have taken."""
+    """Pause between two surveys, in units of the time that all have taken."""
 
     def __init__(self, target: Target, drafter: Drafter):
         self.target, self._drafter = target, drafter
@@ -75,37 +71,42 @@ class Knowledge:
         self._bases: dict[tuple[Setting, float], tuple[Experience | None, int, int]] = {}
         self._is_kept = True  # False once it could not be written
         self._is_new = False  # whether the curve replaces the profile's
-        self._looked_at = self._spent = 0.0  # end of the last look, seconds that all have taken
+        self._running: Survey | None = None
+        self._news: list[tuple[int, str]] = []  # to be said once the text is written
+        self._looked_at = self._spent = 0.0  # end of the last survey, seconds that all have taken
 
     @property
     def is_first(self) -> bool:
         """Whether this pair has never been used on this machine."""
         return self._costs is None
 
-    def policy(
-        self,
-        options: DraftOptions,
-        temp: float,
-        context: Context,
-        tokens: int,
-        drafter: Drafter | None = None,
-    ) -> Policy:
-        """The policy for a text whose prompt is processed; measures first what is not known.
-
-        tokens   most tokens of the answer
-        drafter  the text's own fork of the drafter, if it has one
-        """
+    def policy(self, options: DraftOptions, temp: float) -> Policy:
+        """The policy for texts at a temperature."""
         full, temp = _full_search(options), round(temp, 1)
-        self._look(full, context, tokens, drafter or self._drafter)
         if (full, temp) not in self._policies:
             self._policies[full, temp] = self._new_policy(full, temp)
         return self._policies[full, temp]
+
+    def survey(self, options: DraftOptions, context: Context) -> Survey | None:
+        """What a text whose prompt is processed must find out first; None: nothing is missing."""
+        curve = self._costs.curve if self._costs else None
+        if curve is not None and curve.is_disturbed:
+            curve = None
+        is_far = curve is not None and context.position > LONGER * max(curve.contexts[-1], SHORT)
+        missing = [] if self._draft_costs.measured else ["drafts"]
+        if curve is None or is_far:
+            missing.append("passes")
+        if not missing:
+            return None
+        return self._survey(_full_search(options), "once", missing, curve, context)
 
     def keep(self, context: int) -> None:
         """Store what was learned in the profile, beside what other processes have stored there.
 
         context  tokens of the text so far
         """
+        while self._news:
+            _log.log(*self._news.pop(0))
         if not self._is_kept or self._costs is None or self._costs.curve.is_disturbed:
             return
         try:
@@ -118,20 +119,21 @@ class Knowledge:
                 one_line(error), CACHE_VARIABLE,
             )  # fmt: skip
 
-    def look_again(self, options: DraftOptions, context: Context, drafter: Drafter) -> bool:
-        """Measure again in the middle of a text what is in doubt; False: it is too soon."""
+    def look_again(
+        self, options: DraftOptions, context: Context, drafter: Drafter
+    ) -> Survey | None:
+        """What to measure again in the middle of a text whose costs are in doubt.
+
+        A survey that is over says that they were confirmed; None: it is too soon.
+        """
         if time.perf_counter() - self._looked_at < self.PAUSE * self._spent:
-            return False
-        full, known = _full_search(options), self._draft_costs.least()
-        if not self._costs.is_outdated and not self._is_dearer(full, context, drafter):
-            self._costs.untried.confirm()
-            self._draft_costs.untried.confirm()
-            return True
-        with self._looking("again", ["drafts", "passes"]):
-            self._look_at_drafts(full, context, drafter, known)
-            self._look_at_passes(None, context)
-        self._is_new = True
-        return True
+            return None
+        full = _full_search(options)
+        if self._costs.is_outdated or self._is_dearer(full, context, drafter):
+            return self._survey(full, "again", ["drafts", "passes"], None, context)
+        self._costs.untried.confirm()
+        self._draft_costs.untried.confirm()
+        return Survey.confirmed()
 
     def _is_dearer(self, full: Setting, context: Context, drafter: Drafter) -> bool:
         """Whether something untried for long has a known cost far above what it takes now."""
@@ -145,56 +147,50 @@ class Knowledge:
             now += time_of_draft(self.target, drafter, context, full)
         return known > UNEVEN * now
 
-    def _look(self, full: Setting, context: Context, tokens: int, drafter: Drafter) -> None:
-        """Measure what is not known yet, in about a second, and log it."""
-        curve = self._costs.curve if self._costs else None
-        if curve is not None and curve.is_disturbed:
-            curve = None
-        missing = [] if self._draft_costs.measured else ["drafts"]
-        if curve is None or context.position > LONGER * max(curve.contexts[-1], SHORT):
-            missing.append("passes")
-        if not missing:
-            return
-        with self._looking("once", missing):
-            if "drafts" in missing:
-                self._look_at_drafts(full, context, drafter)
-            if "passes" in missing:
-                self._look_at_passes(curve, context, tokens)
+    def _survey(
+        self,
+        full: Setting,
+        often: str,
+        missing: list[str],
+        curve: CostCurve | None,
+        context: Context,
+    ) -> Survey:
+        """A survey of what is missing, whose passes join a curve of others; one at a time."""
+        if self._running is None or self._running.is_over or self._running.full != full:
+            self._running = Survey(
+                full,
+                looks(self._drafter),
+                searches(self._drafter),
+                "passes" in missing,
+                partial(self._learn, often, missing, curve, context.position, time.perf_counter()),
+            )
+        return self._running
 
-    @contextmanager
-    def _looking(self, often: str, at: list[str]) -> Iterator[None]:
-        """Around measuring: hands the results to the policies and tells the user."""
-        self._began = time.perf_counter()
-        yield
+    def _learn(
+        self,
+        often: str,
+        missing: list[str],
+        curve: CostCurve | None,
+        position: int,
+        began: float,
+        survey: Survey,
+    ) -> None:
+        """A survey is over: hand its results to the policies."""
+        if "drafts" in missing:
+            self._draft_costs = LiveDraftCosts(least(self._draft_costs.least(), survey.drafts))
+        if "passes" in missing:
+            self._costs = LiveCosts(_with_context(curve, position, survey.costs))
+            self._is_new = self._is_new or often == "again"
         for policy in self._policies.values():
             policy.costs, policy.draft_costs = self._costs, self._draft_costs
         self._looked_at = time.perf_counter()
-        spent = self._looked_at - self._began
-        self._spent += spent
-        _log.info("measured %s what %s cost here (%.1f s)", often, " and ".join(at), spent)
-        if self._costs.curve.is_disturbed:
-            _log.warning(DISTURBED)
-
-    def _look_at_drafts(
-        self,
-        full: Setting,
-        context: Context,
-        drafter: Drafter,
-        known: Mapping[Setting, float] | None = None,
-    ) -> None:
-        """Measure drafts; `known` times that are lower stay."""
-        settings = [full, Setting(1, full.length), Setting(1, 2)]
-        if looks(self._drafter):
-            settings.insert(1, Setting(0, full.length))
-        self._draft_costs = LiveDraftCosts(
-            least(known or {}, look_at_drafts(self.target, drafter, context, settings))
+        self._spent += self._looked_at - began
+        what = " and ".join(missing)
+        self._news.append(
+            (logging.INFO, f"{survey.rounds} rounds measured {often} what {what} cost here")
         )
-
-    def _look_at_passes(self, curve: CostCurve | None, context: Context, tokens: int = 0) -> None:
-        """Measure passes at this context and add them to a curve of others."""
-        spent = time.perf_counter() - self._began
-        seconds = look_at_passes(self.target, context, tokens, spent)
-        self._costs = LiveCosts(_with_context(curve, context.position, seconds))
+        if self._costs.curve.is_disturbed:
+            self._news.append((logging.WARNING, DISTURBED))
 
     def _new_policy(self, full: Setting, temp: float) -> Policy:
         known = self._experiences.get(experience_key(full, temp))

@@ -22,7 +22,7 @@ from redrafter_mlx.decoding import decode
 from redrafter_mlx.drafters.protocol import Drafter, NoDrafter
 from redrafter_mlx.machine import device
 from redrafter_mlx.pricing.budget import FixedBudget
-from redrafter_mlx.pricing.curve import CostCurve, Setting, is_impossible
+from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.rounds.sampling import Sampler
 from redrafter_mlx.rounds.tree import TokenTree
@@ -173,69 +173,6 @@ def curve_of(contexts: Sequence[int], rows: Sequence[int], timings: Sequence[Tim
     return CostCurve(list(contexts), list(rows), [t.typical.tolist() for t in timings])
 
 
-LOOK = 1.0
-"""Seconds that a first look at a machine may take,"""
-LOOK_SHARE = 0.03
-"""or this share of the time that plain decoding takes for the answer, if that is more."""
-LOOK_ROWS, LOOK_AT_LEAST = (1, 2, 4, 8, 16, 32, 64), 5
-"""Sizes, and how many of the first are timed however long it takes: a guess is no price."""
-LOOK_TURNS = 3
-LOOK_DRAFTS = 0.1
-"""Seconds for timing drafts."""
-
-
-def look_at_passes(
-    target: Target,
-    context: Context,
-    tokens: int,
-    spent: float = 0.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[int, float]:
-    """Seconds of passes by rows after a prompt, of which nothing is committed.
-
-    tokens  most tokens of the answer
-    spent   seconds that the look has taken already
-
-    Sizes are visited in turn, the smaller ones at least once, and trees again while there is time.
-    The least time of a size counts, and no size costs more than a larger one: a single dear pass
-    was disturbed by something else. The very first pass is not timed. If a size looks impossibly
-    dear twice, no larger one is timed: something else is using the machine.
-    """
-    began = clock()
-    timed = lambda rows: _timed_pass(target, context, rows, clock)
-    times: dict[int, float] = {}
-    for rows in LOOK_ROWS[:LOOK_AT_LEAST]:
-        times[rows] = timed(rows)
-        if is_impossible(rows, times[rows], times[1]):
-            times[rows] = min(times[rows], timed(rows))
-            if is_impossible(rows, times[rows], times[1]):
-                return times
-    end = began - spent + max(LOOK, LOOK_SHARE * tokens * times[1])
-    _in_turn(LOOK_ROWS[1:], timed, times, end, clock)
-    rows = sorted(times)
-    costs = np.minimum.accumulate([times[n] for n in rows][::-1])[::-1]
-    return dict(zip(rows, costs.tolist(), strict=True))
-
-
-def look_at_drafts(
-    target: Target,
-    drafter: Drafter,
-    context: Context,
-    settings: Sequence[Setting],
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Setting, float]:
-    """Seconds of drafts after a prompt by setting: the first one, and others as time allows.
-
-    The very first draft is not timed, as it reads the prompt. The least time of a setting counts.
-    """
-
-    draft = lambda setting: _draft_after_pass(target, drafter, context, setting, clock)[0]
-    drafter.propose(context, FixedBudget(*settings[0], 16))
-    times = {settings[0]: draft(settings[0])}
-    _in_turn(settings, draft, times, clock() + LOOK_DRAFTS, clock)
-    return times
-
-
 def time_of_draft(
     target: Target,
     drafter: Drafter,
@@ -268,43 +205,4 @@ def time_of_pass(
     target: Target, context: Context, rows: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Seconds of a pass over a tree, the lesser of two; nothing is committed."""
-    return min(_timed_pass(target, context, rows, clock) for _ in range(2))
-
-
-def _in_turn(things: Sequence, measure: Callable, times: dict, end: float, clock) -> None:
-    """Fill `times` with the least of each thing, in a few turns, if it can be done before `end`.
-
-    A thing not measured yet is assumed to take twice as long as the one before it.
-    """
-    for _ in range(LOOK_TURNS):
-        last = 0.0
-        for thing in things:
-            last = times.get(thing, 2 * last)
-            if clock() + last <= end:
-                spent = measure(thing)
-                times[thing] = last = min(spent, times.get(thing, spent))
-
-
-def _timed_pass(target: Target, context: Context, rows: int, clock) -> float:
-    """Seconds of a pass; of one row as in plain decoding, where the next is built meanwhile.
-
-    How much of the host's work that hides depends on the device: on a CPU next to nothing.
-    """
-    if rows > 1:
-        return _tree_pass(target, context, rows, clock)[0]
-    return _timed_row(target, context, clock)
-
-
-def _timed_row(target: Target, context: Context, clock) -> float:
-    """Seconds of each of two passes over one row, after one that is not timed."""
-    pending, began = context.pending, 0.0
-    for number in range(3):
-        if number == 1:
-            device.read(pending)
-            began = clock()
-        outcome = target.verify(replace(context, pending=pending), TokenTree.root())
-        pending = mx.argmax(outcome.logits, axis=-1).astype(context.pending.dtype)
-        mx.async_eval(pending)
-        context.caches.commit([])
-    device.read(pending)
-    return (clock() - began) / 2
+    return min(_tree_pass(target, context, rows, clock)[0] for _ in range(2))

@@ -10,6 +10,7 @@ from typing import Protocol
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.pricing.policy import Policy
+from redrafter_mlx.pricing.survey import Survey
 from redrafter_mlx.rounds.round import Context, Step
 from redrafter_mlx.rounds.tree import Candidates, TokenTree
 
@@ -73,11 +74,15 @@ class FixedBudget:
 
 @dataclass
 class _Round:
-    """What a budget remembers of a round until its time is known."""
+    """What a budget remembers of a round until its time is known.
+
+    rows  of its tree, if a survey asks for that size, else 0
+    """
 
     position: int
     setting: Setting | None
     began: float
+    rows: int = 0
     nodes: int = 1
     draft_seconds: float = 0.0
     is_known: bool = False
@@ -95,12 +100,14 @@ class AutoBudget:
     plain one: its own, and the host's work that a plain round hides, which on a fast device is
     most of it.
 
-    look_again  measures passes and drafts anew when their known costs are in doubt; whether it
-                measured anything
+    survey      sizes of the first rounds, from which costs will be known; None if they are
+    look_again  what to do when known costs are in doubt: another survey, over already if they were
+                confirmed, or None if it is too soon
     """
 
     policy: Policy
-    look_again: Callable[[Context], bool] = lambda context: False
+    survey: Survey | None = None
+    look_again: Callable[[Context], Survey | None] = lambda context: None
     clock: Callable[[], float] = time.perf_counter
     width: int = field(init=False)
     length: int = field(init=False)
@@ -118,14 +125,24 @@ class AutoBudget:
         now = self.clock()
         if self._last is not None:
             self._price(self._last, self._before, now - self._last.began)
-        if self.policy.is_doubtful and self.look_again(context):
-            self._last, now = None, self.clock()
-        setting = self.policy.plan(context.position)
+        if self.survey is None and self.policy.is_doubtful:
+            self.survey = self.look_again(context)
+            if self.survey is not None:
+                self._last, now = None, self.clock()
+        rung = self.survey.next() if self.survey is not None else None
+        if rung is None:
+            self.survey = None
+            setting, rows = self.policy.plan(context.position), 0
+        else:
+            rows, setting = rung
+            self.policy.pass_round()
         self.width, self.length = setting or self.policy.full
-        self._before, self._last = self._last, _Round(context.position, setting, now)
+        self._before, self._last = self._last, _Round(context.position, setting, now, rows)
         return setting is not None
 
     def search(self, found: Candidates) -> bool:
+        if self._round.rows:
+            return self.width > 0
         setting = self.policy.search(found)
         if setting is not None:
             self.width, self.length = self._round.setting = setting
@@ -133,17 +150,19 @@ class AutoBudget:
 
     def tree(self, candidates: Candidates) -> TokenTree:
         """The tree to verify."""
-        setting, position = Setting(self.width, self.length), self._round.position
-        return self.policy.choose(setting, candidates, position)
+        setting, last = Setting(self.width, self.length), self._round
+        tree = self.policy.choose(setting, candidates, last.position, last.rows)
+        return tree.filled(last.rows)
 
     def observe(self, tree: TokenTree, step: Step) -> None:
         last = self._round
         last.nodes, last.draft_seconds = step.nodes, step.draft_seconds
         last.is_known = step.is_known
-        self._rounds += 1
-        self._trees += step.nodes > 1
-        self.policy.costs.untried.count(step.nodes > 1)
-        self.policy.draft_costs.untried.count(bool(last.setting and last.setting.width))
+        if not last.rows:
+            self._rounds += 1
+            self._trees += step.nodes > 1
+            self.policy.costs.untried.count(step.nodes > 1)
+            self.policy.draft_costs.untried.count(bool(last.setting and last.setting.width))
         if last.setting is not None:
             self.policy.observe(tree, list(step.verdict.path))
 
@@ -163,18 +182,29 @@ class AutoBudget:
         return self._last
 
     def _price(self, last: _Round, before: _Round | None, seconds: float) -> None:
-        costs, drafts = self.policy.costs, self.policy.draft_costs
         if last.setting is None:
             if before is not None and before.setting is None:
-                costs.observe(1, last.position, seconds)
+                self._passed(last, seconds)
         elif not self._has_drafted:
             self._has_drafted = True
         elif last.nodes > 1:
             if last.is_known and (before is None or before.is_known):
-                drafts.observe(last.setting, last.draft_seconds)
-                costs.observe(last.nodes, last.position, seconds - last.draft_seconds)
-        elif before is not None and before.setting and before.is_known == last.is_known:
+                self._drafted(last)
+                self._passed(last, seconds - last.draft_seconds)
+        elif self.survey is None and before and before.setting and before.is_known == last.is_known:
+            costs, drafts = self.policy.costs, self.policy.draft_costs
             plain, alone = float(costs.at(last.position, 1)[1]), seconds - last.draft_seconds
             drafts.observe(last.setting, max(seconds - plain, last.draft_seconds))
             if alone < plain:  # a plain round cannot take longer than that
                 costs.observe(1, last.position, alone)
+
+    def _passed(self, last: _Round, seconds: float) -> None:
+        if self.survey is not None:
+            self.survey.passed(last.nodes, seconds)
+        else:
+            self.policy.costs.observe(last.nodes, last.position, seconds)
+
+    def _drafted(self, last: _Round) -> None:
+        assert last.setting is not None
+        sink = self.survey.drafted if self.survey is not None else self.policy.draft_costs.observe
+        sink(last.setting, last.draft_seconds)

@@ -85,7 +85,8 @@ class Policy:
     """What was learned about one drafter on one target, and what follows from it.
 
     full         the widest and longest search
-    costs        of passes; policies of other temperatures may share it
+    costs        of passes; policies of other temperatures may share it; a Survey comes before
+                 anything else if they are not known yet
     draft_costs  of drafts
     calibration  of node probabilities
     samples      drafts of the full search
@@ -169,13 +170,17 @@ class Policy:
         free = np.full(MOST_NODES + 1, 1.0)
         return self.samples.worth(self.calibration, free, 0.0)[:, -1].mean() > UNEVEN
 
+    def pass_round(self) -> None:
+        """A round begins: what is known is one round older."""
+        self.calibration.pass_round()
+        self.draft_costs.pass_round()
+
     def plan(self, context: int) -> Setting | None:
         """How a round begins after `context` tokens; None: plain decoding.
 
         A drafter that finds candidates without a search looks for these first.
         """
-        self.calibration.pass_round()
-        self.draft_costs.pass_round()
+        self.pass_round()
         self._gained = self.EAGER + self.FADE * (self._gained - self.EAGER)
         self._costs = self.costs.at(context, MOST_NODES)
         is_due = self._rounds % self.LOOK_AGAIN == 0 or self._worth is None
@@ -221,9 +226,27 @@ class Policy:
         self._worth = None
         return True
 
-    def choose(self, setting: Setting, candidates: Candidates, context: int) -> TokenTree:
-        """The tree to verify, of the candidates found within a setting."""
+    def choose(
+        self, setting: Setting, candidates: Candidates, context: int, rows: int = 0
+    ) -> TokenTree:
+        """The tree to verify, of the candidates found within a setting.
+
+        rows  most nodes of the tree, if not costs shall decide
+        """
         c, probs = candidates, self.calibration.probabilities(candidates)
+        nodes = rows or self._worthwhile(setting, c, probs)
+        if setting.width:
+            self._since_sample += 1
+            self._waited = 0.0
+        if setting == self.full and not c.always.any():
+            self.samples.add(c)
+            self._own += 1
+            self._since_sample = 0
+        self._candidates, self._verified = c, likeliest(probs, nodes)
+        return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
+
+    def _worthwhile(self, setting: Setting, c: Candidates, probs: np.ndarray) -> int:
+        """How many nodes pay; the round is counted as one with as many."""
         values = _values(probs, self._costs, self.rate)
         nodes = 1 + int(np.argmax(values))
         draft = self.draft_costs.of(setting)
@@ -232,17 +255,8 @@ class Policy:
             free = _values(probs[c.always], self._costs, self.rate).max()
             plain = 1 - self.rate * self._costs[1]
             self._gained += free - plain - self.rate * self.draft_costs.of(self.no_search)
-        if setting.width:
-            self._since_sample += 1
-        if setting == self.full and not c.always.any():
-            self.samples.add(c)
-            self._own += 1
-            self._since_sample = 0
         self._count(tokens, self._costs[nodes] + draft)
-        if setting.width:
-            self._waited = 0.0
-        self._candidates, self._verified = c, likeliest(probs, nodes)
-        return TokenTree.best(c.root, c.tokens, c.parents, c.logprobs, nodes, scores=probs)
+        return nodes
 
     def observe(self, tree: TokenTree, path: list[int]) -> None:
         """A drafted tree was verified and `path` of it, the root included, accepted."""

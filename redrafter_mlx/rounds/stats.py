@@ -18,15 +18,13 @@ class Stats:
     rule          by which drafts were verified
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
     sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth a row
-    *_seconds     wall time: `decode` of all rounds, `draft` and `verify` parts of it, `look` of
-                  measuring beforehand what rounds cost
+    *_seconds     wall time: `decode` of all rounds, `draft` and `verify` parts of it
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     rule: str = "match"
     prompt_seconds: float = 0.0
-    look_seconds: float = 0.0
     tokens: int = 0
     rounds: int = 0
     nodes: int = 0
@@ -41,11 +39,6 @@ class Stats:
         """The prompt is processed."""
         now = time.perf_counter()
         self.prompt_seconds, self._began = now - self._began, now
-
-    def start_decoding(self) -> None:
-        """Decoding follows; the time since the prompt went into measuring what rounds cost."""
-        now = time.perf_counter()
-        self.look_seconds, self._began = now - self._began, now
 
     def read(self, step: Step) -> list[int]:
         """The step's tokens; waiting for them counts as verification."""
@@ -102,7 +95,6 @@ class Stats:
             "accepted_at": self.accepted_at,
             "draft_seconds": round(self.draft_seconds, 4),
             "verify_seconds": round(self.verify_seconds, 4),
-            "look_seconds": round(self.look_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
             "peak_memory": round(self.peak_memory, 3),
             "rule": self.rule_name,

@@ -10,11 +10,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count, islice
 
 import numpy as np
 
 PENDING = -1
 """Token id of a root whose value only the device knows yet: the target's pending token."""
+FILLING = 0, 1
+"""Token ids, which every vocabulary has, of nodes that only take up rows."""
 
 
 def likeliest(scores, budget: int) -> np.ndarray:
@@ -107,6 +110,20 @@ class TokenTree:
                 parent, token = place[tree.parents[row]], int(tree.tokens[row])
                 place.append(union.add(parent, token, float(tree.logprobs[row])))
         return self._depth_first(union.tokens, union.parents, union.logprobs)
+
+    def filled(self, rows: int) -> TokenTree:
+        """With nodes that no one proposed, breadth first, until there are `rows`."""
+        if len(self) >= rows:
+            return self
+        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        taken = set(zip(parents, tokens, strict=True))
+        places = ((parent, token) for parent in count() for token in FILLING)
+        free = (place for place in places if place not in taken)
+        for parent, token in islice(free, rows - len(self)):
+            parents.append(parent)
+            tokens.append(token)
+        unlikely = [-np.inf] * (rows - len(self))
+        return self._depth_first(tokens, parents, [*self.logprobs.tolist(), *unlikely])
 
     @classmethod
     def _depth_first(cls, tokens, parents, logprobs) -> TokenTree:

@@ -1,0 +1,189 @@
+"""A machine that is not known yet: its costs are found out in the first rounds of a text."""
+
+import numpy as np
+import pytest
+from test_policy import policy as policy_of
+
+from families import build
+from redrafter_mlx.config import DraftOptions
+from redrafter_mlx.drafters.max_gram import MaxGramDrafter
+from redrafter_mlx.drafters.union import UnionDrafter
+from redrafter_mlx.measuring.knowledge import knowledge_of
+from redrafter_mlx.measuring.profile import load
+from redrafter_mlx.pricing.budget import AutoBudget
+from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
+from redrafter_mlx.pricing.policy import MOST_NODES
+from redrafter_mlx.pricing.survey import PLAIN_ROUNDS, TRIES, Survey
+from redrafter_mlx.rounds.tree import FILLING, TokenTree
+from redrafter_mlx.target.adapter import adapt
+from simulated import Guesser, Machine, answer, play
+from support import generation, ids, random_drafter, tiny_prompt
+
+FULL, FREE = Setting(4, 5), Setting(0, 5)
+PLAIN = [1] * PLAIN_ROUNDS
+ROWS = lambda rows: 1.0 + 0.1 * rows
+DRAFT = lambda setting: 0.002 * setting.width
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("REDRAFTER_MLX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+def test_every_size_is_seen_twice():
+    assert answer(Survey(FULL), ROWS, DRAFT) == [*PLAIN, 2, 4, 8, 16, 16, 8, 4, 2]
+
+
+def test_of_each_size_the_least_time_counts_and_more_rows_are_never_cheaper():
+    compiled, seen = {8: 5.0, 16: 9.0}, set()
+
+    def passes(rows):
+        late = 0.0 if rows in seen else compiled.get(rows, 0.0)
+        seen.add(rows)
+        return {1: 1.0, 2: 1.4, 4: 1.3, 8: 1.6, 16: 2.1}[rows] + late
+
+    survey = Survey(Setting(4, 12))
+    answer(survey, passes, DRAFT)
+    assert survey.costs == {1: 1.0, 2: 1.3, 4: 1.3, 8: 1.6, 16: 2.1}
+
+
+def test_sizes_end_where_no_tree_can_pay():
+    """With beams of five tokens a pass of six plain rounds loses whatever is accepted."""
+    times = {1: 0.15, 2: 0.2, 4: 3.0, 8: 9.0, 16: 9.0}
+    assert answer(Survey(FULL), times.__getitem__, DRAFT) == [*PLAIN, 2, 4, 4, 4, 2]
+
+
+def test_one_bad_moment_does_not_end_it():
+    """A second time is taken of the size that looked dear, and then larger ones follow."""
+    bad = iter([9.0])
+    passes = lambda rows: next(bad, 1.2) if rows == 4 else ROWS(rows)
+    assert answer(Survey(FULL), passes, DRAFT) == [*PLAIN, 2, 4, 4, 8, 16, 16, 8, 4, 2]
+
+
+def test_where_rows_cost_nothing_it_goes_on():
+    rows = answer(Survey(FULL), lambda rows: 1.0, DRAFT)
+    assert rows[-4:] == [32, 32, 64, 64]
+    assert max(rows) == MOST_NODES
+
+
+def test_only_drafts_where_passes_are_known():
+    survey = Survey(FULL, looks=True, passes_needed=False)
+    assert answer(survey, lambda rows: 1.0, DRAFT) == [2, 4, 8, 8, 4, 2]
+    assert set(survey.drafts) == {FULL, Setting(1, 5), Setting(1, 2), FREE}
+
+
+def test_what_does_not_search_is_asked_for_what_it_finds():
+    survey = Survey(FULL, looks=True, searches=False)
+    answer(survey, ROWS, DRAFT)
+    assert set(survey.drafts) == {FREE}
+
+
+def test_a_size_that_never_comes_is_left_out():
+    """Such as trees in a cache that has no room for them."""
+    survey, asked = Survey(FULL), []
+    while rung := survey.next():
+        asked.append(rung.rows)
+        survey.passed(min(rung.rows, 4), 1.0)
+    assert survey.passes == {1: 1.0, 2: 1.0, 4: 1.0}
+    assert asked.count(16) == 2 * TRIES
+
+
+def test_without_a_plain_round_it_begins_again():
+    """A round of a text of one token has no end to be timed by."""
+    survey = Survey(FULL)
+    for _ in range(30):
+        assert survey.next() is not None
+    assert answer(survey, ROWS, DRAFT)[-1] == 2
+    assert 1 in survey.passes
+
+
+@pytest.mark.parametrize(
+    ("compiling", "sizes"),
+    [(0.0, [2, 2, 4, 8, 16, 16, 8, 4, 2]), (0.5, [2, 2, 4, 4, 8, 8, 16, 16, 8, 4, 2])],
+    ids=["warm", "compiling"],
+)
+def test_rounds_tell_what_the_machine_costs(compiling, sizes):
+    """Of a simulated machine: what is found out are its costs, and drafting begins at once."""
+    passes = lambda rows, context: 0.08 + 0.004 * rows
+    here = Machine(passes, lambda setting: 0.004 * setting.width, compile=compiling)
+    policy = policy_of(passes)
+    policy.costs, found = None, []
+
+    def learn(survey):
+        found.append(survey)
+        policy.costs = LiveCosts(curve_of(survey))
+        policy.draft_costs = LiveDraftCosts(survey.drafts)
+
+    budget = AutoBudget(policy, Survey(FULL, ended=learn), clock=lambda: here.now)
+    log = play(here, Guesser(sure=0.7), budget, 200)
+    (survey,) = found
+    assert survey.costs == pytest.approx({n: 0.08 + 0.004 * n for n in (1, 2, 4, 8, 16)})
+    assert survey.drafts == pytest.approx({FULL: 0.016, Setting(1, 5): 0.004, Setting(1, 2): 0.004})
+    assert log.nodes[: survey.rounds] == [1, *PLAIN, *sizes]
+    assert len(policy.samples) >= 4, "its drafts are samples too"
+    assert np.mean(log.nodes[survey.rounds :]) > 4
+
+
+def curve_of(survey):
+    return CostCurve([100], list(survey.costs), [list(survey.costs.values())])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9, 40])
+def test_a_tree_is_filled_up(rows):
+    tree = TokenTree.best(7, [FILLING[0], 5, 5], [-1, -1, 0], [-0.1, -0.2, -0.3], 4)
+    filled = tree.filled(rows)
+    assert len(filled) == max(rows, 4)
+    assert sum(map(len, filled.children)) == len(filled) - 1, "siblings differ"
+    kept = {tuple(filled.tokens[path]) for path in map(filled.path, range(len(filled)))}
+    assert kept >= {tuple(tree.tokens[tree.path(row)]) for row in range(len(tree))}
+    assert (filled.parents[1:] < np.arange(1, len(filled))).all()
+    assert filled.tokens[:3].tolist() == [7, FILLING[0], 5], "the likeliest path comes first"
+
+
+@pytest.mark.parametrize("rule", ["match", "rejection", "typical"])
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["head", "max_gram", "union"])
+def test_the_first_text_is_like_any_other(model, kind, temp, rule):
+    """Whatever drafts and whatever rule verifies: every size is timed, filled up where needed."""
+    prompt, head = tiny_prompt(), random_drafter(model)
+    drafter = {
+        "head": head, "max_gram": MaxGramDrafter(), "union": UnionDrafter([head, MaxGramDrafter()])
+    }[kind]  # fmt: skip
+    sampling = {"temp": temp, "seed": 4, "rule": rule}
+    run = generation(model, prompt, drafter, max_tokens=60, draft=DraftOptions(), **sampling)
+    tokens = ids(run)
+    knowledge = knowledge_of(adapt(model), drafter)
+    assert set(load(knowledge._identity).curve.rows) >= {1, 2, 4, 8, 16}
+    if rule == "match" or temp == 0:
+        assert tokens == ids(generation(model, prompt, max_tokens=60, **sampling))
+    assert len(tokens) == 60
+
+
+def test_short_texts_share_a_survey(model):
+    drafter = random_drafter(model)
+    told = [
+        generation(model, tiny_prompt(9), drafter, max_tokens=5, draft=DraftOptions())
+        for _ in range(12)
+    ]
+    plain = ids(generation(model, tiny_prompt(9), max_tokens=5))
+    known = []
+    for run in told:
+        assert ids(run) == plain
+        known.append(not knowledge_of(adapt(model), drafter).is_first)
+    assert not known[0]
+    assert known[-1]
+    assert load(knowledge_of(adapt(model), drafter)._identity).curve.contexts == [8]
+
+
+def test_what_plain_decoding_would_give_is_not_known_meanwhile(model):
+    run = generation(
+        model, tiny_prompt(9), random_drafter(model), max_tokens=60, draft=DraftOptions()
+    )
+    known = [run.plain_tps is not None for _ in run]
+    assert not known[0]
+    assert known[-1]
