@@ -35,7 +35,7 @@ from redrafter_mlx.loading import hub
 from redrafter_mlx.machine import blas, device
 from redrafter_mlx.machine.openblas import installed_version
 from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
-from redrafter_mlx.measuring.measure import LOOK_ROWS, measure_drafts, measure_passes
+from redrafter_mlx.measuring.measure import measure_drafts, measure_passes
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.target.adapter import Target, adapt
 
@@ -47,6 +47,7 @@ PROMPTS = (
     "winter only when the ise is thin.",
 )
 """What is answered by plain decoding and with the drafter: talk, code, copying."""
+ROWS = 1, 2, 4, 8, 16, 32, 64
 TIE = 1e-4
 """Lead of one logit over another, in float32, up to which either token is right."""
 BUSY = 0.5
@@ -161,8 +162,8 @@ def drafters_for(model: nn.Module) -> list[str]:
 
 def passes(target: Target, text: Sequence[int]) -> dict[int, float]:
     """Seconds of passes by rows."""
-    times = measure_passes(target, text, LOOK_ROWS, 3).typical
-    return dict(zip(LOOK_ROWS, times.tolist(), strict=True))
+    times = measure_passes(target, text, ROWS, 3).typical
+    return dict(zip(ROWS, times.tolist(), strict=True))
 
 
 def drafts(

@@ -34,7 +34,7 @@ from redrafter_mlx.target.cache import Quantization
 from redrafter_mlx.target.caches import LayerCaches
 
 FIRST_USE = (
-    "the first token takes a while: kernels are being compiled for this GPU, as always when a "
+    "this takes a while: kernels are being compiled for this GPU, as always when a "
     "model is first used on it; later runs have them"
 )
 RULES: dict[str, Callable[[Sampler], Rule]] = {
@@ -136,6 +136,7 @@ class Generation:
             self._knowledge = self._place.knowledge or knowledge_of(self._target, drafter)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._progress = progress
+        self._has_said = False
 
     @property
     def note(self) -> str:
@@ -145,7 +146,7 @@ class Generation:
     @property
     def plain_tps(self) -> float | None:
         """Tokens per second that plain decoding would give here; None if that is not known."""
-        if not isinstance(self._budget, AutoBudget) or self._budget.survey is not None:
+        if not isinstance(self._budget, AutoBudget) or self._is_surveying:
             return None
         costs = self._budget.policy.costs
         return None if costs.curve.is_disturbed else 1 / float(costs.at(len(self.said), 1)[1])
@@ -161,7 +162,8 @@ class Generation:
         waiting = device.patience(self._say_first_use)
         try:
             context = yield from self._read_prompt()
-            for step in overlap(self._rounds(context), self._place.alone):
+            steps = overlap(self._rounds(context), self._place.alone)
+            while (step := next(steps, None)) is not None:
                 tokens = self.stats.read(step)
                 self.tree = step.tree, step.verdict.path
                 waiting.cancel()
@@ -174,6 +176,8 @@ class Generation:
                     yield Token(token, drafted, reason, last, step.logits[place])
                     if reason is not None:
                         return
+                if self._is_surveying:  # sizes that this device has not seen may follow
+                    waiting = device.patience(self._say_first_use)
         finally:
             waiting.cancel()
             if self._knowledge is not None and self.stats.tokens:
@@ -184,8 +188,13 @@ class Generation:
                     self.options.prefill_step_size,
                 )  # fmt: skip
 
+    @property
+    def _is_surveying(self) -> bool:
+        return isinstance(self._budget, AutoBudget) and self._budget.survey is not None
+
     def _say_first_use(self) -> None:
-        if self._knowledge is None or self._knowledge.is_first:
+        if not self._has_said and (self._knowledge is None or self._knowledge.is_first):
+            self._has_said = True
             _log.info(FIRST_USE)
 
     def _read_prompt(self) -> Generator[None, None, Context]:

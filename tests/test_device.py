@@ -108,11 +108,17 @@ def test_waiting_for_a_gpus_kernels_is_explained_after_a_while(monkeypatch):
 def test_the_first_run_on_a_gpu_says_why_it_waits(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     model = build("llama")
-    run = generation(model, tiny_prompt(6), random_drafter(model), 8, draft=DraftOptions())
+    drafter = random_drafter(model)
+    run, later = (
+        generation(model, tiny_prompt(6), drafter, 60, draft=DraftOptions()) for _ in "12"
+    )
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
         run._say_first_use()
         assert "compiled for this GPU" in caplog.text
-        list(run)
         caplog.clear()
         run._say_first_use()
+        assert caplog.text == "", "once is enough"
+        list(run)
+        caplog.clear()
+        later._say_first_use()
         assert caplog.text == "", "costs are known, so kernels are there"

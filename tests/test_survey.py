@@ -148,17 +148,18 @@ def test_a_tree_is_filled_up(rows):
 @pytest.mark.parametrize("rule", ["match", "rejection", "typical"])
 @pytest.mark.parametrize("temp", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["head", "max_gram", "union"])
-def test_the_first_text_is_like_any_other(model, kind, temp, rule):
+def test_the_first_text_is_like_any_other(model, kind, temp, rule, monkeypatch):
     """Whatever drafts and whatever rule verifies: every size is timed, filled up where needed."""
     prompt, head = tiny_prompt(), random_drafter(model)
     drafter = {
         "head": head, "max_gram": MaxGramDrafter(), "union": UnionDrafter([head, MaxGramDrafter()])
     }[kind]  # fmt: skip
+    monkeypatch.setattr(Survey, "_may_pay", lambda *_: True)  # however busy this machine is
     sampling = {"temp": temp, "seed": 4, "rule": rule}
     run = generation(model, prompt, drafter, max_tokens=60, draft=DraftOptions(), **sampling)
     tokens = ids(run)
-    knowledge = knowledge_of(adapt(model), drafter)
-    assert set(load(knowledge._identity).curve.rows) >= {1, 2, 4, 8, 16}
+    assert set(run.stats.sizes) >= {1, 2, 4, 8, 16}
+    assert not knowledge_of(adapt(model), drafter).is_first
     if rule == "match" or temp == 0:
         assert tokens == ids(generation(model, prompt, max_tokens=60, **sampling))
     assert len(tokens) == 60
