@@ -7,8 +7,7 @@ For each prompt `generate` runs in processes of its own, in turn: plain decoding
 an empty temporary directory and a cache directory that holds only the model's conversion and the
 BLAS, auto once more with what that left, and fixed settings. Speeds are tokens per second of
 decoding, as the command prints them, over those of plain decoding of the same prompt, which runs
-twice, first and last. The time that auto spends on measuring before the first token is reported
-beside them.
+twice, first and last.
 """
 
 from __future__ import annotations
@@ -105,7 +104,6 @@ def measure(here: Machine, prompt: str, flags: argparse.Namespace) -> dict:
         "tokens_per_round": {
             method: each[0]["tokens_per_round"] for method, each in runs.items() if method != PLAIN
         },
-        "look_seconds": runs[FIRST][0]["look_seconds"],
         "mean_nodes": runs[FIRST][0]["mean_nodes"],
     }
 

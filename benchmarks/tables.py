@@ -90,6 +90,8 @@ def first_run_tables(result: dict, name: str) -> str:
     """Markdown of runs in processes of their own: auto over plain and over fixed settings."""
     runs = result["runs"]
     plain, first, *others = runs[0]["speeds"]
+    # results of commits before 2026-11-29, which measured before the first word
+    looks = lambda run: [f"{run['look_seconds']:.1f} s"] if "look_seconds" in run else []
     ratio = lambda run, method, base=plain: run["speeds"][method] / run["speeds"][base]
     texts = [run for run in runs if run["category"] != "readme"]
     mean = statistics.geometric_mean
@@ -97,10 +99,11 @@ def first_run_tables(result: dict, name: str) -> str:
     rows = []
     for run in runs:
         cells = (f"{ratio(run, method):.2f}" for method in (first, *others))
-        rows.append([run["id"], run["tokens"], *cells, f"{run['look_seconds']:.1f} s"])
+        rows.append([run["id"], run["tokens"], *cells, *looks(run)])
     means = {method: mean(ratio(run, method) for run in texts) for method in (first, *others)}
-    rows.append(["geometric mean", "", *(f"**{value:.3f}**" for value in means.values()), ""])
-    header = ["prompt", "tokens", first, *others, "look"]
+    look = [""] if looks(runs[0]) else []
+    rows.append(["geometric mean", "", *(f"**{value:.3f}**" for value in means.values()), *look])
+    header = ["prompt", "tokens", first, *others, *(["look"] if look else [])]
     lines = [headline(result, name), "", *table(header, rows), ""]
     differ = [run["id"] for run in runs if run["texts"] > 1]
     lines.append(f"Texts that differ between methods: {', '.join(differ) or 'none'}.")
@@ -117,7 +120,8 @@ def first_run_tables(result: dict, name: str) -> str:
                 f"{lowest:.2f} of plain in the slowest text."
             )
     lines.append(
-        "Cells: speed over plain decoding. Look: before the first token, not in the speed."
+        "Cells: speed over plain decoding."
+        + " Look: before the first token, not in the speed." * len(look)
     )
     return "\n".join(lines)
 

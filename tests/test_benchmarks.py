@@ -235,8 +235,12 @@ def test_a_first_run_knows_nothing_and_the_second_what_it_left(tmp_path, monkeyp
         seen.append((list(words)[-1], profiles.exists()))
         if "--no-draft" not in words:
             profiles.mkdir(exist_ok=True)
-        return {"tokens": [1, 2], "generation_tps": 10.0, "tokens_per_round": 1.5,
-                "look_seconds": 0.5, "mean_nodes": 2.0}  # fmt: skip
+        return {
+            "tokens": [1, 2],
+            "generation_tps": 10.0,
+            "tokens_per_round": 1.5,
+            "mean_nodes": 2.0,
+        }
 
     monkeypatch.setattr(here, "run", run)
     flags = Namespace(model="m", max_tokens=2, temp=0.0, drafter="auto", fixed=["--budget 8"])
