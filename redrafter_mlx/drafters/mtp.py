@@ -163,7 +163,7 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
     kind, text = model_type_of(settings), text_of(settings)
     family = next((family for family in FAMILIES if kind in family.model_types), None)
     if family is None:
-        if kind == "None":
+        if not kind:
             raise UserError(
                 f"{where}: holds a multi-token-prediction head, and no config.json with a "
                 "model_type says of which model; put that of its target there"

@@ -185,7 +185,7 @@ def text_of(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_type_of(settings: Mapping[str, Any]) -> str:
-    told = text_of(settings).get("model_type") or settings.get("model_type")
+    told = text_of(settings).get("model_type") or settings.get("model_type") or ""
     told = str(told).removesuffix("_text")
     return MODEL_REMAPPING.get(told, told)
 
