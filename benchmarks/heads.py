@@ -7,7 +7,8 @@
 A variant is a set of settings of redrafter_mlx.train; its head is in OUTPUT/heads/NAME. All are
 trained on the same data for the same time (or --steps), and measured by replaying the same held-out
 greedy answers: tokens per round at each budget, with a beam search and with a chain. The drafts of
-all heads are timed in turn, over and over, beside the target's own pass.
+all heads are timed in turn, over and over, beside the target's own pass. `--beside` measures other
+drafters on the same answers, such as max_gram, model:student or "union:[HEAD,max_gram]".
 `python -m benchmarks.drafters --drafters OUTPUT/heads/...` then measures their speed.
 """
 
@@ -24,10 +25,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from redrafter_mlx import train
+from redrafter_mlx.config import SamplingOptions
 from redrafter_mlx.drafters.eagle3 import reads_by_default
+from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.loading import hub
 from redrafter_mlx.loading.drafters import load_drafter
+from redrafter_mlx.measuring.acceptance import record, tokens_per_round
 from redrafter_mlx.pricing.budget import FixedBudget
+from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.rounds.round import Verdict
 from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target.adapter import Target, adapt
@@ -41,7 +46,8 @@ from redrafter_mlx.training.run import Places, TrainingRun
 from .heads_table import draw, table
 from .machine import document, machine, options_of, parser, size, write
 
-WIDTH, LENGTH = 4, 5
+FULL = Setting(4, 5)
+WIDTH, LENGTH = FULL
 BUDGETS = (4, 8, 16, 32, 64)
 TOKENS = 4000
 """Held-out tokens that are replayed."""
@@ -65,6 +71,9 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument("--steps", type=int, help="of each head, instead of minutes")
     made.add_argument("--jobs", type=int, default=2, help="processes")
     made.add_argument("--variant", action="append", metavar="'NAME=VALUE ...'", help="to train")
+    made.add_argument(
+        "--beside", nargs="+", default=[], metavar="DRAFTER", help="measured with the heads"
+    )
     flags = made.parse_args(args)
     {"data": write_data, "train": train_all, "measure": measure}[flags.what](flags)
     return 0
@@ -128,7 +137,7 @@ def name_of(variant: str) -> str:
 
 def measure(flags: argparse.Namespace) -> None:
     """Every trained head: tokens per round, recall, bytes, and milliseconds of a draft."""
-    model = hub.load(flags.model)[0]
+    model, tokenizer = hub.load(flags.model)[:2]
     target = adapt(model)
     target.tap(reads_by_default(len(model.layers)))
     answers = first_tokens(held_out_answers(Places(flags.directory).data), TOKENS)
@@ -136,7 +145,8 @@ def measure(flags: argparse.Namespace) -> None:
     if not heads:
         sys.exit(f"{flags.directory}: no head was trained there yet")
     drafters = {path.name: load_drafter(str(path), model) for path in heads}
-    times = draft_times(target, answers[0], drafters)
+    others = {name: load_drafter(name, model, tokenizer=tokenizer) for name in flags.beside}
+    times = draft_times(target, answers[0], {**drafters, **others})
     rows = []
     for path in heads:
         drafter, facts = drafters[path.name], json.loads((path / "facts.json").read_text())
@@ -153,6 +163,10 @@ def measure(flags: argparse.Namespace) -> None:
         }
         rows.append(row)
         print(f"{path.name}: {row['tree']}, draft {row['draft_ms']:.1f} ms", file=sys.stderr)
+    for name, drafter in others.items():
+        row = {"name": name, "draft_ms": 1e3 * statistics.median(times[name])}
+        rows.append(row | recorded(target, drafter, answers))
+        print(f"{name}: {rows[-1]}", file=sys.stderr)
     result = document("heads", flags, machine(), heads=rows,
                       tokens=sum(len(a.tokens) for a in answers),
                       pass_ms=1e3 * statistics.median(times["target"]))  # fmt: skip
@@ -160,6 +174,19 @@ def measure(flags: argparse.Namespace) -> None:
     if flags.output:
         draw(result, flags.output.with_suffix(".png"))
     print(table(result))
+
+
+def recorded(target: Target, drafter: Drafter, answers: list[Answer]) -> dict:
+    """Tokens per round of any drafter: the answers are decoded again from their first token on."""
+    recordings = [
+        record(target, drafter, [*answer.prompt.tolist(), int(answer.tokens[0])],
+               len(answer.tokens) - 1, FULL, SamplingOptions())
+        for answer in answers
+        if len(answer.tokens) > 1
+    ]  # fmt: skip
+    found = tokens_per_round(recordings, FULL, max(BUDGETS))
+    chain = tokens_per_round(recordings, Setting(1, LENGTH), LENGTH)
+    return {"tree": {str(b): float(found[b]) for b in BUDGETS}, "chain": float(chain[-1])}
 
 
 def draft_times(target: Target, answer: Answer, drafters: dict) -> dict[str, list[float]]:

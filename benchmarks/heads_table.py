@@ -18,13 +18,17 @@ def table(result: dict) -> str:
         "draft, ms", "top-1 by depth",
         *(f"tokens a round at {budget}" for budget in budgets), "chain",
     ]  # fmt: skip
+    trained = lambda head: [
+        f"{head['parameters'] / 1e6:.2f}", f"{head['bytes'] / 1e6:.1f}",
+        f"{head['read_bytes'] / 1e6:.1f}",
+        f"{head['steps']:,}", f"{head['seconds'] / 60:.1f} x {head['jobs']}",
+        f"{head['loss']:.2f}",
+    ]  # fmt: skip
     rows = [
         [
-            head["name"], f"{head['parameters'] / 1e6:.2f}", f"{head['bytes'] / 1e6:.1f}",
-            f"{head['read_bytes'] / 1e6:.1f}",
-            f"{head['steps']:,}", f"{head['seconds'] / 60:.1f} x {head['jobs']}",
-            f"{head['loss']:.2f}",
-            f"{head['draft_ms']:.1f}", " ".join(f"{share:.0%}" for share in head["recall"]),
+            head["name"], *(trained(head) if "steps" in head else [""] * 6),
+            f"{head['draft_ms']:.1f}",
+            " ".join(f"{share:.0%}" for share in head.get("recall", ())),
             *(f"{head['tree'][budget]:.2f}" for budget in budgets), f"{head['chain']:.2f}",
         ]
         for head in heads

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from benchmarks import heads
 from families import build
 from redrafter_mlx.drafters.medusa import MedusaConfig, MedusaDrafter, MedusaHead
 from redrafter_mlx.drafters.text import SharedVocabulary
@@ -11,7 +12,7 @@ from redrafter_mlx.pricing.budget import FixedBudget
 from redrafter_mlx.rounds.round import Context, Trail, Transcript
 from redrafter_mlx.target.adapter import adapt
 from redrafter_mlx.training import replay
-from support import tiny_prompt
+from support import random_drafter, tiny_prompt
 from test_heads_dflash import VARIANTS, drafter_for, written
 
 
@@ -119,3 +120,17 @@ def test_positions_are_filled_up_to_few_sizes():
     pieces = [piece for piece, _ in replay.Replayer(drafter, 1, 3).pieces(answer)]
     assert [(piece.count, len(piece.roots)) for piece in pieces] == [(256, 256), (14, 16)]
     np.testing.assert_array_equal(pieces[0].ahead[-1], answer.tokens[256:258])
+
+
+def test_heads_and_other_drafters_are_compared_alike():
+    """A head decoded once more has the tokens per round of its replay, but for the last token."""
+    model = build("llama")
+    target, drafter = adapt(model), random_drafter(model, seed=3)
+    answer, _ = written(model, tiny_prompt(), 120)
+    found = heads.recorded(target, drafter, [answer])
+    expected = replay.replay(drafter, [answer], *heads.FULL).tokens_per_round
+    for budget in heads.BUDGETS:
+        assert found["tree"][str(budget)] == pytest.approx(expected[budget], rel=0.02)
+    chain = replay.replay(drafter, [answer], 1, heads.LENGTH).tokens_per_round
+    assert found["chain"] == pytest.approx(chain[16], rel=0.02)
+    assert found["tree"]["64"] > 1
