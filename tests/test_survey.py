@@ -8,19 +8,19 @@ from families import build
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.drafters.max_gram import MaxGramDrafter
 from redrafter_mlx.drafters.union import UnionDrafter
-from redrafter_mlx.measuring.knowledge import knowledge_of
+from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
 from redrafter_mlx.measuring.profile import load
 from redrafter_mlx.pricing.budget import AutoBudget
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import MOST_NODES
-from redrafter_mlx.pricing.survey import PLAIN_ROUNDS, TRIES, Survey
+from redrafter_mlx.pricing.survey import TRIES, Survey, Times
 from redrafter_mlx.rounds.tree import FILLING, TokenTree
 from redrafter_mlx.target.adapter import adapt
 from simulated import Guesser, Machine, answer, play
 from support import generation, ids, random_drafter, tiny_prompt
 
 FULL, FREE = Setting(4, 5), Setting(0, 5)
-PLAIN = [1] * PLAIN_ROUNDS
+PLAIN = [1] * 3
 ROWS = lambda rows: 1.0 + 0.1 * rows
 DRAFT = lambda setting: 0.002 * setting.width
 
@@ -49,20 +49,20 @@ def test_of_each_size_the_least_time_counts_and_more_rows_are_never_cheaper():
 
     survey = Survey(Setting(4, 12))
     answer(survey, passes, DRAFT)
-    assert survey.costs == {1: 1.0, 2: 1.3, 4: 1.3, 8: 1.6, 16: 2.1}
+    assert survey.times.costs == {1: 1.0, 2: 1.3, 4: 1.3, 8: 1.6, 16: 2.1}
 
 
 def test_sizes_end_where_no_tree_can_pay():
     """With beams of five tokens a pass of six plain rounds loses whatever is accepted."""
     times = {1: 0.15, 2: 0.2, 4: 3.0, 8: 9.0, 16: 9.0}
-    assert answer(Survey(FULL), times.__getitem__, DRAFT) == [*PLAIN, 2, 4, 4, 4, 2]
+    assert answer(Survey(FULL), times.__getitem__, DRAFT) == [*PLAIN, 2, 4, 4, 2]
 
 
 def test_one_bad_moment_does_not_end_it():
     """A second time is taken of the size that looked dear, and then larger ones follow."""
     bad = iter([9.0])
     passes = lambda rows: next(bad, 1.2) if rows == 4 else ROWS(rows)
-    assert answer(Survey(FULL), passes, DRAFT) == [*PLAIN, 2, 4, 4, 8, 16, 16, 8, 4, 2]
+    assert answer(Survey(FULL), passes, DRAFT) == [*PLAIN, 2, 4, 4, 8, 16, 16, 8, 2]
 
 
 def test_where_rows_cost_nothing_it_goes_on():
@@ -74,13 +74,13 @@ def test_where_rows_cost_nothing_it_goes_on():
 def test_only_drafts_where_passes_are_known():
     survey = Survey(FULL, looks=True, passes_needed=False)
     assert answer(survey, lambda rows: 1.0, DRAFT) == [2, 4, 8, 8, 4, 2]
-    assert set(survey.drafts) == {FULL, Setting(1, 5), Setting(1, 2), FREE}
+    assert set(survey.times.drafts) == {FULL, Setting(1, 5), Setting(1, 2), FREE}
 
 
 def test_what_does_not_search_is_asked_for_what_it_finds():
     survey = Survey(FULL, looks=True, searches=False)
     answer(survey, ROWS, DRAFT)
-    assert set(survey.drafts) == {FREE}
+    assert set(survey.times.drafts) == {FREE}
 
 
 def test_a_size_that_never_comes_is_left_out():
@@ -89,22 +89,22 @@ def test_a_size_that_never_comes_is_left_out():
     while rung := survey.next():
         asked.append(rung.rows)
         survey.passed(min(rung.rows, 4), 1.0)
-    assert survey.passes == {1: 1.0, 2: 1.0, 4: 1.0}
+    assert survey.times.costs == {1: 1.0, 2: 1.0, 4: 1.0}
     assert asked.count(16) == 2 * TRIES
 
 
 def test_without_a_plain_round_it_begins_again():
     """A round of a text of one token has no end to be timed by."""
     survey = Survey(FULL)
-    for _ in range(30):
+    for _ in range(100):
         assert survey.next() is not None
-    assert answer(survey, ROWS, DRAFT)[-1] == 2
-    assert 1 in survey.passes
+    answer(survey, ROWS, DRAFT)
+    assert set(survey.times.costs) == {1, 2, 4, 8, 16}
 
 
 @pytest.mark.parametrize(
     ("compiling", "sizes"),
-    [(0.0, [2, 2, 4, 8, 16, 16, 8, 4, 2]), (0.5, [2, 2, 4, 4, 8, 8, 16, 16, 8, 4, 2])],
+    [(0.0, [2, 2, 4, 8, 16, 16, 8, 4, 2]), (0.5, [2, 2, 4, 4, 8, 8, 16, 16, 2])],
     ids=["warm", "compiling"],
 )
 def test_rounds_tell_what_the_machine_costs(compiling, sizes):
@@ -114,23 +114,93 @@ def test_rounds_tell_what_the_machine_costs(compiling, sizes):
     policy = policy_of(passes)
     policy.costs, found = None, []
 
-    def learn(survey):
-        found.append(survey)
-        policy.costs = LiveCosts(curve_of(survey))
-        policy.draft_costs = LiveDraftCosts(survey.drafts)
+    def learn(times):
+        found.append(times)
+        policy.costs = LiveCosts(curve_of(times))
+        policy.draft_costs = LiveDraftCosts(times.drafts)
 
     budget = AutoBudget(policy, Survey(FULL, ended=learn), clock=lambda: here.now)
     log = play(here, Guesser(sure=0.7), budget, 200)
-    (survey,) = found
-    assert survey.costs == pytest.approx({n: 0.08 + 0.004 * n for n in (1, 2, 4, 8, 16)})
-    assert survey.drafts == pytest.approx({FULL: 0.016, Setting(1, 5): 0.004, Setting(1, 2): 0.004})
-    assert log.nodes[: survey.rounds] == [1, *PLAIN, *sizes]
+    (times,) = found
+    assert times.costs == pytest.approx({n: 0.08 + 0.004 * n for n in (1, 2, 4, 8, 16)})
+    assert times.drafts == pytest.approx({FULL: 0.016, Setting(1, 5): 0.004, Setting(1, 2): 0.004})
+    assert log.nodes[: times.rounds] == [1, *PLAIN, *sizes]
     assert len(policy.samples) >= 4, "its drafts are samples too"
-    assert np.mean(log.nodes[survey.rounds :]) > 4
+    assert np.mean(log.nodes[times.rounds :]) > 4
 
 
-def curve_of(survey):
-    return CostCurve([100], list(survey.costs), [list(survey.costs.values())])
+def curve_of(times):
+    return CostCurve([100], list(times.costs), [list(times.costs.values())])
+
+
+@pytest.mark.parametrize("texts", [2, 3, 6, 8, 12])
+def test_texts_side_by_side_find_out_together(texts):
+    """In turn, a round each, all from the start: every size is timed, and each text goes on."""
+    passes = lambda rows, context: 0.08 + 0.004 * rows
+    policy, times, ended = policy_of(passes), Times(), []
+    policy.costs = None
+
+    def learn(times):
+        ended.append(times)
+        policy.costs = LiveCosts(curve_of(times))
+        policy.draft_costs = LiveDraftCosts(times.drafts)
+
+    machines = [Machine(passes, lambda setting: 0.004 * setting.width) for _ in range(texts)]
+    budgets = [
+        AutoBudget(policy, Survey(FULL, times=times, ended=learn), clock=lambda at=at: at.now)
+        for at in machines
+    ]
+    for _ in range(16):
+        for here, budget in zip(machines, budgets, strict=True):
+            play(here, Guesser(sure=0.7), budget, 1)
+    assert ended == [times]
+    assert times.costs == pytest.approx({n: 0.08 + 0.004 * n for n in (1, 2, 4, 8, 16)})
+    assert all(budget.survey is None for budget in budgets)
+
+
+def test_a_plain_round_that_looks_short_does_no_harm():
+    """It ends as a text that waited for others comes to be alone: only the host's part is seen."""
+    short = iter([0.001])
+    survey = Survey(FULL)
+    answer(survey, lambda rows: next(short, 1.0) if rows == 1 else ROWS(rows), DRAFT)
+    assert survey.times.costs[1] == 1.0
+    assert set(survey.times.costs) == {1, 2, 4, 8, 16}
+
+
+def test_one_text_of_a_few_rounds_does_not_end_a_survey():
+    """Row 1 alone is no curve: every tree would look as cheap."""
+    times = Times()
+    for _ in range(20):
+        survey = Survey(FULL, times=times)
+        assert survey.next().rows == 1 or len(times.passes[1]) == 3
+        if len(times.passes[1]) < 3:
+            survey.passed(1, 1.0)
+        survey.next()
+    assert not times.is_over
+    answer(Survey(FULL, times=times), ROWS, DRAFT)
+    assert set(times.costs) == {1, 2, 4, 8, 16}
+
+
+def test_texts_of_other_lengths_and_searches_have_surveys_of_their_own(model):
+    drafter, target = random_drafter(model), adapt(model)
+    knows = Knowledge(target, drafter)
+    context = lambda length: target.prefill(tiny_prompt(length), chunk=512)
+    narrow = DraftOptions(beam_width=2)
+    near, far, other, same = (
+        knows.survey(options, context(length)).times
+        for options, length in [(DraftOptions(), 9), (DraftOptions(), 300), (narrow, 9),
+                                (DraftOptions(), 40)]
+    )  # fmt: skip
+    assert near is same
+    assert len({id(near), id(far), id(other)}) == 3
+    policy = knows.policy(DraftOptions(), 0.0)
+    answer(knows.survey(DraftOptions(), context(9)), ROWS, DRAFT)
+    assert policy.costs.curve.contexts == [8]
+    survey = knows.survey(DraftOptions(), context(300))
+    assert survey.times is not far, "drafts are known by now"
+    answer(survey, lambda rows: 2 * ROWS(rows), DRAFT)
+    assert policy.costs.curve.contexts == [8, 299]
+    assert knows.survey(DraftOptions(), context(300)) is None
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9, 40])
@@ -143,6 +213,14 @@ def test_a_tree_is_filled_up(rows):
     assert kept >= {tuple(tree.tokens[tree.path(row)]) for row in range(len(tree))}
     assert (filled.parents[1:] < np.arange(1, len(filled))).all()
     assert filled.tokens[:3].tolist() == [7, FILLING[0], 5], "the likeliest path comes first"
+    again, path = filled.without_filling([0, 1, 2])
+    assert path == [0, 1, 2]
+    for name in ("tokens", "parents", "logprobs"):
+        assert getattr(again, name).tolist() == getattr(tree, name).tolist()
+    last = len(filled) - 1
+    accepted, path = filled.without_filling(filled.path(last))
+    assert accepted.tokens[path].tolist() == filled.tokens[filled.path(last)].tolist()
+    assert accepted.path(path[-1]) == path
 
 
 @pytest.mark.parametrize("rule", ["match", "rejection", "typical"])

@@ -97,10 +97,11 @@ class Run:
                     break
         tree = None
         if pieces:
-            found, path = self._generation.tree
+            tree, path = self._generation.tree
+            found, path = tree.without_filling(path)
             tokens = found.tokens.tolist()
             tokens[0] = self.said[-len(pieces) - 1]  # not known yet when the pass was built
-            tree = DraftedTree(tokens, found.parents.tolist(), list(path))
+            tree = DraftedTree(tokens, found.parents.tolist(), path)
         return self._told(pieces, tree, reason)
 
     def ended(self, reason: str, error: Exception | None = None) -> Turn:

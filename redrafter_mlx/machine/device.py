@@ -75,7 +75,7 @@ def by_columns(weight: mx.array) -> mx.array:
 
 
 PATIENCE = 2.0
-"""Seconds to wait for a first token before the user is told why it takes long."""
+"""Seconds to wait for a round before the user is told why it takes long."""
 
 
 def patience(say: Callable[[], None]) -> threading.Timer:

@@ -25,7 +25,7 @@ from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import UNEVEN, CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.experience import Experience
 from redrafter_mlx.pricing.policy import Policy, Samples
-from redrafter_mlx.pricing.survey import Survey
+from redrafter_mlx.pricing.survey import Survey, Times
 from redrafter_mlx.rounds.round import Context
 from redrafter_mlx.target.adapter import Target
 
@@ -71,13 +71,14 @@ class Knowledge:
         self._bases: dict[tuple[Setting, float], tuple[Experience | None, int, int]] = {}
         self._is_kept = True  # False once it could not be written
         self._is_new = False  # whether the curve replaces the profile's
-        self._running: Survey | None = None
+        # under way, by what they are to find out and the context of the first text
+        self._surveys: dict[tuple[tuple[Setting, str, tuple[str, ...]], int], Times] = {}
         self._news: list[tuple[int, str]] = []  # to be said once the text is written
         self._looked_at = self._spent = 0.0  # end of the last survey, seconds that all have taken
 
     @property
     def is_first(self) -> bool:
-        """Whether this pair has never been used on this machine."""
+        """Whether nothing is known yet of what passes cost here."""
         return self._costs is None
 
     def policy(self, options: DraftOptions, temp: float) -> Policy:
@@ -89,16 +90,11 @@ class Knowledge:
 
     def survey(self, options: DraftOptions, context: Context) -> Survey | None:
         """What a text whose prompt is processed must find out first; None: nothing is missing."""
-        curve = self._costs.curve if self._costs else None
-        if curve is not None and curve.is_disturbed:
-            curve = None
-        is_far = curve is not None and context.position > LONGER * max(curve.contexts[-1], SHORT)
+        curve = self._sound_curve
         missing = [] if self._draft_costs.measured else ["drafts"]
-        if curve is None or is_far:
+        if curve is None or context.position > LONGER * max(curve.contexts[-1], SHORT):
             missing.append("passes")
-        if not missing:
-            return None
-        return self._survey(_full_search(options), "once", missing, curve, context)
+        return self._survey(_full_search(options), "once", missing, context) if missing else None
 
     def keep(self, context: int) -> None:
         """Store what was learned in the profile, beside what other processes have stored there.
@@ -130,7 +126,7 @@ class Knowledge:
             return None
         full = _full_search(options)
         if self._costs.is_outdated or self._is_dearer(full, context, drafter):
-            return self._survey(full, "again", ["drafts", "passes"], None, context)
+            return self._survey(full, "again", ["drafts", "passes"], context)
         self._costs.untried.confirm()
         self._draft_costs.untried.confirm()
         return Survey.confirmed()
@@ -147,47 +143,45 @@ class Knowledge:
             now += time_of_draft(self.target, drafter, context, full)
         return known > UNEVEN * now
 
-    def _survey(
-        self,
-        full: Setting,
-        often: str,
-        missing: list[str],
-        curve: CostCurve | None,
-        context: Context,
-    ) -> Survey:
-        """A survey of what is missing, whose passes join a curve of others; one at a time."""
-        if self._running is None or self._running.is_over or self._running.full != full:
-            self._running = Survey(
-                full,
-                looks(self._drafter),
-                searches(self._drafter),
-                "passes" in missing,
-                partial(self._learn, often, missing, curve, context.position, time.perf_counter()),
-            )
-        return self._running
+    @property
+    def _sound_curve(self) -> CostCurve | None:
+        """What passes cost, unless something disturbed it."""
+        curve = self._costs.curve if self._costs else None
+        return None if curve is None or curve.is_disturbed else curve
+
+    def _survey(self, full: Setting, often: str, missing: list[str], context: Context) -> Survey:
+        """A text's part in finding out what is missing; texts of about its length help it."""
+        what = full, often, tuple(missing)
+        near = (
+            times
+            for (other, position), times in self._surveys.items()
+            if other == what and not is_far(position, context.position)
+        )
+        place = what, context.position
+        times = next(near, None) or self._surveys.setdefault(place, Times())
+        learn = partial(self._learn, often, missing, context.position, self._costs)
+        needed = "passes" in missing
+        return Survey(full, looks(self._drafter), searches(self._drafter), needed, times, learn)
 
     def _learn(
-        self,
-        often: str,
-        missing: list[str],
-        curve: CostCurve | None,
-        position: int,
-        began: float,
-        survey: Survey,
+        self, often: str, missing: list[str], position: int, known: LiveCosts | None, times: Times
     ) -> None:
-        """A survey is over: hand its results to the policies."""
+        """A survey is over: hand its results to the policies. `known` are the costs before it."""
+        self._surveys = {at: each for at, each in self._surveys.items() if each is not times}
         if "drafts" in missing:
-            self._draft_costs = LiveDraftCosts(least(self._draft_costs.least(), survey.drafts))
+            self._draft_costs = LiveDraftCosts(least(self._draft_costs.least(), times.drafts))
         if "passes" in missing:
-            self._costs = LiveCosts(_with_context(curve, position, survey.costs))
-            self._is_new = self._is_new or often == "again"
+            is_doubted = often == "again" and self._costs is known
+            curve = None if is_doubted else self._sound_curve
+            self._costs = LiveCosts(_with_context(curve, position, times.costs))
+            self._is_new = self._is_new or is_doubted
         for policy in self._policies.values():
             policy.costs, policy.draft_costs = self._costs, self._draft_costs
         self._looked_at = time.perf_counter()
-        self._spent += self._looked_at - began
+        self._spent += times.seconds
         what = " and ".join(missing)
         self._news.append(
-            (logging.INFO, f"{survey.rounds} rounds measured {often} what {what} cost here")
+            (logging.INFO, f"{times.rounds} rounds measured {often} what {what} cost here")
         )
         if self._costs.curve.is_disturbed:
             self._news.append((logging.WARNING, DISTURBED))
@@ -242,6 +236,12 @@ class Knowledge:
             if is_near or each not in curve.contexts:
                 curve = curve.with_context(each, costs.corrected(each))
         return curve
+
+
+def is_far(one: int, other: int) -> bool:
+    """Whether passes after these two contexts may differ in what they cost."""
+    shorter, longer = sorted([max(one, SHORT), max(other, SHORT)])
+    return longer > LONGER * shorter
 
 
 def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:

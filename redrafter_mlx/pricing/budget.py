@@ -134,7 +134,7 @@ class AutoBudget:
             self.survey = None
             setting, rows = self.policy.plan(context.position), 0
         else:
-            rows, setting = rung
+            rows, setting = rung.rows, rung.setting
             self.policy.pass_round()
         self.width, self.length = setting or self.policy.full
         self._before, self._last = self._last, _Round(context.position, setting, now, rows)

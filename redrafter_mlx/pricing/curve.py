@@ -1,4 +1,4 @@
-"""What a pass over N rows costs, and what a draft costs: measured ahead, corrected by each round.
+"""What a pass over N rows costs, and what a draft costs: measured, and corrected by each round.
 
 Shape letters: C context lengths, R sizes, W beam width, L beam length (the root included).
 """
@@ -104,12 +104,21 @@ class CostCurve:
     def with_context(self, context: int, seconds: Mapping[int, float]) -> CostCurve:
         """The curve with the times of one context added or replaced.
 
-        seconds  by rows, of one row at least; between and beyond them as in `at`
+        seconds  by rows, of one row at least
+
+        Sizes that were measured at some contexts only are concluded at the others as in `at`.
         """
-        own = CostCurve([context], sorted(seconds), [[seconds[n] for n in sorted(seconds)]])
-        kept = {c: row for c, row in zip(self.contexts, self.seconds, strict=True) if c != context}
-        kept[context] = own.at(context, self.rows[-1])[list(self.rows)].tolist()
-        return CostCurve(sorted(kept), self.rows, [kept[c] for c in sorted(kept)])
+        kept = {
+            c: dict(zip(self.rows, row, strict=True))
+            for c, row in zip(self.contexts, self.seconds, strict=True)
+        }
+        kept[context] = dict(seconds)
+        rows = sorted({*self.rows, *seconds})
+        grid = []
+        for c in sorted(kept):
+            own = CostCurve([c], sorted(kept[c]), [[kept[c][n] for n in sorted(kept[c])]])
+            grid.append(own.at(c, rows[-1])[rows].tolist())
+        return CostCurve(sorted(kept), rows, grid)
 
     def as_dict(self) -> dict:
         """For JSON."""

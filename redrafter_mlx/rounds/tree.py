@@ -112,7 +112,7 @@ class TokenTree:
         return self._depth_first(union.tokens, union.parents, union.logprobs)
 
     def filled(self, rows: int) -> TokenTree:
-        """With nodes that no one proposed, breadth first, until there are `rows`."""
+        """With nodes added that no one proposed, near the root, until there are `rows`."""
         if len(self) >= rows:
             return self
         tokens, parents = self.tokens.tolist(), self.parents.tolist()
@@ -124,6 +124,15 @@ class TokenTree:
             tokens.append(token)
         unlikely = [-np.inf] * (rows - len(self))
         return self._depth_first(tokens, parents, [*self.logprobs.tolist(), *unlikely])
+
+    def without_filling(self, path: Sequence[int]) -> tuple[TokenTree, list[int]]:
+        """What was proposed, or is on the path; and the rows of the path in it."""
+        kept = np.isfinite(self.logprobs)
+        kept[list(path)] = True
+        place = np.cumsum(kept) - 1
+        parents = np.where(self.parents < 0, -1, place[self.parents]).astype(np.int32)
+        tree = TokenTree(self.tokens[kept], parents[kept], self.logprobs[kept])
+        return tree, place[list(path)].tolist()
 
     @classmethod
     def _depth_first(cls, tokens, parents, logprobs) -> TokenTree:
