@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,7 +217,7 @@ def test_what_is_missing_is_measured_once_and_said(model, drafter, caplog):
         assert [token.id for token in [*told, *tokens] if token is not None] == plain
         assert ids(second) == plain
     (line,) = [r.getMessage() for r in caplog.records]
-    assert line.endswith("rounds measured once what drafts and passes cost here")
+    assert re.fullmatch(r"measured once, in \d+ rounds, what drafts and passes cost here", line)
     stored = load(identify(adapt(model), drafter))
     assert stored.curve.contexts == [len(prompt) - 1]
     assert {1, 2, 4, 8, 16} <= set(stored.curve.rows)
@@ -349,7 +350,7 @@ def test_passes_are_known_from_a_profile_of_another_drafter(model, profile, capl
     assert policy.draft_costs.of(FULL) != 0.002
     assert not policy.calibration.predicted.any()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith("measured once what drafts cost here")
+    assert line.endswith("rounds, what drafts cost here")
 
 
 def test_generation_with_a_bad_profile_says_so_once_and_gives_the_same_text(

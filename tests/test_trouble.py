@@ -179,7 +179,7 @@ def test_a_curve_of_a_slow_time_is_replaced_in_the_middle_of_a_text(monkeypatch,
     with caplog.at_level(logging.INFO, "redrafter_mlx"):
         here.look_again()
         assert here.kept
-    assert "rounds measured again what drafts and passes cost here" in caplog.text
+    assert "measured again, in 11 rounds, what drafts and passes cost here" in caplog.text
     assert here.policy.costs.at(10, 16)[ROWS].tolist() == pytest.approx(RIGHT)
     assert here.policy.draft_costs.of(FULL) == pytest.approx(0.016)
     assert here.kept.curve.seconds == [RIGHT]

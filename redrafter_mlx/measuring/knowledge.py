@@ -181,7 +181,7 @@ class Knowledge:
         self._spent += times.seconds
         what = " and ".join(missing)
         self._news.append(
-            (logging.INFO, f"{times.rounds} rounds measured {often} what {what} cost here")
+            (logging.INFO, f"measured {often}, in {times.rounds} rounds, what {what} cost here")
         )
         if self._costs.curve.is_disturbed:
             self._news.append((logging.WARNING, DISTURBED))
