@@ -97,11 +97,10 @@ def differences(target: Target, prefix: int = 8) -> tuple[float, float]:
 
 
 def _alone(target: Target, prompt: list[int], tokens: list[int]) -> np.ndarray:
-    """(T, V) logits of T consecutive tokens after a prompt, read as a prompt is."""
-    caches = target.empty_caches()
-    target.read(prompt, caches, chunk=len(prompt))
-    caches.begin(len(tokens), certain=True)
-    return _read(target.forward(mx.array([tokens]), caches).logits[0])[0]
+    """(T, V) logits of T consecutive tokens after a prompt, read with it in one pass."""
+    caches, text = target.empty_caches(), [*prompt, *tokens]
+    caches.begin(len(text), certain=True)
+    return _read(target.forward(mx.array([text]), caches).logits[0, len(prompt) :])[0]
 
 
 def _read(logits: mx.array) -> tuple[np.ndarray, ...]:
