@@ -49,8 +49,6 @@ from .machine import document, machine, options_of, parser, size, write
 FULL = Setting(4, 5)
 WIDTH, LENGTH = FULL
 BUDGETS = (4, 8, 16, 32, 64)
-TOKENS = 4000
-"""Held-out tokens that are replayed."""
 ROUNDS = 24
 """Timed drafts of each head."""
 VARIANTS = (
@@ -74,6 +72,7 @@ def main(args: list[str] | None = None) -> int:
     made.add_argument(
         "--beside", nargs="+", default=[], metavar="DRAFTER", help="measured with the heads"
     )
+    made.add_argument("--tokens", type=int, default=4000, help="held-out tokens that are replayed")
     flags = made.parse_args(args)
     {"data": write_data, "train": train_all, "measure": measure}[flags.what](flags)
     return 0
@@ -140,7 +139,7 @@ def measure(flags: argparse.Namespace) -> None:
     model, tokenizer = hub.load(flags.model)[:2]
     target = adapt(model)
     target.tap(reads_by_default(len(model.layers)))
-    answers = first_tokens(held_out_answers(Places(flags.directory).data), TOKENS)
+    answers = first_tokens(held_out_answers(Places(flags.directory).data), flags.tokens)
     heads = sorted(path.parent for path in (flags.directory / "heads").glob("*/facts.json"))
     if not heads:
         sys.exit(f"{flags.directory}: no head was trained there yet")
