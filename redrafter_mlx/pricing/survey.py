@@ -104,7 +104,7 @@ class Survey:
         down = [Rung(rows, setting, 2) for rows, setting in sizes[:0:-1]]
         self._ladder = [*up, *down, Rung(2, free if looks else short, 2)]
         if passes_needed:
-            more = [Rung(rows, widest, 2) for rows in (32, 64) if rows <= MOST_NODES]
+            more = [Rung(rows, widest, 2) for rows in (MOST_NODES // 2, MOST_NODES)]
             self._ladder = [Rung(1, None, 3), *self._ladder, *more]
         self._tries: Counter[Rung] = Counter()
 
