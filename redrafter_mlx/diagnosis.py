@@ -38,6 +38,7 @@ from redrafter_mlx.machine.storage import CACHE_VARIABLE, cache_directory
 from redrafter_mlx.measuring.measure import measure_drafts, measure_passes
 from redrafter_mlx.pricing.curve import Setting
 from redrafter_mlx.target.adapter import Target, adapt
+from redrafter_mlx.target.probe import probe_parity
 
 PACKAGES = ("redrafter-mlx", "mlx", "mlx-lm", "numpy", "transformers")
 PROMPTS = (
@@ -133,7 +134,7 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
         "caches": dict(Counter(type(cache).__name__ for cache in make_prompt_cache(model))),
     }
     try:
-        parity = adapt(model).parity
+        parity = probe_parity(adapt(model))  # tried now, whatever an earlier process found
     except UserError as error:
         return {**facts, "trees": False, "refused": str(error).replace(name, Path(name).name)}
     return {

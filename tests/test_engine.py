@@ -375,7 +375,7 @@ def test_what_loading_raises_is_raised_by_start():
 def test_a_model_that_cannot_branch_decodes_plainly(monkeypatch, caplog):
     model = build("llama")
     monkeypatch.setattr(
-        "redrafter_mlx.target.adapter.probe_parity",
+        "redrafter_mlx.target.adapter.parity_of",
         lambda target: (_ for _ in ()).throw(UserError("llama cannot be a target: a test")),
     )
     with engine_of() as engine:

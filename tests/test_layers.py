@@ -110,6 +110,7 @@ LAYERS = [
     ["pricing.calibration"],
     ["target.adapter"],
     ["target.exchange", "target.hooks", "target.parallel", "target.probe", "target.tape"],
+    ["target.fingerprint"],
     ["target.layers"],
     [
         "target.layers.afm",

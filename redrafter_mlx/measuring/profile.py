@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from filelock import FileLock
-from mlx.utils import tree_flatten
 
 from redrafter_mlx.drafters.protocol import Drafter
-from redrafter_mlx.machine import blas, device
 from redrafter_mlx.machine.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.pricing.curve import CostCurve, Setting
 from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.target import fingerprint
 from redrafter_mlx.target.adapter import Target
 
 FORMAT = 4
@@ -89,20 +85,16 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def identify(target: Target, drafter: Drafter | None) -> dict[str, str]:
     """What a measurement of this pair depends on, as text that can be compared."""
-    system = f"{platform.system()} {platform.machine()}"
     return {
-        "machine": f"{device.chip()}, {system}, {os.cpu_count()} cores",
-        "device": str(mx.default_device()),
-        "mlx": mx.__version__,
-        "blas": str(blas.preload()),
-        "model": f"{target.name} {_fingerprint([target.model])}",
+        **fingerprint.conditions(),
+        "model": f"{target.name} {fingerprint.of_weights([target.model])}",
         "dtype": str(target.dtype),
         "drafter": "none" if drafter is None else _drafter_name(drafter),
     }
 
 
 def _drafter_name(drafter: Drafter) -> str:
-    return f"{type(drafter).__name__} {_fingerprint(_modules(drafter))}"
+    return f"{type(drafter).__name__} {fingerprint.of_weights(_modules(drafter))}"
 
 
 def _modules(thing: Any) -> Iterator[nn.Module]:
@@ -117,18 +109,6 @@ def _modules(thing: Any) -> Iterator[nn.Module]:
     elif hasattr(thing, "propose"):
         for _, value in sorted(vars(thing).items()):
             yield from _modules(value)
-
-
-def _fingerprint(modules: Any) -> str:
-    """12 hex digits, from the name, shape, type and one corner of each weight."""
-    parameters = [entry for module in modules for entry in tree_flatten(module.parameters())]
-    corners = [x[(slice(0, 4),) * x.ndim].astype(mx.float32) for _, x in parameters]
-    digest = hashlib.sha256()
-    values = device.read(*corners) if corners else ()
-    for (name, x), corner in zip(parameters, values, strict=True):
-        digest.update(f"{name} {x.shape} {x.dtype}".encode())
-        digest.update(corner.tobytes())
-    return digest.hexdigest()[:12]
 
 
 def profile_path(identity: dict[str, str]) -> Path:

@@ -29,7 +29,7 @@ from redrafter_mlx.rounds.tree import TokenTree
 from redrafter_mlx.target import exchange, hooks, parallel
 from redrafter_mlx.target.cache import Branches, Quantization, TreeCache
 from redrafter_mlx.target.caches import CacheGroup, LayerCaches
-from redrafter_mlx.target.probe import Parity, probe_parity
+from redrafter_mlx.target.probe import Parity, parity_of, probe_parity
 from redrafter_mlx.target.rope import accept_row_offsets, accept_row_scales, takes_offset
 from redrafter_mlx.target.state import StateCache, forward_pass
 from redrafter_mlx.target.tape import recording
@@ -66,7 +66,7 @@ class Target:
             accept_row_scales(model)
             hooks.install(model)
             if not parallel.is_follower():
-                self.parity = probe_parity(self)
+                self.parity = probe_parity(self) if parallel.leader() else parity_of(self)
 
     def _find_ends(self) -> None:
         """Trace one token (nothing is evaluated) to find the embedding and the head."""

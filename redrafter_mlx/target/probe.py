@@ -6,8 +6,12 @@ Only a trial tells: a 5-node tree against each of its paths, on the loaded weigh
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -15,8 +19,9 @@ import numpy as np
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.machine import device
-from redrafter_mlx.machine.storage import one_line
+from redrafter_mlx.machine.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.rounds.tree import TokenTree
+from redrafter_mlx.target import fingerprint
 from redrafter_mlx.target.rope import takes_offset
 
 if TYPE_CHECKING:
@@ -39,6 +44,40 @@ class Parity:
     difference: float
     allowed: float
     logits: float
+
+
+def parity_of(target: Target) -> Parity:
+    """What the probe finds about a target; kept, if its model came from files.
+
+    It is tried again when weights, code or machine are others. Raises UserError as the probe does.
+    """
+    try:
+        path = _kept_at(target)
+        kept = Parity(**json.loads(path.read_text(encoding="utf-8")))
+        if kept.difference <= kept.allowed:
+            return kept
+    except (OSError, ValueError, TypeError):
+        pass
+    found = probe_parity(target)
+    with suppress(OSError):  # then the next process tries again
+        write_whole(_kept_at(target), json.dumps(asdict(found)))
+    return found
+
+
+def _kept_at(target: Target) -> Path:
+    """Raises OSError if what is found of this target is not to be kept."""
+    model = target.model
+    if not hasattr(model, "_redrafter_directory") or not hasattr(model, "args"):
+        raise OSError("made in memory, as what computes it may be")
+    facts = {
+        **fingerprint.conditions(),
+        "weights": fingerprint.of_weights([model]),
+        "code": fingerprint.of_code(model),
+        "config": repr(model.args),
+        "dtype": str(target.dtype),
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_directory() / "probes" / f"{name}.json"
 
 
 def probe_parity(target: Target) -> Parity:
