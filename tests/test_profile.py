@@ -14,7 +14,7 @@ import pytest
 from families import build
 from redrafter_mlx.config import DraftOptions
 from redrafter_mlx.measuring import profile as profiles
-from redrafter_mlx.measuring.knowledge import Knowledge, knowledge_of
+from redrafter_mlx.measuring.knowledge import Knowledge, is_far, knowledge_of
 from redrafter_mlx.measuring.profile import Profile, identify, load, profile_path, save
 from redrafter_mlx.pricing.calibration import Calibration
 from redrafter_mlx.pricing.curve import CostCurve, Setting
@@ -258,6 +258,34 @@ def test_a_much_longer_prompt_is_looked_at_again(model, drafter, profile, caplog
     assert "what passes cost" in caplog.text
     assert policy.costs.curve.contexts == [10, 100, 299]
     assert load(profile.identity).curve.contexts == [10, 100, 299]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "far"),
+    [(0, 256, False), (0, 257, True), (100, 20, False), (150, 300, False), (149, 300, True),
+     (600, 1200, False), (600, 1201, True)],
+)  # fmt: skip
+def test_contexts_are_far_apart_beyond_twice_the_shorter(one, other, far):
+    assert is_far(one, other) is is_far(other, one) is far
+
+
+@pytest.mark.parametrize(("length", "corrected"), [(20, [10, 100]), (240, [10, 100]), (300, [])])
+def test_what_was_seen_in_a_text_corrects_contexts_near_it(
+    model, drafter, profile, length, corrected
+):
+    """1.2 times as dear: known after the last token, kept for contexts like the text's."""
+    save(profile)
+    found, policy = known(model, drafter)
+    for _ in range(50):
+        for rows, seconds in ((1, 0.01), (2, 0.02)):
+            policy.costs.observe(rows, 10, 1.2 * seconds)
+    found.keep(length)
+    stored = load(profile.identity).curve
+    for context, before, after in zip(
+        stored.contexts, profile.curve.seconds, stored.seconds, strict=True
+    ):
+        factor = 1.2 if context in corrected else 1.0
+        np.testing.assert_allclose(after, factor * np.array(before), rtol=1e-3)
 
 
 def test_what_a_head_brings_is_where_it_begins(model, drafter):

@@ -32,8 +32,7 @@ from redrafter_mlx.target.adapter import Target
 _log = logging.getLogger("redrafter_mlx")
 
 LONGER, SHORT = 2, 128
-"""Passes are measured again beyond LONGER times the longest measured context, which counts as SHORT
-tokens at least."""
+"""What passes cost after a context holds up to LONGER times its tokens, SHORT of them at least."""
 SPOT = 8
 """Rows of the tree that stands for all others in a spot check."""
 DISTURBED = (
@@ -92,7 +91,7 @@ class Knowledge:
         """What a text whose prompt is processed must find out first; None: nothing is missing."""
         curve = self._sound_curve
         missing = [] if self._draft_costs.measured else ["drafts"]
-        if curve is None or context.position > LONGER * max(curve.contexts[-1], SHORT):
+        if curve is None or _is_far_beyond(context.position, curve.contexts[-1]):
             missing.append("passes")
         return self._survey(_full_search(options), "once", missing, context) if missing else None
 
@@ -232,16 +231,18 @@ class Knowledge:
         is_usable = stored is not None and not stored.curve.is_disturbed and not self._is_new
         curve = stored.curve if is_usable else costs.curve
         for each in () if costs.is_outdated or costs.is_troubled else costs.curve.contexts:
-            is_near = each / LONGER <= context <= LONGER * max(each, SHORT)
-            if is_near or each not in curve.contexts:
+            if not is_far(each, context) or each not in curve.contexts:
                 curve = curve.with_context(each, costs.corrected(each))
         return curve
 
 
 def is_far(one: int, other: int) -> bool:
     """Whether passes after these two contexts may differ in what they cost."""
-    shorter, longer = sorted([max(one, SHORT), max(other, SHORT)])
-    return longer > LONGER * shorter
+    return _is_far_beyond(one, other) or _is_far_beyond(other, one)
+
+
+def _is_far_beyond(longer: int, shorter: int) -> bool:
+    return longer > LONGER * max(shorter, SHORT)
 
 
 def knowledge_of(target: Target, drafter: Drafter) -> Knowledge:
