@@ -92,7 +92,7 @@ def test_with_a_profile_it_is_as_fast_as_the_best_fixed_setting(curve, guesser):
     passes = CURVES[curve]
     best = best_fixed(machine(passes), expected(guesser))
     here = machine(passes)
-    log = play(here, Guesser(**GUESSERS[guesser]), auto(policy(passes), here), 1500)
+    log = play(here, Guesser(**GUESSERS[guesser]), auto(policy(passes), here), 1000)
     assert log.rate() >= 0.97 * best, log.rate() / best
 
 

@@ -17,7 +17,7 @@ from redrafter_mlx.engine import Engine, Served
 from scripted_engine import CHAT, byte_tokenizer, serving, wait_until
 from support import random_drafter
 
-CLIENTS, TURNS = 8, 4
+CLIENTS, TURNS = 8, 3
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
