@@ -7,7 +7,7 @@ For each prompt `generate` runs in processes of its own, in turn: plain decoding
 an empty temporary directory and a cache directory that holds only the model's conversion and the
 BLAS, auto once more with what that left, and fixed settings. Speeds are tokens per second of
 decoding, as the command prints them, over those of plain decoding of the same prompt, which runs
-twice, first and last.
+twice, first and last. Beside them the seconds of whole processes, from the command to its end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,21 +57,24 @@ class Machine:
                 (self.cache / kept).symlink_to(cache_directory() / kept)
 
     def run(self, words: Sequence[str]) -> dict:
-        """The output of `generate --json`."""
+        """The output of `generate --json`, and the `seconds` that it took."""
         self.temporary.mkdir(exist_ok=True)
         places = {CACHE_VARIABLE: str(self.cache), "TMPDIR": str(self.temporary)}
+        began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "redrafter_mlx.generate", "--json", *words],
             capture_output=True, text=True, env={**os.environ, **places}, check=False,
         )  # fmt: skip
+        seconds = time.perf_counter() - began
         shutil.rmtree(self.temporary)
         if done.returncode:
             raise SystemExit(f"generate {' '.join(words)} failed: {done.stderr.strip()}")
-        return json.loads(done.stdout)
+        return {**json.loads(done.stdout), "seconds": seconds}
 
     def forget(self) -> None:
-        """Delete what is known of costs and drafts."""
-        shutil.rmtree(self.cache / "profiles", ignore_errors=True)
+        """Delete what is known of costs, drafts and the model's trees."""
+        for known in ("profiles", "probes"):
+            shutil.rmtree(self.cache / known, ignore_errors=True)
 
 
 def useless_head(model: str, directory: Path) -> str:
@@ -100,6 +104,9 @@ def measure(here: Machine, prompt: str, flags: argparse.Namespace) -> dict:
         "speeds": {
             method: statistics.mean(run["generation_tps"] for run in each)
             for method, each in runs.items()
+        },
+        "seconds": {
+            method: statistics.mean(run["seconds"] for run in each) for method, each in runs.items()
         },
         "tokens_per_round": {
             method: each[0]["tokens_per_round"] for method, each in runs.items() if method != PLAIN

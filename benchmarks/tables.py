@@ -119,6 +119,15 @@ def first_run_tables(result: dict, name: str) -> str:
                 f"{means[method] / means[best]:.3f} of the best for all ({best}), "
                 f"{lowest:.2f} of plain in the slowest text."
             )
+    if "seconds" in runs[0]:
+        process = lambda method: mean(
+            run["seconds"][plain] / run["seconds"][method] for run in texts
+        )
+        whole = ", ".join(f"{method} {process(method):.3f}" for method in (first, *others))
+        taken = statistics.median(run["seconds"][plain] for run in texts)
+        lines.append(
+            f"Whole processes, of {taken:.1f} s with plain decoding (median), over it: {whole}."
+        )
     lines.append(
         "Cells: speed over plain decoding."
         + " Look: before the first token, not in the speed." * len(look)

@@ -222,6 +222,18 @@ def test_the_table_of_first_runs():
     assert f"auto: {each:.3f} of the best of plain and fixed settings for each text" in table
     assert f"{best:.3f} of the best for all (--budget 8), 0.90 of plain" in table
     assert "Texts that differ between methods: b." in table
+    assert "Whole processes" not in table, "of results that have no such times"
+
+
+def test_whole_processes_are_compared_too():
+    result = first_run_document()
+    for i, run in enumerate(result["runs"]):
+        run["seconds"] = dict(zip(run["speeds"], (6.0 + i, 4.0, 5.0, 8.0), strict=True))
+    auto, second, fixed = (((7 * 8) ** 0.5) / seconds for seconds in (4, 5, 8))
+    assert (
+        "Whole processes, of 7.5 s with plain decoding (median), over it: "
+        f"auto {auto:.3f}, auto, second run {second:.3f}, --budget 8 {fixed:.3f}."
+    ) in tables.first_run_tables(result, "x.json")
 
 
 def test_a_first_run_knows_nothing_and_the_second_what_it_left(tmp_path, monkeypatch):
@@ -231,15 +243,18 @@ def test_a_first_run_knows_nothing_and_the_second_what_it_left(tmp_path, monkeyp
     here, seen = first_run.Machine(tmp_path / "root"), []
 
     def run(words):
-        profiles = here.cache / "profiles"
-        seen.append((list(words)[-1], profiles.exists()))
+        left = [here.cache / name for name in ("profiles", "probes")]
+        assert left[0].exists() == left[1].exists()
+        seen.append((list(words)[-1], left[0].exists()))
         if "--no-draft" not in words:
-            profiles.mkdir(exist_ok=True)
+            for each in left:
+                each.mkdir(exist_ok=True)
         return {
             "tokens": [1, 2],
             "generation_tps": 10.0,
             "tokens_per_round": 1.5,
             "mean_nodes": 2.0,
+            "seconds": 3.0,
         }
 
     monkeypatch.setattr(here, "run", run)
@@ -250,6 +265,7 @@ def test_a_first_run_knows_nothing_and_the_second_what_it_left(tmp_path, monkeyp
     assert [seen[i] for i in (5, 6, 7)] == [(plain, False), (first, False), (second, True)]
     assert [word for word, _ in seen[5:]] == [plain, first, second, fixed, plain]
     assert found["texts"] == 1
+    assert found["seconds"] == dict.fromkeys(found["speeds"], 3.0)
     assert (here.cache / "models").is_dir()
 
 
