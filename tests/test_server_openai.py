@@ -370,6 +370,20 @@ def test_completions(ask, tokenizer):
     assert error.body["param"] == "echo"
 
 
+def test_offsets_in_a_stream_are_those_of_the_whole_text(ask):
+    """Also where text is held back that may become a stop sequence, and in other scripts."""
+    ask.engine.script = lambda request: "Aha! Größe \N{SNOWMAN} haha <think>not haste."
+    flags = {"model": "scripted", "prompt": "Es", "logprobs": 1, "stop": ["hahaha", "haste"]}
+    whole = ask.client.completions.create(**flags).choices[0]
+    chunks = [chunk.choices[0] for chunk in ask.client.completions.create(**flags, stream=True)]
+    offsets = [at for chunk in chunks if chunk.logprobs for at in chunk.logprobs.text_offset]
+    tokens = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.tokens]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert (tokens, offsets) == (whole.logprobs.tokens, whole.logprobs.text_offset)
+    assert offsets == sorted(offsets)
+    assert len(chunks) > 3
+
+
 def details_of(address, **request):
     body = {"messages": USER, "stream": True, "redrafter": {"details": True}} | request
     with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=30) as reply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from redrafter_mlx.engine import Served, Turn
@@ -233,11 +234,12 @@ class CompletionWriter(_OpenAIWriter):
     def feed(self, index: int, turn: Turn) -> list[str]:
         """The chunks of a turn."""
         speech = self.speeches[index]
-        at, root = len(speech.text), speech.last_token
+        root, shown = speech.last_token, self._shown[index]
         text = "".join(part.text for part in speech.hear(turn))
         if not (text or turn.finish_reason or self.details):
             return []
-        choice = self._choice(index, text, speech.finish_reason, self._new_logprobs(index), at)
+        choice = self._choice(index, text, shown)
+        self._shown[index] = len(speech.logprobs)
         chunk = self._object([choice])
         if self.details:
             pieces = [(piece.text, piece.from_draft) for piece in turn.pieces if piece.text]
@@ -246,26 +248,23 @@ class CompletionWriter(_OpenAIWriter):
 
     def whole(self) -> dict[str, Any]:
         """The whole answer, for requests that do not stream."""
-        choices = [
-            self._choice(index, speech.text, speech.finish_reason, speech.logprobs, 0)
-            for index, speech in enumerate(self.speeches)
-        ]
+        choices = [self._choice(index, speech.text) for index, speech in enumerate(self.speeches)]
         return self._object(choices) | {"usage": self.usage()}
 
-    def _choice(self, index, text, reason, entries, at) -> dict[str, Any]:
-        logprobs = None
+    def _choice(self, index: int, text: str, shown: int = 0) -> dict[str, Any]:
+        """`text`, and the log-probabilities of tokens but the first `shown`."""
+        logprobs, speech = None, self.speeches[index]
         if self._asked.logprobs is not None:
-            offsets = []
-            for entry in entries:
-                offsets.append(at)
-                at += len(entry["token"])
+            entries = speech.logprobs[shown:]
+            ends = list(accumulate(len(entry["token"]) for entry in speech.logprobs))
             tops = [{e["token"]: e["logprob"] for e in one["top_logprobs"]} for one in entries]
             logprobs = {
                 "tokens": [entry["token"] for entry in entries],
                 "token_logprobs": [entry["logprob"] for entry in entries],
                 "top_logprobs": tops,
-                "text_offset": offsets,
+                "text_offset": [0, *ends][shown : len(ends)],
             }
+        reason = speech.finish_reason
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
 
