@@ -197,6 +197,7 @@ class _Scripted:
             drafted, is_last = place % self._step > 0, place == len(tokens) - 1
             self.stats.rounds += not drafted
             self.stats.nodes += 1
+            self.stats.drafted += drafted
             self.stats.count(drafted, place % self._step)
             reason = ("length" if cut else "stop") if is_last else None
             end = is_last or place % self._step == self._step - 1

@@ -1,5 +1,6 @@
 """A machine that is not known yet: its costs are found out in the first rounds of a text."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from test_policy import policy as policy_of
@@ -14,6 +15,8 @@ from redrafter_mlx.pricing.budget import AutoBudget
 from redrafter_mlx.pricing.curve import CostCurve, LiveCosts, LiveDraftCosts, Setting
 from redrafter_mlx.pricing.policy import MOST_NODES
 from redrafter_mlx.pricing.survey import TRIES, Survey, Times
+from redrafter_mlx.rounds.round import Step, Verdict
+from redrafter_mlx.rounds.stats import Stats
 from redrafter_mlx.rounds.tree import FILLING, TokenTree
 from redrafter_mlx.target.adapter import adapt
 from simulated import Guesser, Machine, answer, play
@@ -201,6 +204,18 @@ def test_texts_of_other_lengths_and_searches_have_surveys_of_their_own(model):
     answer(survey, lambda rows: 2 * ROWS(rows), DRAFT)
     assert policy.costs.curve.contexts == [8, 299]
     assert knows.survey(DraftOptions(), context(300)) is None
+
+
+def test_what_fills_a_tree_up_does_not_count_as_drafted():
+    """Unless it is accepted, so that there are never more accepted tokens than drafted ones."""
+    tree = TokenTree.best(7, [3, 5, 5], [-1, -1, 0], [-0.1, -0.2, -0.3], 4).filled(12)
+    filling = int(np.argmin(tree.logprobs))
+    stats = Stats()
+    for path in ([0, 1], tree.path(filling)):
+        step = Step([], Verdict(path, mx.array([1]), 1), mx.zeros((1, 1)), tree, 0.0, 0.0)
+        stats.read(step)
+    assert (stats.nodes, stats.drafted) == (24, 3 + 4)
+    assert stats.as_dict()["drafted_tokens"] == 7
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9, 40])

@@ -279,7 +279,7 @@ class Engine:
             totals.cached_tokens += stats.cached_tokens
             totals.tokens += stats.tokens
             totals.rounds += stats.rounds
-            totals.drafted_tokens += stats.nodes - stats.rounds
+            totals.drafted_tokens += stats.drafted
             totals.accepted_tokens += sum(stats.accepted_at)
             totals.prompt_seconds += stats.prompt_seconds
             totals.decode_seconds += stats.decode_seconds

@@ -172,6 +172,11 @@ class Step:
         return len(self.tree)
 
     @property
+    def drafted(self) -> int:
+        """Tokens of the tree that a drafter proposed."""
+        return len(self.tree.without_filling(self.verdict.path)[0]) - 1
+
+    @property
     def is_known(self) -> bool:
         """Whether the tokens can be read without waiting for the device."""
         return self.verdict.token is not None

@@ -17,6 +17,8 @@ class Stats:
     cached_tokens tokens of the prompt that were known from earlier texts
     rule          by which drafts were verified
     accepted_at   rounds that accepted at least 1, 2, ... drafted tokens
+    nodes         verified, the root of each tree included
+    drafted       tokens that were proposed and verified
     sizes         rounds by the nodes of their tree; 1: nothing was drafted, or nothing worth a row
     *_seconds     wall time: `decode` of all rounds, `draft` and `verify` parts of it
     """
@@ -28,6 +30,7 @@ class Stats:
     tokens: int = 0
     rounds: int = 0
     nodes: int = 0
+    drafted: int = 0
     accepted_at: list[int] = field(default_factory=list)
     sizes: dict[int, int] = field(default_factory=dict)
     draft_seconds: float = 0.0
@@ -48,6 +51,7 @@ class Stats:
         self.verify_seconds += step.verify_seconds + time.perf_counter() - began
         self.rounds += 1
         self.nodes += step.nodes
+        self.drafted += step.drafted
         self.sizes[step.nodes] = self.sizes.get(step.nodes, 0) + 1
         return tokens
 
@@ -89,7 +93,7 @@ class Stats:
             "generation_tps": round(self.generation_tps, 3),
             "rounds": self.rounds,
             "tokens_per_round": round(self.tokens_per_round, 4),
-            "drafted_tokens": self.nodes - self.rounds,
+            "drafted_tokens": self.drafted,
             "accepted_tokens": sum(self.accepted_at),
             "mean_nodes": round(self.nodes / self.rounds, 2) if self.rounds else 0.0,
             "accepted_at": self.accepted_at,
