@@ -80,7 +80,7 @@ def test_nothing_of_a_rejected_tree_is_left(name):
 @pytest.mark.parametrize("temp", [0.0, 0.8])
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_long_texts(name, temp):
-    model, prompt, tokens = build(name), tiny_prompt(BEGUN), 200
+    model, prompt, tokens = build(name), tiny_prompt(BEGUN), 140
     options = {"max_tokens": tokens, "temp": temp, **({"seed": 1} if temp else {})}
     plain = ids(generation(model, prompt, **options))
     drafter = ScriptedDrafter(prompt + plain, right=3, wrong=1, decoys=True)
