@@ -165,11 +165,14 @@ def play(
 
 
 def answer(
-    survey: Survey | None, passes: Callable[[int], float], drafts: Callable[[Setting], float]
+    survey: Survey | None,
+    passes: Callable[[int], float],
+    drafts: Callable[[Setting], float],
+    might_pay: Callable[[list[int]], bool] = lambda rows: True,
 ) -> list[int]:
-    """Tell a survey what its rounds take; returns their rows."""
-    rows = []
-    while survey is not None and (rung := survey.next()):
+    """Tell a survey what its rounds take; returns their rows, from which `might_pay` follows."""
+    rows: list[int] = []
+    while survey is not None and (rung := survey.next(might_pay(rows))):
         rows.append(rung.rows)
         survey.passed(rung.rows, passes(rung.rows))
         if rung.setting:

@@ -119,6 +119,20 @@ def test_a_useless_drafter_costs_next_to_nothing(liar):
     assert sum(setting is not None for setting in late) < 0.05 * len(late)
 
 
+@pytest.mark.parametrize(("logprob", "doubtful"), [(-0.1, True), (-9.0, False)])
+def test_what_trees_cost_is_asked_again_where_they_might_pay(logprob, doubtful):
+    """Passes take much less time than known; a survey would cost a useless drafter's text most."""
+    passes = CURVES["dip at 16"]
+    scores = np.array([logprob, 2 * logprob])
+    chain = Candidates(0, np.zeros(2, int), np.array([-1, 0]), scores, np.zeros(0))
+    kept = policy(passes, [chain] * 8)
+    assert not kept.is_doubtful
+    for _ in range(5):
+        kept.costs.observe(1, 100, 0.5 * passes(1, 100))
+    assert kept.costs.is_outdated
+    assert kept.is_doubtful is doubtful
+
+
 def test_a_drafter_that_costs_nothing_waits_for_its_moment():
     """Max-Gram has no idea for a long while, then a long echo."""
     passes = CURVES["flat"]

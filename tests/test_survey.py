@@ -42,6 +42,17 @@ def test_every_size_is_seen_twice():
     assert answer(Survey(FULL), ROWS, DRAFT) == [*PLAIN, 2, 4, 8, 16, 16, 8, 4, 2]
 
 
+@pytest.mark.parametrize("known_after", [0, 3, 5, 7])
+def test_where_drafts_cannot_pay_each_size_is_seen_once(known_after):
+    """Also if that is known from the first: others may have use for what passes cost."""
+    survey, free = Survey(FULL), lambda rows: 1.0
+    rows = answer(survey, ROWS, DRAFT, lambda rows: len(rows) < known_after)
+    assert rows == [*PLAIN, 2, 4, 8, 16]
+    assert survey.times.is_over
+    assert set(survey.times.drafts) == {FULL, Setting(1, 5), Setting(1, 2)}
+    assert answer(Survey(FULL), free, DRAFT, lambda rows: False) == rows, "none beyond 16"
+
+
 def test_of_each_size_the_least_time_counts_and_more_rows_are_never_cheaper():
     compiled, seen = {8: 5.0, 16: 9.0}, set()
 

@@ -129,7 +129,7 @@ class AutoBudget:
             self.survey = self.look_again(context)
             if self.survey is not None:
                 self._last, now = None, self.clock()
-        rung = self.survey.next() if self.survey is not None else None
+        rung = self.survey.next(self.policy.might_pay) if self.survey is not None else None
         if rung is None:
             self.survey = None
             setting, rows = self.policy.plan(context.position), 0

@@ -131,6 +131,8 @@ class Policy:
         self.no_search = Setting(0, full.length)
         self._since_sample = 0
         self._costs = np.ones(MOST_NODES + 1)
+        self._begun = 0  # rounds
+        self._might_pay, self._judged_at = True, (-1, -1)
         self.begin_text()
 
     def begin_text(self) -> None:
@@ -154,24 +156,30 @@ class Policy:
     def is_doubtful(self) -> bool:
         """Whether costs should be measured again.
 
-        That is so if passes take much less time than known, and if drafts that might pay have long
-        not been made or verified because of their known cost: a lower one would go unnoticed.
+        That is so if drafts might pay, and passes take much less time than known, or drafts have
+        long not been made or verified because of their known cost: a lower one would go unnoticed.
         """
         is_long_ago = self.costs.untried.is_long or (
             self.searches and self.draft_costs.untried.is_long
         )
-        return self.costs.is_outdated or (is_long_ago and self._might_pay)
+        return (self.costs.is_outdated or is_long_ago) and self.might_pay
 
     @property
-    def _might_pay(self) -> bool:
-        """Whether drafting would pay if a tree cost no more than a single row."""
-        if not len(self.samples):
-            return True
-        free = np.full(MOST_NODES + 1, 1.0)
-        return self.samples.worth(self.calibration, free, 0.0)[:, -1].mean() > UNEVEN
+    def might_pay(self) -> bool:
+        """Whether drafting would pay if a tree cost no more than a single row.
+
+        If not, what trees cost is of no interest. Computed anew after every LOOK_AGAIN rounds.
+        """
+        when = self._begun // self.LOOK_AGAIN, self.samples.added
+        if when != self._judged_at and len(self.samples):
+            free = np.full(MOST_NODES + 1, 1.0)
+            worth = self.samples.worth(self.calibration, free, 0.0)[:, -1]
+            self._judged_at, self._might_pay = when, bool(worth.mean() > UNEVEN)
+        return self._might_pay
 
     def pass_round(self) -> None:
         """A round begins: what is known is one round older."""
+        self._begun += 1
         self.calibration.pass_round()
         self.draft_costs.pass_round()
 

@@ -72,7 +72,8 @@ class Survey:
     """One text's rounds of every size, upwards and down again.
 
     Sizes stop where no tree can pay: it yields no more tokens than a beam has. They go on beyond 16
-    while twice the rows cost about the same. What one text leaves open another finds out.
+    while twice the rows cost about the same. What one text leaves open another finds out. Of drafts
+    that would not pay if trees cost nothing, each size is seen once, so that others find it known.
 
     full           the widest and longest search
     looks          whether the drafter finds candidates without a search
@@ -113,11 +114,14 @@ class Survey:
         """One with nothing to find out."""
         return cls(Setting(1, 2), times=Times(is_over=True))
 
-    def next(self) -> Rung | None:
-        """The round to make now; None: there is nothing more to find out."""
+    def next(self, might_pay: bool = True) -> Rung | None:
+        """The round to make now; None: there is nothing more to find out.
+
+        might_pay  whether drafts would pay if trees cost nothing
+        """
         while not self.times.is_over:
             for rung in self._ladder:
-                if self._is_wanted(rung):
+                if self._is_wanted(rung, might_pay):
                     self._tries[rung] += 1
                     self.times.rounds += 1
                     return rung
@@ -136,9 +140,11 @@ class Survey:
         drafts = self.times.drafts
         drafts[setting] = min(seconds, drafts.get(setting, seconds))
 
-    def _is_wanted(self, rung: Rung) -> bool:
+    def _is_wanted(self, rung: Rung, might_pay: bool) -> bool:
         known = len(self.times.passes.get(rung.rows, ()))
         limit = TRIES * rung.times if rung.setting is None else TRIES
+        if rung.setting is not None and not might_pay and (known or rung.rows > 16):
+            return False
         return known < rung.times and self._tries[rung] < limit and self._may_pay(rung.rows)
 
     def _may_pay(self, rows: int) -> bool:
