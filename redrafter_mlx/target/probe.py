@@ -53,14 +53,15 @@ def parity_of(target: Target) -> Parity:
     """
     try:
         path = _kept_at(target)
+    except OSError:
+        return probe_parity(target)
+    with suppress(OSError, ValueError, TypeError):
         kept = Parity(**json.loads(path.read_text(encoding="utf-8")))
         if kept.difference <= kept.allowed:
             return kept
-    except (OSError, ValueError, TypeError):
-        pass
     found = probe_parity(target)
     with suppress(OSError):  # then the next process tries again
-        write_whole(_kept_at(target), json.dumps(asdict(found)))
+        write_whole(path, json.dumps(asdict(found)))
     return found
 
 
