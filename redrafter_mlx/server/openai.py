@@ -119,7 +119,7 @@ class _OpenAIWriter:
         self._id, self._created = new_id(self.prefix), int(time.time())
         self._model = served.name
         self._text_of = functools.lru_cache(4096)(lambda token: served.tokenizer.decode([token]))
-        self._shown = [0] * len(speeches)  # log-probabilities sent so far, for each answer
+        self._sent = [0] * len(speeches)  # log-probabilities, for each answer
 
     def end(self) -> list[str]:
         """The events after the last turn."""
@@ -158,10 +158,10 @@ class _OpenAIWriter:
             "choices": choices,
         }
 
-    def _new_logprobs(self, index: int) -> list[dict[str, Any]]:
-        entries = self.speeches[index].logprobs
-        shown, self._shown[index] = self._shown[index], len(entries)
-        return entries[shown:]
+    def _send_logprobs(self, index: int) -> int:
+        """How many log-probabilities of an answer were sent before; all others are sent now."""
+        sent, self._sent[index] = self._sent[index], len(self.speeches[index].logprobs)
+        return sent
 
 
 class ChatWriter(_OpenAIWriter):
@@ -201,7 +201,8 @@ class ChatWriter(_OpenAIWriter):
     def _chunk(self, index, turn, delta, reason, pieces, is_last, root) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "finish_reason": reason}
         if self._asked.logprobs and is_last:
-            choice["logprobs"] = {"content": self._new_logprobs(index), "refusal": None}
+            new = self.speeches[index].logprobs[self._send_logprobs(index) :]
+            choice["logprobs"] = {"content": new, "refusal": None}
         chunk = self._object([choice], ".chunk")
         if self._asked.stream_options and self._asked.stream_options.include_usage:
             chunk["usage"] = None
@@ -234,13 +235,11 @@ class CompletionWriter(_OpenAIWriter):
     def feed(self, index: int, turn: Turn) -> list[str]:
         """The chunks of a turn."""
         speech = self.speeches[index]
-        root, shown = speech.last_token, self._shown[index]
+        root = speech.last_token
         text = "".join(part.text for part in speech.hear(turn))
         if not (text or turn.finish_reason or self.details):
             return []
-        choice = self._choice(index, text, shown)
-        self._shown[index] = len(speech.logprobs)
-        chunk = self._object([choice])
+        chunk = self._object([self._choice(index, text, self._send_logprobs(index))])
         if self.details:
             pieces = [(piece.text, piece.from_draft) for piece in turn.pieces if piece.text]
             chunk["redrafter"] = details_of(pieces, turn, self._text_of, True, root)
@@ -251,18 +250,18 @@ class CompletionWriter(_OpenAIWriter):
         choices = [self._choice(index, speech.text) for index, speech in enumerate(self.speeches)]
         return self._object(choices) | {"usage": self.usage()}
 
-    def _choice(self, index: int, text: str, shown: int = 0) -> dict[str, Any]:
-        """`text`, and the log-probabilities of tokens but the first `shown`."""
+    def _choice(self, index: int, text: str, sent: int = 0) -> dict[str, Any]:
+        """`text`, and the log-probabilities of tokens but the first `sent`."""
         logprobs, speech = None, self.speeches[index]
         if self._asked.logprobs is not None:
-            entries = speech.logprobs[shown:]
+            entries = speech.logprobs[sent:]
             ends = list(accumulate(len(entry["token"]) for entry in speech.logprobs))
             tops = [{e["token"]: e["logprob"] for e in one["top_logprobs"]} for one in entries]
             logprobs = {
                 "tokens": [entry["token"] for entry in entries],
                 "token_logprobs": [entry["logprob"] for entry in entries],
                 "top_logprobs": tops,
-                "text_offset": [0, *ends][shown : len(ends)],
+                "text_offset": [0, *ends][sent : len(ends)],
             }
         reason = speech.finish_reason
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
