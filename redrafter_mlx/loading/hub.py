@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters, load_model, load_tokenizer
 
 from redrafter_mlx.errors import UserError
 from redrafter_mlx.gguf.importer import LAYOUT_VERSION, import_gguf
@@ -61,23 +61,27 @@ def load(
     directory = resolve_target(path_or_hf_repo, revision)
     shared = parallel.group().size() > 1
     try:
-        model, tokenizer, config = mlx_lm.load(  # type: ignore[misc]  # three, with return_config
-            str(directory),
-            tokenizer_config=tokenizer_config,
-            model_config=model_config,
-            adapter_path=adapter_path,
-            lazy=lazy or shared,
-            return_config=True,
-            trust_remote_code=trust_remote_code,
+        model, config = load_model(
+            directory, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
         )
+        if adapter_path is not None:
+            model = load_adapters(model, adapter_path)
+            model.eval()
+        with ThreadPoolExecutor(1) as beside:  # takes as long as reading a small model's weights
+            making = beside.submit(
+                load_tokenizer, directory, tokenizer_config, config.get("eos_token_id")
+            )
+            if mx.default_device() == mx.cpu:
+                compute_in_float32(model)
+                config.pop("quantization", None)
+            elif not (lazy or shared):
+                device.finish(model.parameters())
+            tokenizer = making.result()
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"cannot load {path_or_hf_repo}: {one_line(error)}; "
             f"{_way_out(str(path_or_hf_repo), directory)}"
         ) from error
-    if mx.default_device() == mx.cpu:
-        compute_in_float32(model)
-        config.pop("quantization", None)
     if shared:
         _split(model, str(path_or_hf_repo))
     model._redrafter_name, model._redrafter_directory = str(path_or_hf_repo), directory
