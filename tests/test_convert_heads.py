@@ -745,6 +745,10 @@ HOSTILE = {
         "eagle3", lambda path: (path / "config.json").unlink(),
         "{head}: num_attention_heads is None, not a positive number",
     ),
+    "mtp: a base of positions that is none": (
+        "mtp_qwen3_next", with_settings(rope_theta=["x"]),
+        "{head}: rope_theta is ['x'], not a positive number",
+    ),
     "eagle3: a missing shard": (
         "eagle3", missing_shard,
         "{head}/model.safetensors.index.json: names model-1.safetensors, which is missing; get the "

@@ -38,6 +38,7 @@ from redrafter_mlx.drafters.published import (
     Kind,
     Shapes,
     belongs_to,
+    rope_of,
     setting,
     targets_vocabulary,
 )
@@ -174,6 +175,7 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
             f"computes is not known here; it is of {known}"
         )
     _check_blocks(where, text, shapes, family)
+    rope_of(where, text)  # mlx-lm would look at them when it computes
     depths = len({name.split(".")[1] for name in shapes if name.startswith("depths.")}) or 1
     one_kind = {**family.settings, "model_type": kind, "num_hidden_layers": depths}
     model = _model(where, {**text, **one_kind})
