@@ -747,7 +747,11 @@ HOSTILE = {
     ),
     "mtp: a base of positions that is none": (
         "mtp_qwen3_next", with_settings(rope_theta=["x"]),
-        "{head}: rope_theta is ['x'], not a positive number",
+        "{head}: config.json and tensors do not make a head of the kind mtp: rope()",
+    ),
+    "mtp: a number of experts that is none": (
+        "mtp_qwen3_next", with_settings(num_experts_per_tok=None),
+        "{head}: config.json and tensors do not make a head of the kind mtp: bad operand",
     ),
     "eagle3: a missing shard": (
         "eagle3", missing_shard,

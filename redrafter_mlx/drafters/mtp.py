@@ -22,7 +22,13 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.utils import _get_classes
 
-from redrafter_mlx.drafters.attention import AttentionDrafter, AttentionHead, OneStateHead, Sees
+from redrafter_mlx.drafters.attention import (
+    AttentionDrafter,
+    AttentionHead,
+    OneStateHead,
+    Sees,
+    TextKeys,
+)
 from redrafter_mlx.drafters.mtp_families import (
     FAMILIES,
     Family,
@@ -38,7 +44,6 @@ from redrafter_mlx.drafters.published import (
     Kind,
     Shapes,
     belongs_to,
-    rope_of,
     setting,
     targets_vocabulary,
 )
@@ -175,7 +180,6 @@ def _config(where: object, settings: Mapping[str, Any], shapes: Shapes) -> MTPCo
             f"computes is not known here; it is of {known}"
         )
     _check_blocks(where, text, shapes, family)
-    rope_of(where, text)  # mlx-lm would look at them when it computes
     depths = len({name.split(".")[1] for name in shapes if name.startswith("depths.")}) or 1
     one_kind = {**family.settings, "model_type": kind, "num_hidden_layers": depths}
     model = _model(where, {**text, **one_kind})
@@ -237,6 +241,14 @@ def _block(where: object, settings: Mapping[str, Any]) -> tuple[int, int]:
     return tuple(block)
 
 
+def _head(config: MTPConfig) -> MTPHead | MTPHeads:
+    """The module; one token is traced (nothing is evaluated), as some settings matter only then."""
+    head = MTPHead(config) if config.depths == 1 else MTPHeads(config)
+    state = mx.zeros((1, config.hidden_size))
+    head.over(state, state, None, [TextKeys() for _ in range(head.caches)])
+    return head
+
+
 def _ready(head: MTPHead | MTPHeads, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """The weights by the names of our modules; each depth has those that several share."""
     config = head.config
@@ -268,7 +280,7 @@ KIND = Kind(
     recognises=lambda settings, names: found_in(names) is not None,
     ours=ours,
     config=_config,
-    head=lambda config: MTPHead(config) if config.depths == 1 else MTPHeads(config),
+    head=_head,
     drafter=_drafter,
     outputs=lambda config: (),
     inside=True,
