@@ -16,7 +16,7 @@ from filelock import FileLock
 from redrafter_mlx.drafters.protocol import Drafter
 from redrafter_mlx.machine.storage import cache_directory, one_line, write_whole
 from redrafter_mlx.pricing.curve import CostCurve, Setting
-from redrafter_mlx.pricing.experience import Experience
+from redrafter_mlx.pricing.experience import UNUSABLE, Experience
 from redrafter_mlx.target import fingerprint
 from redrafter_mlx.target.adapter import Target
 
@@ -136,9 +136,6 @@ def update(identity: dict[str, str], change: Callable[[Profile | None], Profile]
     return path
 
 
-_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError)
-
-
 def load(identity: dict[str, str], is_told: bool = True) -> Profile | None:
     """The stored profile; None if there is none, or if it cannot be used.
 
@@ -153,7 +150,7 @@ def load(identity: dict[str, str], is_told: bool = True) -> Profile | None:
                 raise ValueError(f"its {key} is {profile.identity.get(key)}, here it is {value}")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except _UNUSABLE as error:
+    except UNUSABLE as error:
         if is_told:
             _log.warning("ignored the profile %s and made a new one: %s", path, one_line(error))
         return None
@@ -168,6 +165,6 @@ def passes_with_other_drafter(identity: dict[str, str]) -> CostCurve | None:
             found = Profile.from_dict(json.loads(path.read_text(encoding="utf-8")))
             if found.identity | {"drafter": identity["drafter"]} == identity:
                 return found.curve
-        except _UNUSABLE:
+        except UNUSABLE:
             continue  # whoever uses that drafter is told
     return None

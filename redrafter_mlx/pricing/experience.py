@@ -26,6 +26,9 @@ _log = logging.getLogger("redrafter_mlx")
 
 FILE = "experience.json"
 FORMAT = 1
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
+            RecursionError)  # fmt: skip
+"""What reading a JSON file of somebody else's making may raise."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,6 @@ def read(directory: Path) -> dict[float, Experience]:
         return {float(temp): Experience.from_dict(each) for temp, each in found}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except UNUSABLE as error:
         _log.warning("%s is ignored: %s", path, one_line(error))
         return {}
