@@ -141,8 +141,8 @@ class Policy:
         self._gained = self.EAGER
         self._tokens = self._seconds = 0.0  # of a round, fading averages
         self._rounds = 0
-        self._worth: np.ndarray | None = None  # of the samples, and how much each counts
-        self._weights = np.ones(0)
+        self._worth: np.ndarray | None = None  # (I, S) of the samples, beyond plain decoding's
+        self._weights = np.ones(0)  # how much each sample counts
         self._own = self._tries = 0  # samples of this text; searches made in vain
         self._waited = math.inf  # seconds since the last search
 
@@ -151,6 +151,14 @@ class Policy:
         """Tokens per second of this text; at least that of plain decoding."""
         plain = 1 / self._costs[1]
         return max(plain, self._tokens / self._seconds) if self._rounds else plain
+
+    @property
+    def _plain(self) -> float:
+        """Tokens - rate x seconds of a plain round: what the worth of all others is beyond.
+
+        Costs and rate change from round to round, the worth of samples is computed now and then.
+        """
+        return 1 - self.rate * float(self._costs[1])
 
     @property
     def is_doubtful(self) -> bool:
@@ -193,7 +201,8 @@ class Policy:
         self._costs = self.costs.at(context, MOST_NODES)
         is_due = self._rounds % self.LOOK_AGAIN == 0 or self._worth is None
         if is_due and len(self.samples):
-            self._worth = self.samples.worth(self.calibration, self._costs, self.rate)
+            worth = self.samples.worth(self.calibration, self._costs, self.rate)
+            self._worth = worth - self._plain
             others = max(len(self.samples) - self._own, 0)
             self._weights = np.ones(len(self.samples))
             self._weights[:others] = min(1.0, self.SAMPLES / max(others, 1))
@@ -207,10 +216,10 @@ class Policy:
 
     def search(self, found: Candidates | None) -> Setting | None:
         """How far to search for more than `found`, what needed no search; None: not at all."""
-        nothing = 1 - self.rate * self._costs[1]
+        nothing = 0.0  # beyond plain decoding
         if found is not None and len(found.tokens):
             probs = self.calibration.probabilities(found)
-            nothing = max(nothing, _values(probs, self._costs, self.rate).max())
+            nothing = max(nothing, _values(probs, self._costs, self.rate).max() - self._plain)
         if self._worth is None:
             return self.full
         drafts = np.array([self.draft_costs.of(s) for s in self.samples.settings])
@@ -261,8 +270,7 @@ class Policy:
         tokens = 1 + np.sort(probs)[::-1][: nodes - 1].sum()
         if self.looks:
             free = _values(probs[c.always], self._costs, self.rate).max()
-            plain = 1 - self.rate * self._costs[1]
-            self._gained += free - plain - self.rate * self.draft_costs.of(self.no_search)
+            self._gained += free - self._plain - self.rate * self.draft_costs.of(self.no_search)
         self._count(tokens, self._costs[nodes] + draft)
         return nodes
 
