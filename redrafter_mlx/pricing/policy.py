@@ -139,7 +139,7 @@ class Policy:
         """Another text begins, which may be of another kind."""
         self.calibration.begin_text()
         self._gained = self.EAGER
-        self._tokens = self._seconds = 0.0  # of a round, fading averages
+        self._tokens = self._spent = 0.0  # of a round, in plain rounds; fading averages
         self._rounds = 0
         self._worth: np.ndarray | None = None  # (I, S) of the samples, beyond plain decoding's
         self._weights = np.ones(0)  # how much each sample counts
@@ -148,9 +148,9 @@ class Policy:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of this text; at least that of plain decoding."""
-        plain = 1 / self._costs[1]
-        return max(plain, self._tokens / self._seconds) if self._rounds else plain
+        """Tokens per second of this text as passes cost now; at least that of plain decoding."""
+        gain = self._tokens / self._spent if self._rounds else 1.0
+        return max(1.0, gain) / float(self._costs[1])
 
     @property
     def _plain(self) -> float:
@@ -285,9 +285,9 @@ class Policy:
         self._waited += seconds
         share = max(self.SHARE, 1 / (1 + self._rounds))
         if self._rounds == 1:
-            self._tokens, self._seconds = 1.0, self._costs[1]
+            self._tokens = self._spent = 1.0
         self._tokens += share * (tokens - self._tokens)
-        self._seconds += share * (seconds - self._seconds)
+        self._spent += share * (seconds / self._costs[1] - self._spent)
 
 
 def joined(several: Sequence[Candidates]) -> Candidates:
