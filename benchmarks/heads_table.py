@@ -43,18 +43,20 @@ def table(result: dict) -> str:
 
 
 def draw(result: dict, path: Path) -> bool:
-    """Tokens per round by budget, a line for each head; False without matplotlib."""
-    figure = new_figure(8, 4.5)
+    """Tokens per round by budget: lines for heads, dashed ones for others; False if not drawn."""
+    figure = new_figure(10, 4.5)
     if figure is None:
         return False
     axes = figure.subplots()
     for head in sorted(result["heads"], key=lambda head: -head["tree"]["16"]):
         budgets = [int(budget) for budget in head["tree"]]
         label = f"{head['name']}, {head['draft_ms']:.0f} ms"
-        axes.plot(budgets, list(head["tree"].values()), marker="o", label=label)
+        style = "-" if "kind" in head else "--"
+        axes.plot(budgets, list(head["tree"].values()), style, marker="o", label=label)
     axes.set(xlabel="nodes of the tree", ylabel="tokens a round", xscale="log")
     axes.set_xticks(budgets, budgets)
-    axes.legend()
+    axes.minorticks_off()
+    figure.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     return True
