@@ -217,7 +217,6 @@ def test_only_one_place_waits_for_the_device():
     assert waits == {
         "machine.device",
         "drafters.tensors",
-        "loading.precision",
         "training.gradients",
         "training.initial",
         "training.lockstep",
